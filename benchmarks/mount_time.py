@@ -84,7 +84,7 @@ def idle_memory(command: Callable[[Layers], list[str]], home: Path, count: int) 
                 path.mkdir()
             subprocess.run(command(([lower], upper, work, mountpoint)), check=True, stdin=subprocess.DEVNULL)
             mounted.append(mountpoint)
-        time.sleep(1)  # the commands have ended
+        time.sleep(4)  # the commands have ended, and daemons of one resident share what is equal
         return pss(home)
     finally:
         for mountpoint in mounted:

@@ -407,9 +407,16 @@ static int hand_over(int fd, int fresh)
             continue;
         answer = receive(fd, NULL);
         if (answer == 'R') {
-            ready.events = POLLIN;
             poll(&ready, 1, START_MS);
-            exit(receive(fd, NULL));
+            int code = receive(fd, NULL);
+            if (code == 0 && last) {
+                /* The mount was usable before the daemon noticed the signal, and it ends now. */
+                struct pollfd ended = {process, POLLIN, 0};
+                poll(&ended, 1, START_MS);
+                dprintf(2, "fuse-unionfs: mounting was interrupted; try again.\n");
+                code = 1;
+            }
+            exit(code);
         }
         if (answer == 'N') {
             sigprocmask(SIG_SETMASK, &before, NULL);
@@ -417,7 +424,7 @@ static int hand_over(int fd, int fresh)
         }
         if (last)
             die_by(last);
-        dprintf(2, "fuse-unionfs: the process that was mounting was killed, and nothing is mounted; try again.\n");
+        dprintf(2, "fuse-unionfs: the process that was mounting was killed; try again.\n");
         exit(1);
     }
 }

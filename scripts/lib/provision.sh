@@ -22,7 +22,7 @@ packages_for() {
             printf '%s\n' mariadb-server postgresql
             ;;
         clients) # container engines
-            printf '%s\n' buildah containerd crun docker.io podman runc skopeo uidmap
+            printf '%s\n' buildah containerd crun docker.io podman postgresql runc skopeo uidmap
             ;;
         perf)
             printf '%s\n' coreutils findutils fio fuse-overlayfs fuse3 gcc git grep libc6-dev libseccomp2 make mergerfs \

@@ -54,7 +54,7 @@ def fill(directory: Path) -> None:
 PLAIN = ("new", "attributes", "xattrs", "acls", "sparse", "devices", "set-id", "names")
 """These have nothing to do with each other, and are also done at once."""
 ALL = {"at once": "; ".join(SCRIPTS[name] for name in PLAIN), **SCRIPTS}
-QUICK = ("at once", "replaced", "renamed", "links")
+QUICK = ("at once", "replaced", "renamed")
 
 
 @pytest.mark.parametrize(

@@ -46,11 +46,21 @@ def _to_symlink(path: Path, target: Path) -> None:
     path.symlink_to(target)
 
 
-@pytest.mark.parametrize("when", ["before a commit", pytest.param("after a look", marks=pytest.mark.slow)])
-def test_conflicts_are_found(filled: Branching, area: Path, when: str) -> None:
-    """Of all kinds, with the first commit, and when the branch was looked at before."""
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["before a commit", "after a look"])
+def test_all_conflicts_are_found(filled: Branching, area: Path, when: str) -> None:
+    check_conflicts(filled, area, when, [*CHANGES])
+
+
+def test_conflicts_are_found(filled: Branching, area: Path) -> None:
+    check_conflicts(filled, area, "before a commit", ["content", "removed", "removed-added"])
+
+
+def check_conflicts(filled: Branching, area: Path, when: str, names: list[str]) -> None:
+    """With the first commit, or when the branch was looked at before."""
     shutil.copytree(filled.base, area / "copy", symlinks=True)
-    for name, (script, change, what, path) in CHANGES.items():
+    for name in names:
+        script, change, what, path = CHANGES[name]
         filled.tries(script, "br")
         if when == "after a look":
             assert filled.commit(dry_run=True).conflicts == [], name

@@ -54,6 +54,7 @@ def comparable(root: Path) -> Tree:
     return {path: entry for path, entry in tree(root, times=False).items() if not path.endswith(skipped)}
 
 
+@pytest.mark.slow
 def test_they_make_what_they_make_directly(project: Branching, area: Path) -> None:
     pip = f"{sys.executable} -m pip install -q --no-index --no-deps --no-compile --disable-pip-version-check"
     scripts = {

@@ -229,6 +229,7 @@ class TestBranches:
             assert differing(shown, filled.shown("first")) == {}, step
             filled.says("branch", "discard", "first")
 
+    @pytest.mark.slow
     def test_a_branch_under_two(self, filled: Branching) -> None:
         filled.tries("echo 1 > one", "first")
         filled.tries("echo 2 > two", "second", "--from", "first")
@@ -330,6 +331,7 @@ class TestApi:
         with pytest.raises(unionfs.branches.BranchError, match="cannot be used"):
             unionfs.branches.branch(filled.base / "none", root=str(filled.root)).__enter__()
 
+    @pytest.mark.slow
     def test_trio(self, filled: Branching) -> None:
         script = (
             "import sys, trio, unionfs.branches\n"

@@ -81,7 +81,7 @@ def test_shorter_content(area: Path, session: str) -> None:
 @pytest.mark.parametrize("io", ["hybrid", "passthrough", "cached"])
 @pytest.mark.parametrize("rootless", [False, True], ids=["root", "rootless"])
 def test_in_a_container(area: Path, rootless: bool, io: str) -> None:
-    """A workload with each journal, then three writers at once, on the database of the image."""
+    """A workload with each journal, three writers at once, and shorter content for files of the image."""
     if rootless and io != "cached":
         pytest.skip("passthrough needs root")
     tree = area / "tree"
@@ -98,6 +98,9 @@ def test_in_a_container(area: Path, rootless: bool, io: str) -> None:
     names = ("one", "two", "three")
     for name in names:
         (tree / f"db/{name}.sql").write_text(databases.writer(name, 60))
+    (tree / "small").mkdir()
+    for number in range(SMALL):
+        (tree / f"small/{number}").write_bytes(b"old " * (number * 53 + 4))
     run("tar", "-cf", area / "image.tar", "-C", tree, ".")
     with room(area / "home", rootless=rootless) as one:
         store = Store(one, area / "home/store", OURS, extra=("-o", f"io={io}"))
@@ -105,14 +108,18 @@ def test_in_a_container(area: Path, rootless: bool, io: str) -> None:
         steps = " && ".join(f"/bin/sqlite3 /db/packages < /db/{journal}.sql" for journal in JOURNALS)
         writers = "; ".join(f"/bin/sqlite3 /db/packages < /db/{name}.sql & p{name}=$!" for name in names)
         waits = " && ".join(f"wait $p{name}" for name in names)
+        shorter = "for f in /small/*; do cat $f > /dev/null; echo short > $f; done"
         out = store.podman(
             "run", "--name", "c", "image", "sh", "-c",
-            f"{steps} && cp /db/packages /db/first && {{ {writers}; {waits}; }}",
+            f"{steps} && cp /db/packages /db/first && {shorter} && {{ {writers}; {waits}; }}",
         )  # fmt: skip
         assert out.splitlines().count("ok") == len(JOURNALS)
         for name in ("first", "packages"):
             copied = store.run("podman", "cp", f"c:/db/{name}", store.root / "tmp" / name)
             assert copied == ""
+        store.podman("cp", "c:/small", store.root / "tmp/small")
+    small = [path.read_bytes() for path in (store.root / "tmp/small").iterdir()]
+    assert small == [b"short\n"] * SMALL
     first, last = store.root / "tmp/first", store.root / "tmp/packages"
     assert first.read_bytes() == native.read_bytes()
     check = "pragma integrity_check; select substr(path, 1, 4), count(*) from files where digest is not null "

@@ -46,6 +46,7 @@ ROOTLESS_MAPS = {
     "keep-id as root": ("--userns=keep-id", "--user", "0"),
     "ranges": ("--uidmap", "0:1:1000", "--gidmap", "0:1:1000"),
     "several": ("--uidmap", "0:0:1", "--uidmap", "1:100:5000"),
+    "one": ("--uidmap", "0:0:1", "--gidmap", "0:0:1"),
 }
 
 OF_ENGINES = (b"etc/mtab", b"run", b"proc", b"dev", b"sys", b"etc/host", b"etc/resolv.conf")

@@ -99,6 +99,10 @@ def test_a_restart_beside_a_foreign_mount_namespace(area: Path) -> None:
             try:
                 assert wait_for((one.home / "there").exists, 20)
                 store.podman("stop", "-t", "0", "c")
+                changed = {"C /etc", "A /etc/kept"}
+                assert changed <= set(store.podman("diff", "c").splitlines())
+                store.podman("commit", "-q", "c", "committed")
+                assert store.podman("run", "--rm", "committed", "cat", "/etc/kept") == "first\n"
                 store.podman("start", "c")
                 assert store.podman("exec", "c", "cat", "/etc/kept") == "first\n"
                 store.podman("exec", "c", "sh", "-c", "echo second > /etc/kept")

@@ -86,6 +86,17 @@ def test_read_only_as_podman_calls_it(place: Place) -> None:
     assert "ro" in _line(place.merged)[3].split(",")
 
 
+def test_an_image_as_rootless_podman_mounts_it(place: Place) -> None:
+    """With `ro`, and an empty directory as the lowest layer."""
+    (place.root / "empty").mkdir()
+    layers = f"lowerdir={place.lower}:{place.lower2}:{place.root}/empty"
+    succeed(_fuse_unionfs("-o", f"{layers},ro", place.merged))
+    assert "ro" in _line(place.merged)[3].split(",")
+    assert sorted(os.listdir(place.merged)) == ["base", "deep"]
+    with pytest.raises(OSError, match="Read-only"):
+        (place.merged / "new").touch()
+
+
 def test_a_force_mask_as_podman_passes_it(place: Place) -> None:
     os.setxattr(place.lower, "user.containers.override_stat", b"0:0:0555:dir")
     os.setxattr(place.lower / "base", "user.containers.override_stat", b"5:6:04755:file")

@@ -17,8 +17,8 @@ from tests.mount.cli_calls import Place, listed, refused, succeed, unionfs
 from tests.support.patience import patient
 
 COMMANDS = (
-    "mount", "umount", "cleanup", "sync", "refresh", "ls", "inspect", "stats", "diff", "check", "convert",
-    "doctor",
+    "mount", "umount", "cleanup", "sync", "refresh", "upgrade", "ls", "inspect", "stats", "diff", "check",
+    "convert", "doctor",
 )  # fmt: skip
 
 
@@ -235,7 +235,7 @@ def test_diff_without_an_upper(place: Place) -> None:
 
 
 def test_diff_of_what_is_not_there(place: Place) -> None:
-    refused(unionfs("diff", place.merged), "not a live unionfs mount")
+    refused(unionfs("diff", place.merged), "not an active unionfs mount")
     refused(unionfs("diff", "--upper", "/nowhere", "--lower", place.lower), "upper /nowhere does not exist")
     refused(unionfs("diff", "--upper", place.upper, "--lower", place.lower / "base"), "is neither a")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from tests.support.layers import (
     directory,
     file,
     hard_link,
+    nothing_left,
     opaque,
     saved,
     shown,
@@ -198,10 +200,39 @@ def test_images_that_cannot_be_mounted(
     assert cli_calls.mounts_at(images.place.merged) == []
 
 
+@pytest.mark.parametrize("command", ["mount", "run", "image import", "layer import", "layer squash"])
+def test_hostile_archives_are_refused_by_each_command(images: Images, command: str) -> None:
+    """With one sentence, and nothing is left: no layer, no image, no mount, no file."""
+    place = images.place
+    hostile = {
+        "leads out of the layer": [file("../escaped")],
+        "--any-name": [file("a\nb")],
+    }
+    for words, members in hostile.items():
+        layer = tar([directory("d"), *members])
+        reference = Layout(tar([file("good")]), layer).archive(place.root / "image.tar")
+        (place.root / "layer.tar.gz").write_bytes(gzip.compress(layer))
+        before = place.snapshot()
+        arguments: dict[str, tuple[str | Path, ...]] = {
+            "mount": ("mount", "--image", reference, "-u", place.upper, "-w", place.work, place.merged),
+            "run": ("run", "--rm", "--image", reference, "--", "/bin/true"),
+            "image import": ("image", "import", reference),
+            "layer import": ("layer", "import", place.root / "layer.tar.gz", place.root / "out"),
+            "layer squash": ("layer", "squash", place.root / "layer.tar.gz", "-o", place.root / "out"),
+        }
+        refused(images.call(*arguments[command]), "is refused: ", words)
+        assert cli_calls.mounts_at(place.merged) == []
+        assert nothing_left(images.root)
+        if images.root.exists():
+            shutil.rmtree(images.root)
+        assert place.snapshot() == before
+        assert "escaped" not in {*os.listdir("/tmp"), *os.listdir(place.root), *os.listdir(place.root.parent)}
+
+
 def test_commit_refuses_what_it_cannot_write(images: Images) -> None:
     place = images.place
     for mounted, target, words in (
-        (False, f"oci-archive:{place.root}/x.tar", "not a live unionfs mount"),
+        (False, f"oci-archive:{place.root}/x.tar", "not an active unionfs mount"),
         (True, f"docker-archive:{place.root}/x.tar", "skopeo copy"),
         (True, "oci-archive:/nowhere/x.tar", "/nowhere"),
     ):

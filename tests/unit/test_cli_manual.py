@@ -38,9 +38,9 @@ def test_help_has_an_example_and_80_columns(path: str, monkeypatch: pytest.Monke
     monkeypatch.setenv("COLUMNS", "200")
     text = CliRunner().invoke(cli, [*path.split(), "--help"], prog_name="unionfs").output
     assert "Example" in text
-    # Commands of `container` are also commands of their own.
+    # Commands of `container` are also commands of their own, and `container ls` is `ps`.
     examples = text.partition("Example")[2]
-    assert f"unionfs {path.removeprefix('container ')}".strip() in examples or f"unionfs {path}" in examples
+    assert f"unionfs {path}".strip() in examples or f"unionfs {EVERY[path].name}" in examples
     assert max(map(len, text.splitlines())) <= 80
 
 

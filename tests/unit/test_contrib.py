@@ -28,7 +28,8 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
     program = Path(sys.executable).with_name("unionfs")
     if not program.exists():
         pytest.skip(f"{program} is missing: install the package into the environment that runs the tests")
-    units = [tmp_path / name for name in ("unionfs-plugin.socket", "unionfs-plugin.service")]
+    names = ("unionfs-plugin.socket", "unionfs-plugin.service", "unionfs@.service")
+    units = [tmp_path / name for name in names]
     for unit in units:
         text = (CONTRIB / unit.name).read_text()
         unit.write_text(text.replace("ExecStart=unionfs", f"ExecStart={program}"))

@@ -44,6 +44,6 @@ def test_a_failure_leaves_nothing_open(
         monkeypatch.setattr(subject, name, broken if name == what else lambda *_: None)
     before = set(os.listdir("/proc/self/fd"))
     with pytest.raises(OSError, match="open files"):
-        subject.Service(settings, directory, lambda: None, foreground=True)
+        subject.Service(settings, directory, lambda: None, None, foreground=True)
     assert set(os.listdir("/proc/self/fd")) == before
     assert os.listdir(tmp_path / "run") == []

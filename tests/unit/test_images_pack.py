@@ -19,6 +19,7 @@ from tests.support import areas, mounting
 from tests.support.edits import OPERATIONS, apply, build
 from tests.support.layers import difference, digest, directory, file, opaque, shown, tar, whiteout
 from unionfs.errors import LayerError, UserError
+from unionfs.images import pack
 from unionfs.images.layers import export_layer, import_layer, squash_layers
 from unionfs.images.rules import DEFAULTS
 
@@ -118,6 +119,29 @@ def test_the_same_upper_gives_the_same_bytes(lower: Path, area: Path) -> None:
     written = export_layer(str(again), [], str(area / "second.tar"), userxattr=False)
     assert (area / "second.tar").read_bytes() == first
     assert written.diff_id == digest(first)
+
+
+def test_small_files_have_the_bytes_of_any(
+    lower: Path, area: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are written in fewer steps."""
+    upper = area / "upper"
+    upper.mkdir()
+    for size in (0, 1, 511, 512, 513, 70_000, pack._SMALL, pack._SMALL + 1):
+        (upper / f"f{size}").write_bytes(os.urandom(size))
+        os.utime(upper / f"f{size}", ns=(1, 1_700_000_000_123_456_789 + size))
+    (upper / ("long" * 60)).write_text("a long name")
+    os.utime(upper / "f1", (1, 5))
+    os.utime(upper / "f511", ns=(1, -5))
+    os.chown(upper / "f512", 3_000_000, 4_000_000)
+    (upper / "f513").chmod(0o4711)
+    os.link(upper / "f513", upper / "linked")
+    os.setxattr(upper / "f70000", "user.k", b"v")
+    with (upper / "sparse").open("wb") as file:
+        file.truncate(50_000)
+    few = exported(area, lowers=False).read_bytes()
+    monkeypatch.setattr(pack, "_SMALL", -1)
+    assert exported(area, lowers=False, name="other.tar").read_bytes() == few
 
 
 def test_what_needs_lowers_is_refused_without(lower: Path, area: Path) -> None:

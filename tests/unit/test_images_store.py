@@ -212,15 +212,19 @@ def test_forged_images_are_refused(name: str, root: None, area: Path) -> None:
     assert nothing_left(area / "root")
 
 
-def test_a_hostile_layer_above_a_good_one_leaves_no_image(root: None, area: Path) -> None:
+def test_a_hostile_layer_above_a_good_one_leaves_nothing(root: None, area: Path) -> None:
+    """The good one neither; but one that another image has stays."""
+    hostile = tar([file("../x")])
     with pytest.raises(UserError, match="leads out of the layer"):
-        take(area, Layout(BASE, tar([file("../x")])).archive(area / "a.tar"))
+        take(area, Layout(BASE, hostile).archive(area / "a.tar"))
     store = Store(str(area / "root"))
     assert store.images() == []
-    # The good layer belongs to no image.
-    assert [name for _, name in store.all_layers()] == [digest(BASE)[7:]]
-    store.prune({})
     assert nothing_left(area / "root")
+    take(area, Layout(BASE).archive(area / "good.tar"))
+    with pytest.raises(UserError, match="leads out of the layer"):
+        take(area, Layout(BASE, TOP, hostile).archive(area / "a.tar"))
+    assert [name for _, name in store.all_layers()] == [digest(BASE)[7:]]
+    assert names(take(area, Layout(BASE).archive(area / "good.tar"))[1]) == [b"d", b"f"]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def run_as(uid, action, *, modules=(), **_):
 _DIFF = {
     "setup": "from unionfs.cli import diff; from unittest.mock import Mock",
     "work": "from unionfs.settings.specs import from_json, to_json, TmpfsOptions",
-    "call": "with patch.object(diff, 'run_as', run_as): diff._of_other(Mock(pid=1), 1000)",
+    "call": "with patch.object(diff, 'run_as', run_as): diff._of_other(Mock(pid=1), 1000, False)",
 }
 _CLEAR = {
     "setup": "from unionfs.daemon import dead; from unittest.mock import Mock",

@@ -51,16 +51,18 @@ def test_by_the_mount(tmp_path: Path) -> None:
 
 def test_copies_in_this_namespace_and_in_others(tmp_path: Path) -> None:
     with _tmpfs(tmp_path / "place") as mount:
-        assert copies(mount) == []
+        assert [copy for pid, copy in copies(mount) if not pid] == []
         (tmp_path / "second").mkdir()
         subprocess.run(["mount", "--bind", tmp_path / "place", tmp_path / "second"], check=True)
-        assert [(pid, copy.mountpoint) for pid, copy in copies(mount)] == [(0, str(tmp_path / "second"))]
+        here = [copy.mountpoint for pid, copy in copies(mount) if not pid]
+        assert here == [str(tmp_path / "second")]
         subprocess.run(["umount", tmp_path / "second"], check=True)
         with subprocess.Popen(["unshare", "-m", "sh", "-c", "echo; exec sleep 30"], stdout=-1) as other:
             assert other.stdout is not None
             other.stdout.readline()
-            assert [pid for pid, _ in copies(mount)] == [other.pid]
-            assert processes_with(mount.device) == [other.pid]
+            # Other tests may have namespaces, too.
+            assert other.pid in [pid for pid, _ in copies(mount)]
+            assert other.pid in processes_with(mount.device)
             other.kill()
         assert os.path.ismount(tmp_path / "place")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from unionfs.core.node import Node
+from unionfs.core.state import State
 from unionfs.core.steps import NotPlain, set_hook
 from unionfs.settings.features import Features
 from unionfs.union.changes import Caller
@@ -44,7 +45,8 @@ def open_union(tmp_path: Path) -> Iterator[OpenUnion]:
     before = set(_open_files())
 
     def open_(
-        lowers: int = 1, *, upper: bool = True, directory_fds: int = 1024, redirect_dir: str = "on"
+        lowers: int = 1, *, upper: bool = True, directory_fds: int = 1024, redirect_dir: str = "on",
+        state: State | None = None,
     ) -> Union:
         for name in [f"l{n}" for n in range(lowers)] + ["upper", "work"]:
             (tmp_path / name).mkdir(exist_ok=True)
@@ -55,13 +57,13 @@ def open_union(tmp_path: Path) -> Iterator[OpenUnion]:
             userxattr=True,
             features=Features(redirect_dir=redirect_dir),
         )
-        union = Union(stack, directory_fds=directory_fds)
+        union = Union(stack, directory_fds=directory_fds, state=state)
         opened.append(union)
         return union
 
     yield open_
     for union in opened:
-        _close_nodes(union)
+        close_nodes(union)
         union.close()
         union.stack.close()
     gc.collect()  # what a failed call has left to a frame of its traceback
@@ -69,7 +71,7 @@ def open_union(tmp_path: Path) -> Iterator[OpenUnion]:
     assert not left, f"still open: {left}"
 
 
-def _close_nodes(union: Union) -> None:
+def close_nodes(union: Union) -> None:
     """Close what is open for as long as the kernel knows a node."""
     for node in union.nodes:
         file = node.use.file if node.use is not None else None

@@ -65,6 +65,12 @@ class Server:
                 areas.detach(here)
                 here.rmdir()
 
+    def export_root(self, *, squash: bool = False) -> None:
+        """Export the root anew; with ``squash``, root of a client is nobody (exports(5), root_squash)."""
+        options = _EXPORTED.replace("no_root_squash", "root_squash") if squash else _EXPORTED
+        _run("exportfs", "-o", options, f"*:{self.root}")
+        _run("exportfs", "-f")
+
     @contextmanager
     def exporting(self, there: Path) -> Iterator[Path]:
         """A filesystem that is mounted below the root, mounted through NFS. FUSE has no device that would

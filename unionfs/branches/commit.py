@@ -201,7 +201,7 @@ class _Commit:
                 entry.moves.append(Move(os.fsdecode(item.path), number, staged.inode, inode, mode, known))
             else:
                 entry.moves.append(Move(os.fsdecode(item.path), number, None, inode, None, known))
-        entry.settings += [Setting(os.fsdecode(item.path), item.new, item.old) for item in plan.sets]
+        entry.settings.extend(Setting(os.fsdecode(item.path), item.new, item.old) for item in plan.sets)
         calls.syncfs(new)
         entry.turns(journal.ON)
         step("prepared")

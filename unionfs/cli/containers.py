@@ -74,6 +74,8 @@ Examples:
               help="Run in the background, and print the name; `unionfs logs` shows the output.")  # fmt: skip
 @click.option("-i", "--interactive", is_flag=True, help="As always; accepted as for docker.")
 @click.option("-t", "--tty", is_flag=True, help="As always where stdin is a terminal; else an error.")
+@click.option("--read-only", is_flag=True,
+              help="Make the root read-only; volumes, bind mounts and tmpfs stay writable.")  # fmt: skip
 @click.option("--hostname", metavar="NAME", help="The host name inside.  [the container's name]")
 @click.option("--net", "own_network", type=click.Choice(["host", "none"]), default="host", show_default=True,
               callback=lambda context, parameter, net: net == "none",

@@ -26,9 +26,12 @@ def find_mount(mountpoint: str) -> LiveMount:
         # It may be mounted in the daemon's mount namespace only.
         found = next((mount for mount in reversed(known) if mount.settings.mountpoint == path), None)
     if found is None and (dead := dead_mount_at(path)) is not None:
-        whose = "its daemon" if dead.entry is None else f"its daemon (pid {dead.entry.pid})"
+        whose = "its daemon has" if dead.entry is None else f"its daemon (pid {dead.entry.pid}) has"
+        if dead.entry is not None and dead.entry.is_given_up():
+            whose = "its daemons have"
+        often = " too often within a minute, see the log" if whose == "its daemons have" else ""
         raise UserError(
-            f"{quoted(path)} is not an active unionfs mount: {whose} has died; run `unionfs cleanup "
+            f"{quoted(path)} is not an active unionfs mount: {whose} died{often}; run `unionfs cleanup "
             f"{quoted(path)}`, and mount it again."
         )
     if found is None:

@@ -43,6 +43,8 @@ _HELP = """\
       squash_to_uid=, squash_to_gid=, squash_to_root     one owner for all
       xattr_permissions=2|1   owners and modes in user.* or security.* xattrs,
                               as podman's force_mask
+      outlive          start another daemon when this one dies: programs
+                       and open files go on (docs/reliability.md)
       cpu_idle         let CPUs idle between requests that come thick (the
                        daemon of root keeps them awake)
       static_nlink     one link for every directory

@@ -49,11 +49,12 @@ def serve(path: str | None, root: str | None) -> None:
     """
     # For start-up time: --help and completion do not need these.
     from unionfs.daemon.runtime import runtime_directory
-    from unionfs.plugin.listening import Manager, own_socket, passed_socket
+    from unionfs.plugin.listening import own_socket, passed_socket
     from unionfs.plugin.requests import Requests
     from unionfs.plugin.serving import serve as run
     from unionfs.storage.root import open_root, storage_root
     from unionfs.sys.capabilities import is_host_root
+    from unionfs.sys.manager import Manager
 
     place = storage_root(root)
     open_root(place)

@@ -62,6 +62,7 @@ def arguments(
     environment_fd: int,
     filter_fd: int | None,
     account: Account | None = None,
+    read_only: bool = False,
 ) -> list[str]:
     """Return its arguments: the merged tree as root, with its mounts, /proc, /dev and /sys, and the command.
 
@@ -80,11 +81,14 @@ def arguments(
         # bubblewrap's own mounts cover the union's mounts there. Mounts below such a target are included:
         # no path is followed through a volume, which other containers can change.
         words += [bind, merged + target, target]
+    if not own_network:
+        words += _name_resolution(merged, {spec.target for spec in storage}, makes=account is None)
+    if read_only:
+        # The mounts on it keep theirs.
+        words += ["--remount-ro", "/"]
     words += ["--unshare-pid", "--unshare-uts", "--unshare-ipc", "--unshare-cgroup-try"]
     if own_network:
         words.append("--unshare-net")
-    else:
-        words += _name_resolution(merged, {spec.target for spec in storage}, makes=account is None)
     if account is not None and os.geteuid() != 0:
         words += ["--unshare-user", "--uid", str(account.uid), "--gid", str(account.gid)]
     if by_root:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from unionfs.errors import UserError
-from unionfs.sys.process import standard_files_to_null
+from unionfs.sys.process import to_null
 
 _STARTED = b"\0"
 
@@ -40,7 +40,7 @@ def _go_on(run: Callable[[Callable[[], None], Callable[[str], None]], int], writ
     try:
         os.setsid()
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        standard_files_to_null()
+        to_null(range(3))
 
         def started() -> None:
             with suppress(OSError):

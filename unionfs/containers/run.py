@@ -30,7 +30,7 @@ from unionfs.storage.root import storage_root
 from unionfs.storage.targets import MountedTree, find, prepare
 from unionfs.storage.volumes import Volumes
 from unionfs.sys import guardian
-from unionfs.sys.capabilities import may_use_trusted_xattrs
+from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability, may_use_trusted_xattrs
 from unionfs.sys.fds import Owned
 from unionfs.sys.openat2 import open_in_root
 from unionfs.sys.process import start_time, wait_gone
@@ -68,6 +68,8 @@ class Wish:
     cap_drop: Sequence[str] = ()
     security: Sequence[str] = ()
     privileged: bool = False
+    read_only: bool = False
+    """Whether the command may write only to its storage."""
     detached: bool = False
     """Whether the container keeps the command's output."""
 
@@ -90,6 +92,11 @@ def _check(wish: Wish) -> None:
         raise UserError(
             f"--work {quoted(wish.work)} belongs to an upper of your own (-u DIR), and none is given; leave "
             "it out. The working directory inside is -w DIR."
+        )
+    if wish.read_only and wish.storage and not has_capability(CAP_SYS_ADMIN):
+        raise UserError(
+            "--read-only with storage needs root: without it, the union's daemon serves both; leave one of "
+            "the two out."
         )
     if not wish.workdir.startswith("/"):
         raise UserError(f"--workdir {quoted(wish.workdir)} is a relative path; give an absolute one.")
@@ -292,6 +299,7 @@ class _Run:
                     environment_fd=fds[0],
                     filter_fd=None if len(fds) == 1 else fds[1],
                     account=account,
+                    read_only=wish.read_only,
                 ),
                 keep=fds,
                 bounding=confinement.capabilities,

@@ -26,7 +26,8 @@ from libc.string cimport memcmp, memset, strcmp, strlen
 from unionfs.core.listings cimport Dirents
 from unionfs.core.lookup cimport look_up
 from unionfs.core.namerequests cimport name_in
-from unionfs.core.node cimport Attributes, Node
+from unionfs.core.node cimport Attributes, Node, count_lookup
+from unionfs.core.state cimport is_resent
 from unionfs.core.stats cimport failure
 from unionfs.core.validity cimport entry_valid, fill_answer, fill_entry
 from unionfs.core.wire cimport (
@@ -77,6 +78,13 @@ cdef bint begins_with(const char *name, const char *prefix) noexcept:
     return strlen(name) >= strlen(prefix) and memcmp(name, prefix, strlen(prefix)) == 0
 
 
+cdef bint may_have_happened(uint32_t opcode) noexcept:
+    """Whether Python must find out whether a request was carried out before, when it was sent first."""
+    return opcode in (
+        FUSE_CREATE, FUSE_MKDIR, FUSE_OPEN, FUSE_RENAME, FUSE_RENAME2, FUSE_RMDIR, FUSE_UNLINK
+    )
+
+
 cdef class Answers:
     """Answers requests of one mount."""
 
@@ -108,6 +116,8 @@ cdef class Answers:
         if size < sizeof(fuse_in_header) or header.length != size:
             return 0
         if header.opcode >= OPCODES or self.left[header.opcode]:
+            return 0
+        if is_resent(header.unique) and may_have_happened(header.opcode):
             return 0
         try:
             return self.begin(header, message + sizeof(fuse_in_header), size - sizeof(fuse_in_header))
@@ -169,7 +179,7 @@ cdef class Answers:
             memset(&out, 0, sizeof(out))
             out.body.entry_valid = entry_valid(parent.territory)
         else:
-            found.node.lookups += 1
+            count_lookup(found.node, header.unique)
             fill_entry(&out.body, found)
         out.header.length, out.header.error, out.header.unique = sizeof(out), 0, header.unique
         self.send(&out, sizeof(out))
@@ -235,7 +245,7 @@ cdef class Answers:
         cdef iovec parts[2]
         if answer is None:
             return 0
-        answer.sent()
+        answer.sent(header.unique)
         out.length, out.error, out.unique = <uint32_t>(sizeof(out) + answer.size), 0, header.unique
         parts[0].iov_base, parts[0].iov_len = &out, sizeof(out)
         parts[1].iov_base, parts[1].iov_len = answer.start(), answer.size
@@ -333,21 +343,16 @@ cdef class Answers:
     cdef void forget(self, const fuse_in_header *header, const char *body, size_t size):
         cdef const fuse_forget_one *one
         cdef size_t index, count = 1
-        cdef Node node
         if header.opcode == FUSE_FORGET:
             if size >= sizeof(uint64_t):
-                node = self.nodes.by_id.get(header.nodeid)
-                if node is not None:
-                    self.nodes.subtract(node, (<const int64_t *>body)[0])
+                self.nodes.forget_id(header.nodeid, (<const int64_t *>body)[0])
             return
         if size < sizeof(fuse_batch_forget_in):
             return
         count = (<const fuse_batch_forget_in *>body).count
         one = <const fuse_forget_one *>(body + sizeof(fuse_batch_forget_in))
         for index in range(min(count, (size - sizeof(fuse_batch_forget_in)) // sizeof(fuse_forget_one))):
-            node = self.nodes.by_id.get(one[index].nodeid)
-            if node is not None:
-                self.nodes.subtract(node, <int64_t>one[index].nlookup)
+            self.nodes.forget_id(one[index].nodeid, <int64_t>one[index].nlookup)
 
     # -- answers --------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from unionfs.core.stats cimport (
     AT_SYMLINK_NOFOLLOW, O_CLOEXEC, O_NOFOLLOW, O_PATH, S_IFCHR, S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, failure,
     fstat, fstatat, openat,
 )
+from unionfs.core.state cimport REMOVING, RENAMING
 from unionfs.core.steps cimport passed
 
 from unionfs.core.steps import NotPlain
@@ -276,10 +277,14 @@ cdef class EntryChanges:
     cdef bint remove(self, Step *step, Place place, Node node, Node parent, bytes name) except -1:
         place.empty = False
         has_changed(parent)
-        if not self.carry_out(step, place, None, node, parent, name):
-            return False
-        passed("remove")
-        return True
+        self.nodes.begin(REMOVING, parent, name, None, None, None, node, -1)
+        try:
+            if not self.carry_out(step, place, None, node, parent, name):
+                return False
+            passed("remove")
+            return True
+        finally:
+            self.nodes.done()
 
     cdef bint has_flags(self, Node node, Node parent) except -1:
         """Whether a name is protected, or in use as a mount point of the union."""
@@ -304,6 +309,7 @@ cdef class EntryChanges:
             step.dir_fd = self.gate.fd(place)
             if new_place is not None and new_place.fd != step.new_fd:
                 return False  # it was closed to open the other one
+            self.nodes.holds(step.held)
             with nogil:
                 done = self.change_entry(step, work)
             if done and lost is not None:
@@ -320,7 +326,8 @@ cdef class EntryChanges:
     cdef int hold(self, Node node, Step *step) except -1:
         """An fd of an object that loses its last known name, by which the node outlives it."""
         cdef stat_t st
-        if node.held >= 0 or has_links(node):
+        # Another daemon does not know other names.
+        if node.held >= 0 or (has_links(node) and self.nodes.state is None):
             return 0
         if node.kind == S_IFDIR:
             step.held = fcntl(self.gate.fd(node.parts[0]), F_DUPFD_CLOEXEC, 0)
@@ -354,12 +361,15 @@ cdef class EntryChanges:
 
     cdef int lose(self, Node node, Node parent, bytes name, Step *step) except -1:
         """Record that a name is removed, and keep the object of a node that has lost its last one."""
+        cdef bint holds
         node.lose_name(parent, name)
-        self.nodes.release(parent)
-        if step.held >= 0 and node.unlinked and node.held < 0:
+        holds = step.held >= 0 and node.unlinked and node.held < 0
+        if holds:
             node.held, step.held = step.held, -1
-            if step.links > 1 and node.is_changed_in_place():  # it has names that are not known
-                node.territory.lost_name(node)
+        self.nodes.record_name(node)
+        self.nodes.release(parent)
+        if holds and step.links > 1 and node.is_changed_in_place():  # it has names that are not known
+            node.territory.lost_name(node)
         return 0
 
     # -- renaming -------------------------------------------------------------------------------------
@@ -397,11 +407,15 @@ cdef class EntryChanges:
         place.empty = new_place.empty = False
         has_changed(parent)
         has_changed(new_parent)
-        if not self.carry_out(&step, place, new_place, target, new_parent, new_name):
-            return False
-        self.nodes.move(node, parent, name, new_parent, new_name)
-        passed("rename")
-        return True
+        self.nodes.begin(RENAMING, parent, name, new_parent, new_name, node, target, -1)
+        try:
+            if not self.carry_out(&step, place, new_place, target, new_parent, new_name):
+                return False
+            self.nodes.move(node, parent, name, new_parent, new_name)
+            passed("rename")
+            return True
+        finally:
+            self.nodes.done()
 
     cdef bint may_move(self, Node node, Node parent) except -1:
         """Whether a name of a known non-directory can be removed."""

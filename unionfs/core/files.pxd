@@ -2,6 +2,7 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from unionfs.core.state cimport HandleRecord
 from unionfs.core.stats cimport stat_t
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -43,6 +44,7 @@ cdef class Handle:
     cdef readonly OpenFile file
     cdef readonly object who, node
     cdef readonly bint writes, maps, through
+    cdef HandleRecord *record
     cdef bint holds
     cdef uint32_t uid
 

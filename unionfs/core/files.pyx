@@ -10,6 +10,7 @@ from libc.errno cimport EAGAIN, EINTR, EINVAL, EOPNOTSUPP
 from libc.errno cimport errno as c_errno
 from posix.unistd cimport close, pread
 
+from unionfs.core.state cimport COUNTED, OF_UPPER, THROUGH
 from unionfs.core.stats cimport failure, fstat, result_of
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -265,6 +266,7 @@ cdef class Handle:
     # who: the process that opened it.
     # node: its node.
     # maps: whether the file can be mapped to write: open for both (mmap(2)).
+    # record: what another daemon would need; see `state`.
     # through: whether it is in passthrough.
     # holds, uid: whether it holds an fd of its own, and the user that opened it; see `Handles`.
 
@@ -322,6 +324,9 @@ cdef class Use:
 
     cpdef opened(self, Handle handle):
         """Count an open, with the backing file if that is registered."""
+        if handle.record != NULL:
+            handle.record.backing_id = self.backing_id
+            handle.record.flags |= COUNTED | (THROUGH if self.backing_id else 0) | (OF_UPPER if self.of_upper else 0)
         if not self.backing_id:
             self.cached += 1
             return
@@ -348,6 +353,10 @@ cdef class Use:
             return 0
         backing_id, self.backing_id = self.backing_id, 0
         return backing_id
+
+    def was_written(self, bint written, bint mapped):
+        """Record what a former daemon knew about opens with a backing file."""
+        self.written, self.mapped = written, mapped
 
     def fill(self):
         """Record that the kernel received all data."""

@@ -3,11 +3,13 @@
 from libc.stdint cimport int32_t, uint32_t
 
 from unionfs.core.files cimport Handle, OpenFile, Use
+from unionfs.core.state cimport State
 from unionfs.core.wire cimport fuse_open_out
 
 cdef class IoModes:
     cdef readonly Py_ssize_t passed_through, refused, registered
     cdef readonly dict kept, awaited
+    cdef State state
     cdef int fd
     cdef bint uppers, keeps
     cdef uint32_t through_flags, cached_flags

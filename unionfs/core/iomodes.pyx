@@ -10,6 +10,7 @@ from libc.stdint cimport uint64_t
 
 from unionfs.core.files cimport UnreadFile
 from unionfs.core.node cimport Node, has_lower_data, successor_of
+from unionfs.core.state cimport MAPPED, WRITTEN
 from unionfs.core.stats cimport failure
 
 cdef extern from "<sys/ioctl.h>" nogil:
@@ -37,12 +38,25 @@ cdef class IoModes:
     #     which saves half of its time; those used last. Each with its backing id and file.
     # awaited: inode numbers of lower files whose writer is about to come back; see `await_writer`.
 
-    def __init__(self, int fd, *, bint uppers, bint keeps, uint32_t through_flags, uint32_t cached_flags):
+    def __init__(self, int fd, *, bint uppers, bint keeps, uint32_t through_flags, uint32_t cached_flags,
+        State state=None,
+    ):
         """``fd``: the device. ``uppers``: whether files of the upper get a backing file. ``keeps``: whether files
-        of lowers are kept. FOPEN_* of opens with a backing file, and of others."""
+        of lowers are kept. FOPEN_* of opens with a backing file, and of others. ``state``: where to record what
+        another daemon needs."""
+        self.state = state
         self.fd, self.uppers, self.keeps = fd, uppers, keeps
         self.through_flags, self.cached_flags = through_flags, cached_flags
         self.kept, self.awaited = {}, {}
+
+    def has_registered(self, ids, kept):
+        """Count the backing files that a former daemon registered, and let go of those that it kept."""
+        self.registered += len(ids) + len(kept)
+        for id_ in kept:
+            try:
+                self.unregister(id_)
+            except OSError:  # it died before it had registered it, or when it had let go
+                pass
 
     cpdef bint register(self, Handle handle) except -1:
         """Register the file of an open, which decides the mode of its node. Returns False where the kernel refuses:
@@ -54,8 +68,10 @@ cdef class IoModes:
         cdef int id_
         kept = self.kept.pop(node, None) if self.kept else None
         if kept is not None:
-            id_, file = kept
+            id_, file, place = kept
             if file is handle.file:
+                if self.state is not None:
+                    self.state.drop_kept(place)
                 file.release()
                 use.passes_through(id_, of_upper=False)
                 return True
@@ -84,7 +100,9 @@ cdef class IoModes:
 
     cdef int let_go_of(self, tuple kept) except -1:
         cdef OpenFile file
-        id_, file = kept
+        id_, file, place = kept
+        if self.state is not None:
+            self.state.drop_kept(place)
         self.unregister(id_)
         file.release()
         return 0
@@ -108,6 +126,8 @@ cdef class IoModes:
         cdef Node node = handle.node
         cdef Use use = node.use
         use.opened(handle)
+        if node.record != NULL and use.written:
+            node.record.flags |= WRITTEN | (MAPPED if use.mapped else 0)
         if handle.through:
             self.passed_through += 1
             out.open_flags, out.backing_id = self.through_flags, use.backing_id
@@ -140,7 +160,7 @@ cdef class IoModes:
             return 0
         if not self.keeps or node.is_changed_in_place() or node.unlinked or successor_of(node) is not None:
             return self.unregister(id_)
-        self.kept[node] = id_, handle.file.take()
+        self.kept[node] = id_, handle.file.take(), 0 if self.state is None else self.state.add_kept(node.id, id_)
         if len(self.kept) > KEPT:
             self.let_go_of(self.kept.pop(next(iter(self.kept))))
         return 0

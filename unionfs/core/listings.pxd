@@ -30,7 +30,7 @@ cdef class Dirents:
     cdef void put_node(self, const char *name, size_t length, uint64_t off, Attributes found)
     cpdef add_dots(self, Node directory, uint64_t off, bint plus)
     cdef char *start(self) noexcept
-    cpdef sent(self)
+    cpdef sent(self, uint64_t unique=*)
 
 cdef class Lister:
     cdef NodeTable nodes

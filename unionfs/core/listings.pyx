@@ -11,6 +11,7 @@ from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndS
 from libc.errno cimport ESTALE
 from libc.string cimport memchr, memcpy, memset
 
+from unionfs.core.node cimport count_lookup
 from unionfs.core.directories cimport Listing
 from unionfs.core.lookup cimport Names, look_up
 from unionfs.core.stats cimport S_IFDIR, failure
@@ -118,11 +119,11 @@ cdef class Dirents:
         self.limit = self.size
         return self.data
 
-    cpdef sent(self):
-        """Count the lookups of the nodes."""
+    cpdef sent(self, uint64_t unique=0):
+        """Count the lookups of the nodes; ``unique``: the number of the request."""
         cdef Node node
         for node in self.nodes:
-            node.lookups += 1
+            count_lookup(node, unique)
 
 
 cdef const char *valid(bytes name) except NULL:

@@ -8,6 +8,7 @@ from libc.string cimport memchr, memset
 from posix.fcntl cimport O_ACCMODE, O_RDWR
 
 from unionfs.core.files cimport Handle, OpenFile, new_file
+from unionfs.core.node cimport count_lookup
 from unionfs.core.stats cimport S_IFDIR, S_IFREG
 from unionfs.core.validity cimport fill_entry
 from unionfs.core.wire cimport (
@@ -89,7 +90,7 @@ cdef class NameRequests:
         )
         if found is None:
             return 0
-        found.node.lookups += 1
+        count_lookup(found.node, header.unique)
         fill_entry(&answer.body, found)
         answer.header.length, answer.header.error = sizeof(entry_answer), 0
         return sizeof(entry_answer)
@@ -116,14 +117,15 @@ cdef class NameRequests:
         file = new_file(new.fd, not node.place.layer.memory, None)
         node.in_use().file = file
         number = self.handles.add(
-            node, file, None, header.uid, given.flags & O_ACCMODE != 0, given.flags & O_ACCMODE == O_RDWR
+            node, file, None, header.uid, given.flags & O_ACCMODE != 0, given.flags & O_ACCMODE == O_RDWR,
+            header.unique,
         )
         try:
             self.modes.open_in_place(self.handles.by_number[number], &answer.open)
         except BaseException:
             self.handles.remove(number)
             raise
-        node.lookups += 1
+        count_lookup(node, header.unique)
         fill_entry(&answer.entry, found)
         answer.open.fh = number
         answer.header.length, answer.header.error = sizeof(create_answer), 0

@@ -4,6 +4,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from unionfs.core.files cimport Use
 from unionfs.core.places cimport Layer, Place
+from unionfs.core.state cimport Record, is_resent, short_unique
 from unionfs.core.stats cimport fuse_attr, stat_t
 from unionfs.core.territory cimport Territory
 
@@ -43,6 +44,7 @@ cdef class Node:
     cdef readonly object flags
     cdef readonly Use use
     cdef Rare rare
+    cdef Record *record
     cdef readonly uint32_t generation, kind
     cdef readonly int held
     cdef readonly flag unlinked, no_capability, from_origin
@@ -66,6 +68,17 @@ cdef Node new_node(
     uint64_t id_, Territory territory, Node parent, bytes name, uint32_t kind, list places, int64_t key,
     uint64_t ino, uint32_t generation
 )
+
+cdef inline void count_lookup(Node node, uint64_t unique) noexcept:
+    """An answer contains the node. A request that was sent before may have been counted then."""
+    cdef Record *record = node.record
+    if record == NULL:
+        node.lookups += 1
+        return
+    if is_resent(unique) and record.unique == short_unique(unique):
+        return
+    node.lookups += 1
+    record.lookups, record.unique = node.lookups, short_unique(unique)
 
 cdef inline bint has_lower_data(Node node) noexcept:
     """Whether its data is known to lie elsewhere."""

@@ -5,6 +5,7 @@ from libc.string cimport memcpy
 from posix.unistd cimport close
 
 from unionfs.core.places cimport require_some
+from unionfs.core.state cimport UNLINKED
 from unionfs.core.stats cimport (
     S_IFDIR, S_IFMT, ctime_of, failure, fill_attr, read_result, result_of,
 )
@@ -81,6 +82,7 @@ cdef class Node:
     # from_origin: its number is that of its origin; see `origin`.
     # use: set at the first open.
     # rare: None, or the rest.
+    # record: what another daemon would need; see `state`.
 
     def __init__(
         self,
@@ -332,6 +334,8 @@ cdef class Node:
 
     def hold(self, int fd):
         """Keep an O_PATH fd of the object, replacing an older one; -1: keep none."""
+        if self.record != NULL:
+            self.record.held = fd
         if self.held >= 0:
             close(self.held)
         self.held = fd
@@ -382,9 +386,9 @@ cdef class Node:
             raise OSError(ESTALE, "a layer holds another object there")
         return 0
 
-    def looked_up(self):
-        """Count a lookup: an answer to the kernel contains the node."""
-        self.lookups += 1
+    def looked_up(self, uint64_t unique=0):
+        """Count a lookup: an answer to the kernel contains the node. ``unique``: the number of the request."""
+        count_lookup(self, unique)
 
     # -- changed by the table alone -------------------------------------------------------------------
 
@@ -425,6 +429,8 @@ cdef class Node:
                     self.place = place
             else:
                 self.unlinked = True
+                if self.record != NULL:
+                    self.record.flags |= UNLINKED
 
     def change_name(self, Node parent not None, bytes name not None, Node new_parent not None, bytes new_name not None):
         """Record a rename."""

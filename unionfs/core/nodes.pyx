@@ -27,8 +27,11 @@ from libc.errno cimport ESTALE
 from libc.errno cimport errno as c_errno
 from posix.unistd cimport close
 
+from unionfs.core.idtable cimport IdTable
 from unionfs.core.node cimport new_node, successor_of
 from unionfs.core.places cimport require_some
+from unionfs.core.recorder cimport Recorder
+from unionfs.core.state cimport SUPERSEDED, UNLINKED
 from unionfs.core.stats cimport S_IFDIR, S_IFMT, failure, fstat, read_result, result_of
 
 from unionfs.core.places import NO_KEY as _NO_KEY
@@ -51,19 +54,22 @@ cdef enum:
     ROOT = 1
 
 
-cdef class NodeTable:
+cdef class NodeTable(Recorder):
     """All nodes that the kernel knows or is about to receive, and their ids.
 
     ``origins`` and ``index`` find the numbers and copies of what was copied up; see `union.origin` and
     `union.index`.
     """
 
-    def __init__(self, origins, index, Gate gate not None, gone=None, *, bint copies_up=True, known=None):
+    def __init__(self, origins, index, Gate gate not None, gone=None, *, bint copies_up=True, known=None,
+        state=None,
+    ):
         """``gone`` is called for each forgotten node whose file stays open; see `Use.stays_open`.
         ``copies_up``: whether there is an upper, which may get a copy of one name alone. ``known`` is called
         for each new directory of the merged layers, and each file of a lower with several hard links; then
-        ``gone`` for all nodes.
+        ``gone`` for all nodes. ``state``: where to record what another daemon needs.
         """
+        self.state = state
         self.by_id, self.by_inode, self.inodes_of = IdTable(), {}, {}
         self.gone, self.on_known = gone, known
         self.copies_up = copies_up
@@ -77,7 +83,7 @@ cdef class NodeTable:
         self.unstored = {}
 
     def __len__(self):
-        return self.by_id.count
+        return self.by_id.count + (0 if self.former is None else len(self.former))
 
     def __iter__(self):
         """All nodes at this moment."""
@@ -91,23 +97,6 @@ cdef class NodeTable:
         self.root.lookups += 1
         if self.on_known is not None:
             self.on_known(self.root)
-
-    cdef Node found(self, uint64_t id_):
-        cdef Node node = self.by_id.get(id_), successor
-        while node is not None:
-            successor = successor_of(node)
-            if successor is None:
-                break
-            node = successor
-        return node
-
-    def get(self, uint64_t id_):
-        """The node with that id, or its successor, if known."""
-        return self.found(id_)
-
-    def named(self, uint64_t id_):
-        """The node that has that id itself."""
-        return self.by_id.get(id_)
 
     # -- numbers --------------------------------------------------------------------------------------
 
@@ -124,6 +113,8 @@ cdef class NodeTable:
             if known is not None:
                 return known.ino
         number = self.number_of(name, &given, places, &from_origin, None)
+        if self.former is not None and self.former.at(number) != NULL:
+            return number
         return number if self.may_share(&given, place) else self.free(number)
 
     cdef bint is_linkable(self, const stat_t *st, Place place) noexcept:
@@ -172,9 +163,16 @@ cdef class NodeTable:
 
     cdef uint64_t free(self, uint64_t number) except 0:
         """The number itself, or another one if a node has it."""
-        while self.by_id.has(number):
+        while self.by_id.has(number) or (self.former is not None and self.former.at(number) != NULL):
             number = self.numbers.hashed(b"taken%d" % number)
         return number
+
+    cdef uint64_t id_for(self, uint64_t number, Node parent, bytes name, uint32_t kind) except 0:
+        """The id of a new node: the number itself, or another one if a node has it. A former node keeps its own."""
+        cdef uint64_t id_ = 0
+        if self.former is not None:
+            id_ = self.former.id_for(number, parent.id, name, kind)
+        return id_ if id_ else self.free(number)
 
     cdef uint32_t next_generation(self) noexcept:
         self.generation += 1
@@ -189,6 +187,7 @@ cdef class NodeTable:
             node.ino = self.numbers.of(st.st_dev, st.st_ino)
             if node.place is not None:
                 node.key = node.place.layer.key(st)
+            self.record_number(node)
             return
         read_result(st, &given)
         self.is_copy(node, &given, origin is not Stored.UNKNOWN)
@@ -199,6 +198,7 @@ cdef class NodeTable:
             node.from_origin = True
         elif node.kind != S_IFDIR:
             self.unstored[st.st_dev, st.st_ino] = node.ino
+            self.record_number(node)
         if node.place is not None:
             node.key = node.place.layer.key_of(st)
         return 0
@@ -243,7 +243,7 @@ cdef class NodeTable:
         """A new node with that number."""
         cdef Place place = places[0]
         cdef uint32_t kind = st.st_mode & S_IFMT
-        cdef uint64_t id_ = self.free(number)
+        cdef uint64_t id_ = self.id_for(number, parent, name, kind)
         cdef int64_t key = 0 if kind == S_IFDIR else place.layer.key_of(st)
         cdef uint64_t ino = number if id_ == number or self.may_share(st, place) else id_
         cdef Node node = new_node(
@@ -252,6 +252,8 @@ cdef class NodeTable:
         node.from_origin = from_origin
         self.by_id.add(node)
         parent.children[name] = node
+        if self.state is not None:
+            self.record(node)
         if self.on_known is not None and (kind == S_IFDIR or (st.st_nlink > 1 and not place.layer.is_upper)):
             self.on_known(node)
         if st.st_nlink > 1 and self.is_linkable(st, place):
@@ -283,11 +285,13 @@ cdef class NodeTable:
             number = self.numbers.of(*original)
             here, found = (place, st) if copy is None else (index.place, copy)
             node = Node(
-                self.free(number), parent.territory, parent, name, st.st_mode & S_IFMT, [here],
-                here.layer.key(found), ino=number,
+                self.id_for(number, parent, name, st.st_mode & S_IFMT), parent.territory, parent, name,
+                st.st_mode & S_IFMT, [here], here.layer.key(found), ino=number,
             )
             self.by_id.add(node)
             parent.children[name] = node
+            if self.state is not None:
+                self.record(node)
             node.may_be_indexed(entry, st.st_nlink)
             if copy is not None:
                 node.has_origin()
@@ -327,14 +331,19 @@ cdef class NodeTable:
         if self.by_inode.get(key) is not node:
             self.by_inode[key] = node
             self.inodes_of.setdefault(node.id, []).append(key)
+            self.record_number(node)
 
     def add_name(self, Node node not None, Node parent not None, bytes name not None, Place place):
         """Add the name ``name`` in ``parent`` to ``node``; ``place`` is that real directory."""
+        if node.record != NULL and node.unlinked:  # before its fd is closed
+            self.state.write(node.record, parent.id, node.ino, name)
+            node.record.flags &= ~UNLINKED
         node.get_name(parent, name, place)
 
     def remove_name(self, Node node not None, Node parent not None, bytes name not None):
         """Remove the name ``name`` in ``parent`` from ``node``; see ``Union.outliving``."""
         node.lose_name(parent, name)
+        self.record_name(node)
         self.release(parent)
 
     def move(
@@ -343,6 +352,7 @@ cdef class NodeTable:
     ):
         """Record a rename of ``node``."""
         node.change_name(parent, name, new_parent, new_name)
+        self.record_name(node)
         self.release(parent)
 
     def unnamed(self, Node parent not None, int held):
@@ -354,6 +364,8 @@ cdef class NodeTable:
             generation=self.next_generation(), held=held,
         )
         self.by_id.add(node)
+        if self.state is not None:
+            self.record(node)
         self.linked(node, st)
         return node
 
@@ -362,6 +374,13 @@ cdef class NodeTable:
         number = self.free(self.numbers.after(node.id))
         new = node.supersede(number, self.next_generation())
         self.by_id.add(new)
+        if self.state is not None:
+            self.record(new)
+            self.record_number(new)
+            if node.record != NULL:
+                node.record.parent = number
+                node.record.flags = (node.record.flags & ~UNLINKED) | SUPERSEDED
+                node.record.held = -1
         for key in self.inodes_of.get(node.id, ()):
             self.by_inode[key] = new
         if node.id in self.inodes_of:
@@ -371,6 +390,7 @@ cdef class NodeTable:
     def lose(self, Node node not None, Node parent not None, bytes name not None):
         """Drop a node whose name another process gave to another object."""
         node.lose_name(parent, name)
+        self.record_name(node)
         if node.unlinked:
             node.key = _NO_KEY
             for key in self.inodes_of.pop(node.id, ()):  # names found later are another node
@@ -382,11 +402,12 @@ cdef class NodeTable:
 
     def forget(self, Node node not None, int64_t lookups):
         """Subtract lookups that the kernel forgot."""
-        node.lookups -= lookups
-        self.release(node)
+        self.subtract(node, lookups)
 
     cdef void subtract(self, Node node, int64_t lookups):
         node.lookups -= lookups
+        if node.record != NULL:
+            node.record.lookups = node.lookups
         self.release(node)
 
     cdef release(self, Node node):
@@ -399,8 +420,13 @@ cdef class NodeTable:
                 return
             if current.use is not None and current.use.handles:
                 return
+            if self.former is not None and current.id in self.former.below:
+                return
             if not self.by_id.remove(current):
                 return
+            if current.record != NULL:
+                self.state.drop(current.record)
+                current.record = NULL
             self.end(current)
             if successor_of(current) is not None:
                 current = current.rare.successor

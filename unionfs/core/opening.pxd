@@ -17,7 +17,7 @@ cdef class Handles:
     cdef Py_ssize_t shared, most
 
     cpdef int may_hold(self, uint32_t uid) except -1
-    cdef uint64_t add(self, Node node, OpenFile file, who, uint32_t uid, bint writes, bint maps)
+    cdef uint64_t add(self, Node node, OpenFile file, who, uint32_t uid, bint writes, bint maps, uint64_t unique=*)
     cdef Handle remove(self, uint64_t number)
 
 cdef class KeptFiles:

@@ -12,6 +12,7 @@ from unionfs.core.files cimport UnreadFile
 from unionfs.core.lookup cimport Names
 from unionfs.core.node cimport has_entry, has_lower_data
 from unionfs.core.places cimport open_quietly
+from unionfs.core.state cimport MAPS, WRITES
 from unionfs.core.stats cimport O_CLOEXEC, O_NOFOLLOW, O_RDONLY, S_IFMT, S_IFREG, failure, fstat
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ cdef class Handles:
     def register(self, Node node not None, OpenFile file not None, who, *, bint writes, bint maps=False):
         """Record an open of a node; returns its number. ``who``: the process that opened it, if known.
         ``maps``: see `Handle`."""
-        return self.add(node, file, who, 0 if who is None else who.uid, writes, maps)
+        return self.add(node, file, who, 0 if who is None else who.uid, writes, maps, getattr(who, "unique", 0))
 
     cpdef int may_hold(self, uint32_t uid) except -1:
         """Raise EMFILE if a user must not open one more file that holds an fd."""
@@ -72,7 +73,7 @@ cdef class Handles:
             raise failure(EMFILE)
         return 0
 
-    cdef uint64_t add(self, Node node, OpenFile file, who, uint32_t uid, bint writes, bint maps):
+    cdef uint64_t add(self, Node node, OpenFile file, who, uint32_t uid, bint writes, bint maps, uint64_t unique=0):
         cdef Handle handle = Handle.__new__(Handle)
         handle.uid = uid
         if file.users == 1 and not isinstance(file, UnreadFile):
@@ -82,6 +83,10 @@ cdef class Handles:
         handle.file, handle.who, handle.node, handle.writes, handle.maps = file, who, node, writes, maps
         node.in_use().handles.append(handle)
         self.last += 1
+        if self.nodes.state is not None:
+            handle.record = self.nodes.state.add_handle(
+                self.last, node.id, unique, (WRITES if writes else 0) | (MAPS if maps else 0)
+            )
         self.by_number[self.last] = handle
         return self.last
 
@@ -97,6 +102,9 @@ cdef class Handles:
         cdef Node node
         if handle is not None:
             node = handle.node
+            if handle.record != NULL:
+                self.nodes.state.drop_handle(handle.record)
+                handle.record = NULL
             node.use.handles.remove(handle)
             if handle.holds:
                 self.fds -= 1

@@ -24,6 +24,8 @@ cdef class Opens:
 
     cdef int open(self, const fuse_in_header *header, const char *body, size_t size, void *out) except -1
     cdef int release(self, const fuse_in_header *header, const char *body, size_t size, void *out) except -1
-    cdef int open_in_upper(self, Node node, uint32_t uid, const uint32_t *flags, open_answer *answer) except -1
+    cdef int open_in_upper(
+        self, const fuse_in_header *header, Node node, const uint32_t *flags, open_answer *answer
+    ) except -1
     cdef void forget_attributes(self, Node node) noexcept
     cdef void fill(self, Node node, OpenFile file) noexcept

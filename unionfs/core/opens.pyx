@@ -48,7 +48,7 @@ cdef class Opens:
     cdef int open(self, const fuse_in_header *header, const char *body, size_t size, void *out) except -1:
         """OPEN; returns the size of the answer, or 0 if Python must answer."""
         cdef open_answer *answer = <open_answer *>out
-        cdef Node node = self.nodes.by_id.get(header.nodeid)
+        cdef Node node = self.nodes.known(header.nodeid)
         cdef OpenFile file
         cdef Use use
         cdef Handle handle
@@ -56,7 +56,7 @@ cdef class Opens:
         if size < 8 or node is None or successor_of(node) is not None:
             return 0
         if is_plain_in_upper(node):
-            return self.open_in_upper(node, header.uid, <const uint32_t *>body, answer)
+            return self.open_in_upper(header, node, <const uint32_t *>body, answer)
         if (<const uint32_t *>body)[0] & <uint32_t>(O_ACCMODE | O_TRUNC) or not is_plain(node):
             return 0
         use = node.in_use()
@@ -68,7 +68,7 @@ cdef class Opens:
         if not use.filled and not use.cached and (not file.has_stat or file.stat.st_size > self.small):
             take_back(node, file)
             return 0
-        number = self.handles.add(node, file, None, header.uid, False, False)
+        number = self.handles.add(node, file, None, header.uid, False, False, header.unique)
         handle = self.handles.by_number[number]
         answer.body.fh, answer.body.backing_id = number, 0
         use.opened(handle)
@@ -79,7 +79,9 @@ cdef class Opens:
         answer.header.length, answer.header.error = sizeof(open_answer), 0
         return sizeof(open_answer)
 
-    cdef int open_in_upper(self, Node node, uint32_t uid, const uint32_t *flags, open_answer *answer) except -1:
+    cdef int open_in_upper(
+        self, const fuse_in_header *header, Node node, const uint32_t *flags, open_answer *answer
+    ) except -1:
         """The same for a file of the upper; ``flags``: those of open(2), and FUSE_OPEN_*."""
         cdef bint writes = flags[0] & <uint32_t>O_ACCMODE != 0, truncates = flags[0] & <uint32_t>O_TRUNC != 0
         cdef Use use = node.in_use()
@@ -92,7 +94,7 @@ cdef class Opens:
             return 0
         if truncates and flags[1] & KILL_SET_IDS:
             return 0
-        self.handles.may_hold(uid)
+        self.handles.may_hold(header.uid)
         file = self.opener.lend_in_upper(node, use, writes or truncates)
         if file is None:
             return 0
@@ -101,7 +103,7 @@ cdef class Opens:
             take_back(node, file)
             raise error
         number = self.handles.add(
-            node, file, None, uid, writes, flags[0] & <uint32_t>O_ACCMODE == <uint32_t>O_RDWR
+            node, file, None, header.uid, writes, flags[0] & <uint32_t>O_ACCMODE == <uint32_t>O_RDWR, header.unique
         )
         try:
             self.modes.open_in_place(self.handles.by_number[number], &answer.body)

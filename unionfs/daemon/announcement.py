@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from contextlib import suppress
+from dataclasses import replace
 
 from unionfs.daemon import live
 from unionfs.daemon.answering import listen
+from unionfs.daemon.live import LiveMount
 from unionfs.daemon.runtime import RuntimeDirectory
 from unionfs.errors import on_failure, quoted
 from unionfs.settings.mount import MountSettings
 from unionfs.sys.capabilities import in_initial_user_namespace
+from unionfs.sys.process import start_time
 
 log = logging.getLogger(__name__)
 
@@ -19,11 +23,21 @@ log = logging.getLogger(__name__)
 class Announcement:
     """The announcement of the mount that this process serves."""
 
-    def __init__(self, settings: MountSettings, directory: RuntimeDirectory) -> None:
-        """Call it before mounting, which may cover the layers' paths. Raises OSError."""
+    def __init__(
+        self, settings: MountSettings, directory: RuntimeDirectory, former: LiveMount | None = None
+    ) -> None:
+        """Call it before mounting, which may cover the layers' paths. `former`: the entry of a daemon
+        whose mount this process takes over. Raises OSError.
+        """
         self._directory = directory
-        self._claims = live.claims_of(settings)
+        self._former = former
+        self._claims = live.claims_of(settings) if former is None else former.claims
         self._entry: live.LiveMount | None = None
+
+    @property
+    def entry(self) -> LiveMount | None:
+        """The entry of the usable mount."""
+        return self._entry
 
     @property
     def since(self) -> float | None:
@@ -49,7 +63,20 @@ class Announcement:
     def publish(self, settings: MountSettings, device: str) -> None:
         """Register the usable mount. Raises UserError."""
         with on_failure(f"the mount cannot be entered in {quoted(self._directory.path)}", "make room there"):
-            self._entry = live.announce(settings, device, self._directory.path, self._claims)
+            self._entry = live.announce(
+                settings, device, self._directory.path, self._claims,
+                None if self._former is None else self._former.since,
+            )
+        if self._former is not None:
+            self._former.remove()
+            self._former = None
+
+    def held_by(self, holder: int) -> None:
+        """Enter the pid of the holder of this daemon's files."""
+        if self._entry is not None:
+            self._entry = replace(self._entry, holder=(holder, start_time(holder) or 0))
+            with suppress(OSError):
+                self._entry.save()
 
     def mark_ending(self) -> None:
         """Record that the mount is gone and only the layers are still synced and closed."""

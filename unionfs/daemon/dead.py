@@ -81,7 +81,8 @@ def _dead(mount: MountEntry, entries: Sequence[LiveMount]) -> DeadMount | None:
     entry = live.find_by_device(mount.device, entries)
     if mount.fstype != others.FSTYPE if entry is None else entry.is_alive():
         return None
-    return DeadMount(mount, entry) if is_dead_mount(mount) else None
+    given_up = entry is not None and entry.is_given_up()
+    return DeadMount(mount, entry) if is_dead_mount(mount, given_up=given_up) else None
 
 
 def _is_ours(mount: MountEntry) -> bool:

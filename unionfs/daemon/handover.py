@@ -28,7 +28,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-from unionfs.daemon.caller import CALLER, MustRunThere
+from unionfs.core.samepages import SamePages
+from unionfs.daemon.caller import CALLER, MustRunThere, result
 from unionfs.sys.inheritance import has_same_rights, take_over
 from unionfs.sys.peers import peer_of
 from unionfs.sys.title import set_title
@@ -56,16 +57,24 @@ class _Call:
     umask: int
 
 
-def serve(connection: socket.socket, identity: str, run: Run) -> int:
+def serve(
+    connection: socket.socket,
+    identity: str,
+    run: Run,
+    pages: SamePages | None,
+    is_current: Callable[[], bool],
+) -> int:
     """Serve a call in this process, which is for it alone. Returns the exit code of this process.
 
-    `identity` is that of the launcher that started the resident.
+    `identity` is that of the launcher that started the resident, `pages` what a daemon may share of its
+    memory. `is_current` returns whether the files of this version are still there.
     """
     try:
         connection.settimeout(_SECONDS)
         call = _receive(connection)
-        answer = b"S" if call.identity != identity else b"N"
+        answer = b"S" if call.identity != identity or not is_current() else b"N"
         if answer == b"N" and _become(call, peer_of(connection).pid) and _has_files(connection):
+            CALLER.follow(connection, pages)
             answer = _run(connection, call.arguments, run)
         connection.sendall(answer)
     except (OSError, ValueError, struct.error):
@@ -125,11 +134,19 @@ def _become(call: _Call, pid: int) -> bool:
     except OSError:
         return False
     os.umask(call.umask)
-    os.environb.clear()
-    os.environb.update(call.environment)
+    _set_environment(call.environment)
     time.tzset()
     set_title(call.arguments, call.environment)
     return True
+
+
+def _set_environment(environment: Mapping[bytes, bytes]) -> None:
+    ours = dict(os.environb)
+    for name in ours.keys() - environment.keys():
+        del os.environb[name]
+    for name, value in environment.items():
+        if ours.get(name) != value:
+            os.environb[name] = value
 
 
 def _has_files(connection: socket.socket) -> bool:
@@ -164,7 +181,6 @@ def _has_files(connection: socket.socket) -> bool:
 def _run(connection: socket.socket, arguments: Sequence[str], run: Run) -> bytes:
     """Return the answer to the launcher."""
     connection.settimeout(None)
-    CALLER.follow(connection)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         code = run(os.path.basename(arguments[0]), arguments[1:])
@@ -177,4 +193,4 @@ def _run(connection: socket.socket, arguments: Sequence[str], run: Run) -> bytes
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
-    return b"R" + bytes([code & 0xFF])
+    return result(code)

@@ -56,12 +56,25 @@ class Lifetime:
         self._device = ""
         self._ending = False
         self._at_once = trio.Event()
+        self._leaves = trio.Event()
         self._cut_off = False
 
     @property
     def is_ending(self) -> bool:
         """Whether the mount is being ended."""
         return self._ending
+
+    def leave(self) -> None:
+        """Another daemon is to go on: this one ends when it has answered the order."""
+        self._leaves.set()
+
+    async def watch_leaving(self) -> None:
+        """End the process after `leave`, between two requests."""
+        await self._leaves.wait()
+        await trio.sleep(_NOTICE_SECONDS)
+        log.info("another daemon goes on")
+        logging.shutdown()
+        os._exit(0)
 
     def mounted(self, device: str) -> None:
         """Record the `major:minor` of the mount."""

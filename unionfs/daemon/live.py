@@ -46,6 +46,8 @@ class LiveMount:
     """(st_dev, st_ino) of upper and work."""
     ending: bool = False
     """The mount is gone, and the daemon is about to end."""
+    holder: tuple[int, int] | None = None
+    """The process (pid, start time) that starts another daemon when this one dies."""
     directory: str = ""
     """The runtime directory of this entry; empty for a mount of another user."""
     uid: int | None = None
@@ -58,6 +60,11 @@ class LiveMount:
 
     def is_alive(self) -> bool:
         return is_alive(self.pid, self.started)
+
+    def is_given_up(self) -> bool:
+        """Return whether its daemons died too often, so that its holder answers all requests with EIO;
+        if the mount is dead."""
+        return not self.is_alive() and self.holder is not None and is_alive(*self.holder)
 
     def mounts(self) -> list[MountEntry]:
         """Return its mounts in the daemon's mount namespace, or in ours if that is not readable."""
@@ -82,7 +89,7 @@ class LiveMount:
             return None
 
     def to_json(self) -> dict[str, Any]:
-        names = ("pid", "started", "device", "since", "claims", "ending")
+        names = ("pid", "started", "device", "since", "claims", "ending", "holder")
         return {"settings": self.settings.to_json(), **{name: getattr(self, name) for name in names}}
 
     @classmethod
@@ -96,6 +103,7 @@ class LiveMount:
             since=float(values["since"]),
             claims=tuple((int(device), int(inode)) for device, inode in values["claims"]),
             ending=bool(values["ending"]),
+            holder=_process(values.get("holder")),
             directory=directory,
         )
 
@@ -108,6 +116,10 @@ class LiveMount:
         """Remove the entry and the socket."""
         with suppress(OSError), RuntimeDirectory(self.directory) as directory:
             directory.remove(f"{self.name}.json", f"{self.name}.sock")
+
+
+def _process(value: Any) -> tuple[int, int] | None:
+    return None if value is None else (int(value[0]), int(value[1]))
 
 
 def entry_name(pid: int, started: int | None) -> str:
@@ -244,12 +256,16 @@ def claims_of(settings: MountSettings) -> tuple[tuple[int, int], ...]:
 
 
 def announce(
-    settings: MountSettings, device: str, directory: str, claims: tuple[tuple[int, int], ...]
+    settings: MountSettings,
+    device: str,
+    directory: str,
+    claims: tuple[tuple[int, int], ...],
+    since: float | None = None,
 ) -> LiveMount:
     """Register this process as the daemon of a usable mount. Raises OSError."""
     pid = os.getpid()
     started = start_time(pid) or 0
-    entry = LiveMount(settings, pid, started, device, time.time(), claims, directory=directory)
+    entry = LiveMount(settings, pid, started, device, since or time.time(), claims, directory=directory)
     entry.save()
     return entry
 

@@ -6,15 +6,17 @@ An order is a question with the key `order`. The daemon answers when it is carri
 
 from __future__ import annotations
 
+import time
 from typing import Any, Final
 
-from unionfs.daemon.live import LiveMount
+from unionfs.daemon.live import LiveMount, live_mounts
 from unionfs.errors import UserError, quoted
 
 END: Final = "end"
 """The order to end, and to cut off who uses the mount."""
 
 _ORDER: Final = "order"
+_EXCHANGE_SECONDS: Final = 30.0
 _SECONDS: Final = 1_000_000.0  # poll(2) takes milliseconds in 31 bits
 
 
@@ -54,3 +56,16 @@ def give(mount: LiveMount, order: str, what: str, cure: str) -> None:
     raise UserError(
         f"{place} cannot be {what}: its daemon (pid {mount.pid}) is of an earlier version; mount it again."
     )
+
+
+def exchange(mount: LiveMount) -> int:
+    """Let the installed version take a mount over; returns the pid of the new daemon. Raises UserError."""
+    place = quoted(mount.settings.mountpoint)
+    give(mount, "exchange", "upgraded", "unmount it and mount it again")
+    deadline = time.monotonic() + _EXCHANGE_SECONDS
+    while time.monotonic() < deadline:
+        found = [one for one in live_mounts() if one.device == mount.device and one.pid != mount.pid]
+        if found:
+            return found[0].pid
+        time.sleep(_EXCHANGE_SECONDS / 600)
+    raise UserError(f"{place} has no new daemon after {_EXCHANGE_SECONDS:.0f} seconds; see the log.")

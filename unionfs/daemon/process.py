@@ -1,8 +1,9 @@
 """Starts a daemon: checks, forks, and waits until the mount is usable.
 
 The parent imports neither trio nor pyfuse3, and returns when the child reports over a pipe that the mount is
-usable, or why it is not. What libfuse and fusermount3 print to fd 2 until then goes into a memfd and becomes
-part of the error message.
+usable, or why it is not. A process that a resident has forked for a launcher's call does not fork again: it
+becomes the daemon, and reports to the launcher. What libfuse and fusermount3 print to fd 2 until then goes
+into a memfd and becomes part of the error message.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ import logging
 import os
 import select
 import signal
+import socket
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
 from unionfs.daemon import logs, preflight
-from unionfs.daemon.caller import CALLER
+from unionfs.daemon.caller import CALLER, result
 from unionfs.daemon.runtime import RuntimeDirectory, runtime_directory
 from unionfs.errors import DeadMountError, MountRefusedError, UserError, quoted
 from unionfs.settings.mount import MountSettings
 from unionfs.sys.liveness import is_dead
+from unionfs.sys.manager import Manager
 from unionfs.sys.mountinfo import mounted_at
-from unionfs.sys.process import open_standard_files, standard_files_to_null, start_time, wait_gone
+from unionfs.sys.process import close_files_but, open_standard_files, start_time, to_null, wait_gone
 from unionfs.sys.unmount import unmount
 
 _SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
@@ -46,7 +50,10 @@ def mount(settings: MountSettings, *, foreground: bool = False) -> int:
     with runtime_directory() as directory:
         if foreground:
             return _serve_here(settings, directory)
-        _start_daemon(settings, directory.path)
+        path = directory.path
+    if CALLER.launcher is not None:
+        _be_daemon_of_launcher(settings, path, CALLER.launcher)
+    _start_daemon(settings, path)
     return 0
 
 
@@ -70,13 +77,17 @@ def _make_way(settings: MountSettings) -> None:
 
 
 class CapturedStderr:
-    """Redirects fd 2 of this process and its helpers to memory until `release`."""
+    """Redirects fd 2 of this process and its helpers to memory until `release` or `discard`."""
 
     def __init__(self) -> None:
         self._saved = os.dup(2)
         self._memory = os.memfd_create("stderr", os.MFD_CLOEXEC)
         os.dup2(self._memory, 2)
         self._released = False
+
+    def fds(self) -> tuple[int, int]:
+        """Return the fds that it needs beside 2."""
+        return self._saved, self._memory
 
     def saved(self) -> int:
         """Return a new fd of the real stderr."""
@@ -91,14 +102,20 @@ class CapturedStderr:
         return "; ".join(line.strip() for line in lines if line.strip())
 
     def release(self) -> None:
+        """Let fd 2 be the real stderr again."""
         if not self._released:
             os.dup2(self._saved, 2)
-            os.close(self._saved)
-            os.close(self._memory)
+            for fd in self.fds():
+                os.close(fd)
             self._released = True
 
+    def discard(self) -> None:
+        """Let go of the real stderr: fd 2 becomes /dev/null."""
+        self.release()
+        to_null([2])
 
-def explain(error: Exception, printed: str) -> str:
+
+def explain(error: BaseException, printed: str) -> str:
     if isinstance(error, MountRefusedError):
         return " ".join(error.explained(printed).split())
     while isinstance(error, ExceptionGroup):  # of trio: what happened is the innermost one
@@ -111,14 +128,19 @@ def explain(error: Exception, printed: str) -> str:
 
 
 def _serve_here(settings: MountSettings, directory: RuntimeDirectory) -> int:
-    captured = CapturedStderr()
+    captured, manager = CapturedStderr(), Manager()
+
+    def on_usable() -> None:
+        captured.release()
+        manager.tell("READY=1")
+
     logs.to_stream(settings.log_level, os.fdopen(captured.saved(), "w", buffering=1))
     # The caller's directory may be inside the mountpoint and would keep it busy.
     os.chdir("/")
     try:
-        return 0 if _serve(settings, directory, captured.release, foreground=True) else 1
+        return 0 if _serve(settings, directory, on_usable, foreground=True) else 1
     except KeyboardInterrupt:
-        raise UserError(f"mounting at {quoted(settings.mountpoint)} was interrupted; try again.") from None
+        raise _interrupted(settings) from None
     except Exception as error:
         if not isinstance(error, UserError):
             log.debug("the daemon failed", exc_info=True)
@@ -145,7 +167,7 @@ def _serve(
     # stops a mount with a million nodes for a second.
     gc.set_threshold(10_000, 20, 10_000)
     gc.enable()
-    return Service(settings, directory, on_usable, foreground=foreground).run()
+    return Service(settings, directory, on_usable, CALLER.pages, foreground=foreground).run()
 
 
 def _start_daemon(settings: MountSettings, directory: str) -> None:
@@ -166,7 +188,7 @@ def _start_daemon(settings: MountSettings, directory: str) -> None:
         while signal.sigpending() & _SIGNALS:
             signal.sigwait(_SIGNALS)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        raise UserError(f"mounting at {quoted(settings.mountpoint)} was interrupted; try again.")
+        raise _interrupted(settings)
     _, status = os.waitpid(pid, 0)
     _clear_dead_mount(settings)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -180,11 +202,15 @@ def _start_daemon(settings: MountSettings, directory: str) -> None:
     )
 
 
+def _interrupted(settings: MountSettings) -> UserError:
+    return UserError(f"mounting at {quoted(settings.mountpoint)} was interrupted; try again.")
+
+
 def _wait_for_answer(reader: int) -> bytes | None:
     """Return the line that the daemon sends, empty if it ended without one; None after a signal."""
     with os.fdopen(reader, "rb") as pipe:
         while not select.select([pipe], [], [], _SIGNAL_POLL_SECONDS)[0]:
-            if signal.sigpending() & _SIGNALS or CALLER.has_ended():
+            if signal.sigpending() & _SIGNALS:
                 return None
         answer = pipe.readline()
         return None if signal.sigpending() & _SIGNALS else answer
@@ -213,51 +239,86 @@ def _clear_dead_mount(settings: MountSettings) -> None:
 
 def _be_daemon(settings: MountSettings, directory: str, writer: int) -> NoReturn:
     """Run the child process; never returns to the caller."""
+
+    def report() -> None:
+        os.write(writer, b"ready\n")
+        os.close(writer)
+
     code = 1
     try:
-        code = _daemon(settings, directory, writer)
-    except BaseException:
-        log.exception("the daemon failed")
+        code = _serve_detached(settings, directory, {writer}, report)
+    except UserError as error:
+        with suppress(BrokenPipeError):
+            os.write(writer, json.dumps(str(error)).encode("ascii") + b"\n")
     finally:
-        logging.shutdown()
-        # Do not run the parent's atexit handlers or flush its buffers again.
-        os._exit(code)
+        _leave(code)
 
 
-def _daemon(settings: MountSettings, path: str, writer: int) -> int:
-    os.setsid()
-    os.chdir("/")
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    standard_files_to_null()
-    # Do not keep the caller's open files (pipes, locks, directories).
-    if writer != 3:
-        writer = os.dup2(writer, 3, inheritable=False)
-    os.closerange(4, 2**31 - 1)
+def _be_daemon_of_launcher(settings: MountSettings, directory: str, launcher: socket.socket) -> NoReturn:
+    """Become the daemon: this process is for this call alone. Raises UserError if mounting fails."""
+
+    def report() -> None:
+        launcher.sendall(result(0))
+        launcher.close()
+
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    kept = {launcher.fileno()} if CALLER.pages is None else {launcher.fileno(), CALLER.pages.fd}
+    _leave(_serve_detached(settings, directory, kept, report))
+
+
+def _leave(code: int) -> NoReturn:
+    logging.shutdown()
+    # Do not run the parent's atexit handlers or flush its buffers again.
+    os._exit(code)
+
+
+def _serve_detached(settings: MountSettings, path: str, kept: set[int], report: Callable[[], None]) -> int:
+    """Serve without a terminal and the caller's files, but for `kept`. Returns the exit code.
+
+    `report` is called when the mount is usable; an OSError means that the caller has ended. Raises UserError
+    if mounting fails; stderr is the caller's again.
+    """
+    captured = _detach(kept)
     directory = RuntimeDirectory(path)
-    captured = CapturedStderr()
     logs.to_host(settings.log_level, directory, settings.mountpoint)
     usable = False
 
     def on_usable() -> None:
         nonlocal usable
         usable = True
-        captured.release()
+        captured.discard()
         try:
-            os.write(writer, b"ready\n")
-        except BrokenPipeError:
+            report()
+        except OSError:
             # The caller was killed, so nobody learns of this mount: end it.
             os.kill(os.getpid(), signal.SIGTERM)
-        os.close(writer)
 
     try:
-        return 0 if _serve(settings, directory, on_usable, foreground=False) else 1
-    except Exception as error:
-        if usable:
-            raise
-        if not isinstance(error, UserError):
+        on_disk = _serve(settings, directory, on_usable, foreground=False)
+    except BaseException as error:
+        if usable or not isinstance(error, UserError):
             log.exception("the daemon failed")
-        with suppress(BrokenPipeError):
-            os.write(writer, json.dumps(explain(error, captured.text())).encode("ascii") + b"\n")
-        return 1
+        if usable:
+            return 1
+        text = explain(error, captured.text())
+        captured.release()
+        raise UserError(text) from error
+    if not usable:
+        captured.release()
+        raise _interrupted(settings)
+    return 0 if on_disk else 1
+
+
+def _detach(kept: set[int]) -> CapturedStderr:
+    """Leave the caller's session and directory. Keep open `kept` and, captured, stderr."""
+    os.setsid()
+    os.chdir("/")
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    captured = CapturedStderr()
+    to_null(range(2))
+    # Pipes, locks and directories of the caller.
+    close_files_but({*kept, *captured.fds()})
+    return captured

@@ -12,20 +12,21 @@ from __future__ import annotations
 
 import gc
 import os
-import select
 import signal
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Final, NoReturn
 
 import unionfs
+from unionfs.core.forking import IDLE, REFUSED, Forking
+from unionfs.core.samepages import SamePages
 from unionfs.daemon.handover import OUTDATED, Run, serve
 from unionfs.sys import filelocks
 from unionfs.sys.capabilities import in_initial_user_namespace
 from unionfs.sys.inheritance import is_alone_in_mount_namespace
-from unionfs.sys.peers import peer_of
 
 SETTING: Final = "UNIONFS_RESIDENT_SECONDS"
 """The variable with the seconds without a call after which it ends; 0: the launchers use none."""
@@ -44,17 +45,26 @@ def reside(name: str, identity: str, run: Run) -> None:
     `name` is that of its files in the runtime directory, without suffix, and `identity` that of its launcher.
     Call it when everything is imported.
     """
+    signal.signal(signal.SIGTERM, _leave)
+    # Ignored by the caller of the first launcher, it would hide how processes ended.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    resident = _Resident(name)
+    pages = None
+    with suppress(OSError):
+        pages = SamePages()
+    files = _files()
     gc.collect()
     # Collections do not write to what is there by now, so its pages stay shared with the children.
     gc.freeze()
-    signal.signal(signal.SIGTERM, _leave)
-    resident = _Resident(name, identity, run)
+    connection = resident.serve()
+    if connection < 0:
+        return
+    code = 1
     try:
-        resident.listen()
-        resident.take(socket.socket(fileno=_CONNECTION))
-        resident.serve()
+        code = serve(socket.socket(fileno=connection), identity, run, pages, lambda: _are_unchanged(files))
     finally:
-        resident.end()
+        # Neither the resident's cleanup nor its buffers.
+        os._exit(code)
 
 
 def _leave(*_: object) -> NoReturn:
@@ -74,6 +84,15 @@ def _files() -> dict[str, tuple[int, int]]:
     return found
 
 
+def _are_unchanged(files: Mapping[str, tuple[int, int]]) -> bool:
+    try:
+        return all(
+            ((status := os.stat(path)).st_ino, status.st_mtime_ns) == known for path, known in files.items()
+        )
+    except OSError:
+        return False
+
+
 def _idle_seconds() -> float:
     try:
         return float(os.environ[SETTING])
@@ -91,100 +110,70 @@ def _has_own_mount_namespace() -> bool:
 
 
 class _Resident:
-    def __init__(self, name: str, identity: str, run: Run) -> None:
+    def __init__(self, name: str) -> None:
         self._socket_name = f"{name}.sock"
         self._lock_name = f"{name}.lock"
-        self._identity = identity
-        self._run = run
-        self._files = _files()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._poll = select.poll()
-        self._children: dict[int, int] = {}
-        """Pids by pidfd."""
-        self._outdated = False
+        self._listener.setblocking(False)
+        self._forking = Forking(self._listener.fileno(), _CONNECTION, OUTDATED)
         self._linked = False
 
-    def listen(self) -> None:
-        """Raises OSError."""
+    def serve(self) -> int:
+        """Serve until nobody needs it. Returns -1 then, and in each forked process its connection.
+
+        Raises OSError.
+        """
+        connection = IDLE
+        try:
+            self._listen()
+            connection = self._wait()
+        except SystemExit:
+            pass
+        except BaseException:
+            self._end()
+            raise
+        if connection < 0:
+            connection = self._end()
+        self._listener.close()
+        return connection
+
+    def _listen(self) -> None:
         os.umask(0o077)
         with suppress(FileNotFoundError):
             os.unlink(self._socket_name, dir_fd=_DIRECTORY)
         self._listener.bind(f"/proc/self/fd/{_DIRECTORY}/{self._socket_name}")
         self._linked = True
         self._listener.listen(_QUEUE)
-        self._listener.setblocking(False)
-        self._poll.register(self._listener, select.POLLIN)
         # Now other launchers, which wait for it, can connect.
         os.close(_LOCK)
 
-    def serve(self) -> None:
+    def _wait(self) -> int:
         idle, looks = _idle_seconds(), _has_own_mount_namespace()
-        last = time.monotonic()
-        while not self._outdated:
-            left = last + idle - time.monotonic()
-            wait = min(left, _LOOK_SECONDS) if looks else left
-            events = self._poll.poll(max(0, wait) * 1000)
-            for fd, _ in events:
-                if fd == self._listener.fileno():
-                    self._accept()
-                    last = time.monotonic()
-                else:
-                    self._reap(fd)
-            if not events and (time.monotonic() >= last + idle or (looks and is_alone_in_mount_namespace())):
-                return
+        if not looks:
+            return self._forking.next(int(idle * 1000))
+        last, forked = time.monotonic(), self._forking.forked
+        while (left := last + idle - time.monotonic()) > 0:
+            found = self._forking.next(int(min(left, _LOOK_SECONDS) * 1000))
+            if found != IDLE or is_alone_in_mount_namespace():
+                return found
+            if forked != self._forking.forked:
+                last, forked = time.monotonic(), self._forking.forked
+        return IDLE
 
-    def _accept(self) -> bool:
-        """Take one call. Returns False if none waits."""
-        try:
-            connection, _ = self._listener.accept()
-        except OSError:
-            return False
-        self.take(connection)
-        return True
-
-    def take(self, connection: socket.socket) -> None:
-        """Fork a process for a call."""
-        with connection, suppress(OSError):
-            if peer_of(connection).uid != os.geteuid():
-                return
-            if self._outdated or _files() != self._files:
-                self._outdated = True
-                connection.send(b"S")
-                return
-            pid = os.fork()
-            if pid == 0:
-                self._be_child(connection)
-            pidfd = os.pidfd_open(pid)
-            self._children[pidfd] = pid
-            self._poll.register(pidfd, select.POLLIN)
-
-    def _be_child(self, connection: socket.socket) -> NoReturn:
-        code = 1
-        try:
-            self._listener.close()
-            for pidfd in self._children:
-                os.close(pidfd)
-            code = serve(connection, self._identity, self._run)
-        finally:
-            # Neither the resident's cleanup nor its buffers.
-            os._exit(code)
-
-    def _reap(self, pidfd: int) -> None:
-        self._poll.unregister(pidfd)
-        _, status = os.waitpid(self._children.pop(pidfd), 0)
-        os.close(pidfd)
-        if os.waitstatus_to_exitcode(status) == OUTDATED:
-            self._outdated = True
-
-    def end(self) -> None:
-        """Remove its files. Calls that have arrived by now are still taken."""
+    def _end(self) -> int:
+        """Remove its files. Calls that have arrived by now are still taken: returns as `serve`."""
         if not self._linked:
-            return
+            return IDLE
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with suppress(OSError):
             os.unlink(self._socket_name, dir_fd=_DIRECTORY)
-        while self._accept():
+        while (connection := self._forking.next(0)) == REFUSED:
             pass
+        if connection == IDLE:
+            self._remove_lock()
+        return connection
 
+    def _remove_lock(self) -> None:
         def open_lock() -> int:
             flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
             return os.open(self._lock_name, flags, dir_fd=_DIRECTORY)

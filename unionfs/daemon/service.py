@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from unionfs.core.samepages import SamePages
 from unionfs.daemon import live, logs
 from unionfs.daemon.announcement import Announcement
 from unionfs.daemon.answering import serve_control
@@ -22,8 +23,10 @@ from unionfs.daemon.claiming import Claim
 from unionfs.daemon.confine import confine
 from unionfs.daemon.lifetime import Lifetime, hold_signals
 from unionfs.daemon.orders import END, done, failed, order_in
+from unionfs.daemon.outliving import Outliving
 from unionfs.daemon.runtime import RuntimeDirectory
 from unionfs.daemon.serving import Serving
+from unionfs.daemon.sharing import share_memory
 from unionfs.daemon.stats import more_for
 from unionfs.daemon.syncing import sync
 from unionfs.errors import MountRefusedError, UserError, path_in, quoted, reason
@@ -36,6 +39,8 @@ from unionfs.union.layers import LayerStack
 from unionfs.union.tree import Union
 
 if TYPE_CHECKING:
+    from unionfs.core.state import State
+    from unionfs.daemon.former import FormerDaemon
     from unionfs.daemon.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -49,17 +54,24 @@ class Service:
         settings: MountSettings,
         directory: RuntimeDirectory,
         on_usable: Callable[[], None],
+        pages: SamePages | None,
         *,
         foreground: bool,
+        former: FormerDaemon | None = None,
     ) -> None:
         """`directory` holds runtime files; `on_usable` is called once, when the mount is usable.
+        `former`: take over its mount.
+
+        `pages`: what may be shared of the memory of this process.
 
         With `foreground`, SIGHUP (loss of the terminal) ends the mount. Raises UserError, leaving nothing
         open.
         """
         os.umask(0)  # the kernel has already applied the caller's umask
         self._on_usable = on_usable
-        self._claim = Claim(settings.mountpoint, directory)
+        self._pages = pages
+        self._claim = None if former else Claim(settings.mountpoint, directory)
+        self._former = former
         self._storage: Storage | None = None
         with ExitStack() as undo:
             undo.callback(self._let_go)
@@ -69,12 +81,17 @@ class Service:
 
                 self._storage = Storage(settings)
                 settings = self._storage.settings
-            self._announcement, self._stack = _open(settings, directory)
+            if former is None:
+                self._announcement, self._stack = _open(settings, directory)
+            else:
+                self._announcement = Announcement(settings, directory, former.entry)
+                self._stack = former.layers()
             undo.callback(self._stack.close)
+            self._outliving = Outliving(settings, directory, self._stack, former, foreground=foreground)
             # Before the union notes the capabilities to restore after it acted as a caller: capset(2) of
             # more than are left fails, and the caller's own rights would count in work.
             confine(settings)
-            self._operations = Operations(_union(self._stack, settings))
+            self._operations = Operations(_union(self._stack, settings, self._outliving.state))
             undo.pop_all()
         self._serving = Serving(self._operations, settings)
         self._lifetime = Lifetime(settings, lambda: self._finish(connected=True), foreground=foreground)
@@ -93,6 +110,8 @@ class Service:
                 trio.run(self._main, listeners)
             except BaseExceptionGroup as group:
                 cause = _cause(group)
+                if not isinstance(cause, SessionError | UserError):
+                    self._outliving.crash(group)
                 if isinstance(cause, SessionError):
                     cause = self._explained(cause)
                 if isinstance(cause, UserError):
@@ -121,14 +140,21 @@ class Service:
             session = trio.CancelScope()
             await nursery.start(self._lifetime.watch_signals, session)
             nursery.start_soon(self._lifetime.watch_owner, session)
+            nursery.start_soon(self._lifetime.watch_leaving)
             nursery.start_soon(self._announce, mounted)
+            if self._pages is not None:
+                nursery.start_soon(share_memory, self._pages)
             watches = self._operations.union.watches
             if watches is not None:
                 nursery.start_soon(self._operations.refreshing.watch, watches)
             if listeners:
                 nursery.start_soon(serve_control, listeners, self._answer)
             with session:
-                await self._serving.serve(mounted.set)
+                if self._former is None:
+                    await self._serving.serve(mounted.set)
+                else:
+                    connection, open_before = self._former.take_over(self._operations)
+                    await self._serving.resume(connection, open_before, mounted.set)
             nursery.cancel_scope.cancel()
         if not mounted.is_set():
             mountpoint = quoted(self._serving.settings.mountpoint)
@@ -137,7 +163,7 @@ class Service:
     async def _announce(self, mounted: trio.Event) -> None:
         await mounted.wait()
         mount = self._serving.locate()
-        self._claim.release()
+        self._release_claim()
         if mount is None:
             # It has been unmounted already, and the session is about to end.
             log.info("%s was unmounted as soon as it was there", self._serving.settings.mountpoint)
@@ -154,6 +180,7 @@ class Service:
             log.debug("I/O %s: %s", name, value)
         if self._storage is not None:
             self._storage.keep()
+        self._outliving.begin(self._settings(), self._serving.connection, self._announcement)
         self._on_usable()
 
     async def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +195,7 @@ class Service:
             "since": self._announcement.since,
             "io": self._serving.io,
             "log": logs.current_place(),
-            "figures": self._operations.figures(),
+            "figures": {**self._operations.figures(), **self._outliving.figures()},
             "upper_fd": None if upper is None else upper.root_fd,
             live.ENDING: self._lifetime.is_ending,
             **more_for(question, self._operations.latencies),
@@ -178,6 +205,10 @@ class Service:
         try:
             if order == "sync":
                 await sync(self._serving.locate(), self._stack)
+            elif order == "exchange":
+                if why_not := await trio.to_thread.run_sync(self._outliving.exchange):
+                    return failed(why_not)
+                self._lifetime.leave()
             elif order == "refresh":
                 await self._operations.refreshing.refresh()
             elif order == END:
@@ -191,6 +222,7 @@ class Service:
     def _finish(self, *, connected: bool = False) -> bool:
         """Release everything: lowers first, the upper after its sync. Returns whether it is on disk."""
         settings, on_disk = self._settings(), True
+        self._outliving.end()
         self._stack.close_lowers()
         self._serving.clear_leftovers(connected=connected)
         if self._storage is not None:
@@ -208,8 +240,12 @@ class Service:
         log.info("ended: %s", settings.mountpoint)
         return on_disk
 
+    def _release_claim(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
+
     def _let_go(self) -> None:
-        self._claim.release()
+        self._release_claim()
         if self._storage is not None:
             self._storage.let_go()
 
@@ -242,10 +278,10 @@ def _open(settings: MountSettings, directory: RuntimeDirectory) -> tuple[Announc
     return announcement, stack
 
 
-def _union(stack: LayerStack, settings: MountSettings) -> Union:
+def _union(stack: LayerStack, settings: MountSettings, state: State | None) -> Union:
     """The union, with watches of its lowers if `watch_lower`. Raises UserError."""
     if not settings.watch_lower:
-        return Union(stack)
+        return Union(stack, state=state)
     try:
         return Union(stack, notifier=Inotify())
     except OSError as error:

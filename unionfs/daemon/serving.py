@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from unionfs.daemon.clearing import clear_leftovers
+from unionfs.fuse.direct.former import Former
 from unionfs.fuse.direct.mounting import MountOptions
 from unionfs.fuse.errors import SessionUnfit
 from unionfs.fuse.operations import Operations
-from unionfs.fuse.protocol import Decision, IoMode
+from unionfs.fuse.protocol import IoMode
+from unionfs.fuse.session_direct import Connection
+from unionfs.fuse.session_direct import resume as resume_directly
 from unionfs.fuse.session_direct import serve as serve_directly
 from unionfs.settings.mount import MountSettings
 from unionfs.sys.mountinfo import MountEntry, mount_of_id, mounted_at
@@ -29,6 +33,8 @@ class Serving:
         """The reasons for the I/O mode, as plain values."""
         self.device = ""
         """`major:minor` of the mount, once known."""
+        self.connection: Connection | None = None
+        """Of the direct session, once it is usable."""
         self._operations = operations
         self._mount: MountEntry | None = None
         self._gone = False
@@ -69,20 +75,30 @@ class Serving:
             security=settings.security,
         )
 
-        def on_ready(decision: Decision, mount: MountEntry | None) -> None:
-            self._mount = mount
-            self.settings = replace(settings, session="direct", io=str(decision.io))
-            self.io = {
-                "why": decision.why,
-                "why_not": {str(mode): reason for mode, reason in decision.why_not.items()},
-                "missing": {str(flag.name): reason for flag, reason in decision.missing.items()},
-            }
-            on_mounted()
-
         await serve_directly(
-            self._operations, settings.mountpoint, options, IoMode(settings.io), on_ready,
-            cpu_idle=settings.cpu_idle,
+            self._operations, settings.mountpoint, options, IoMode(settings.io), partial(self._ready,
+            on_mounted), cpu_idle=settings.cpu_idle,
         )
+
+    async def resume(self, connection: Connection, former: Former, on_mounted: Callable[[], None]) -> None:
+        """Serve the mount of a former daemon until it is gone. Raises SessionError."""
+        await resume_directly(
+            self._operations, self.settings.mountpoint, connection, former, partial(self._ready, on_mounted),
+            cpu_idle=self.settings.cpu_idle,
+        )
+        self._gone = True
+
+    def _ready(self, on_mounted: Callable[[], None], connection: Connection) -> None:
+        decision = connection.decision
+        self.connection = connection
+        self._mount = connection.mount
+        self.settings = replace(self.settings, session="direct", io=str(decision.io))
+        self.io = {
+            "why": decision.why,
+            "why_not": {str(mode): reason for mode, reason in decision.why_not.items()},
+            "missing": {str(flag.name): reason for flag, reason in decision.missing.items()},
+        }
+        on_mounted()
 
     def locate(self) -> MountEntry | None:
         """Return the mount, by its id if known: another mount may cover its path by now."""

@@ -24,6 +24,7 @@ from unionfs.sys.unmount import unmount
 _NOTICE_SECONDS = 2.0
 _DEAF_SECONDS = 30.0
 _LAZY_SECONDS = 0.5
+_COPY_POLL_SECONDS = 0.1
 _MOST_NAMED = 5
 _STOP = "stop whatever uses it first"
 
@@ -109,8 +110,13 @@ def _unmount_living(mount: MountEntry, entry: live.LiveMount | None, *, whole: b
 
 
 def _refuse_copied(mount: MountEntry) -> None:
-    """Refuse to unmount what would stay mounted elsewhere, so that its daemon goes on. Raises UserError."""
-    found = copies(mount)
+    """Refuse to unmount what would stay mounted elsewhere, so that its daemon goes on. Raises UserError.
+
+    A namespace that has just been made has copies of all mounts, and often unmounts them or ends at once.
+    """
+    deadline = time.monotonic() + _NOTICE_SECONDS
+    while (found := copies(mount)) and all(pid for pid, _ in found) and time.monotonic() < deadline:
+        time.sleep(_COPY_POLL_SECONDS)
     here = [copy.mountpoint for pid, copy in found if not pid]
     users = [MountUser(pid, command_of(pid), "mount namespace") for pid, _ in found if pid]
     if here:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
 import stat
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -29,10 +28,12 @@ from unionfs.fuse.files import Files, truncate
 from unionfs.fuse.inline import in_thread
 from unionfs.fuse.invalidations import Invalidations
 from unionfs.fuse.latency import Latencies
+from unionfs.fuse.protocol.flags import UNIQUE_RESEND
 from unionfs.fuse.refreshing import Refreshing
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
 from unionfs.sys.fds import Owned, close_quietly
+from unionfs.sys.process import memory_figures
 from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
 from unionfs.union.copyup import CopyUp
 from unionfs.union.flags import APPEND, IMMUTABLE
@@ -68,18 +69,6 @@ def _chmod(node: Node, fd: int, mode: int) -> None:
         os.chmod(b"/proc/self/fd/%d" % fd, stat.S_IMODE(mode))
     else:
         permissions.chmod(fd, mode)
-
-
-def _memory() -> dict[str, int]:
-    """This process's resident set in bytes, now and its maximum; proc_pid_statm(5), getrusage(2).
-
-    The kernel counts some pages of each CPU a little later. smaps_rollup is exact, but walks the page tables
-    while requests wait.
-    """
-    with open("/proc/self/statm", "rb") as statm:
-        now = int(statm.read().split()[1]) * resource.getpagesize()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"resident_bytes": now, "peak_resident_bytes": max(now, peak)}
 
 
 class Operations:
@@ -119,7 +108,7 @@ class Operations:
             "read_bytes": self.files.bytes_read,
             "written_bytes": self.files.bytes_written,
             **({} if self.union.watches is None else self.union.watches.figures()),
-            **_memory(),
+            **memory_figures(),
             **self._more_figures(),
         }
 
@@ -198,9 +187,12 @@ class Operations:
         flags: int,
         *,
         tried: bool = False,
+        unique: int = 0,
     ) -> None:
-        """renameat2(2) with 0, RENAME_NOREPLACE or RENAME_EXCHANGE."""
+        """renameat2(2) with 0, RENAME_NOREPLACE or RENAME_EXCHANGE; ``unique``: the number of the request."""
         old, new = self.directory(parent), self.directory(new_parent)
+        if flags == calls.RENAME_EXCHANGE and self.union.state is not None:
+            self.union.state.exchanges(unique)
         while lower := self.changes.rename(old, name, new, new_name, flags, tried=tried):
             for node in lower:
                 if node.in_place:
@@ -363,8 +355,8 @@ class Operations:
             names = [name for name in names if not name.startswith(ACL)]
         return names
 
-    async def setxattr(self, id_: int, name: bytes, value: bytes, flags: int = 0) -> Node:
-        """Set an xattr; ``flags`` as in setxattr(2)."""
+    async def setxattr(self, id_: int, name: bytes, value: bytes, flags: int = 0, unique: int = 0) -> Node:
+        """Set an xattr; ``flags`` as in setxattr(2), ``unique``: the number of the request."""
         if name.startswith(ACL) and not self.union.stack.acl:
             raise os_error(errno.EOPNOTSUPP)
         node = self.node(id_)
@@ -377,9 +369,22 @@ class Operations:
         node.changes()
         self.union.capabilities.changed(node)
         with self.union.checked_path(node) as path:
+            if flags & os.XATTR_CREATE and self._existed(path, stored, unique) is False:
+                flags &= ~os.XATTR_CREATE
             os.setxattr(path, stored, value, flags)
         self._acl_changed(node, name)
         return node
+
+    def _existed(self, path: bytes, name: bytes, unique: int) -> bool | None:
+        """For another daemon, record whether an xattr exists that a request adds or removes. Returns
+        what a former daemon recorded for a request that is sent again; None: it had not begun."""
+        state = self.union.state
+        if state is None:
+            return None
+        former = state.xattr_existed(unique) if unique & UNIQUE_RESEND else None
+        if former is None:
+            state.changes_xattr(unique, os.fsdecode(name) in os.listxattr(path))
+        return former
 
     def _acl_changed(self, node: Node, name: bytes) -> None:
         if name == ACL_DEFAULT and node.parts:
@@ -396,10 +401,10 @@ class Operations:
         """Whether a process is neither root's nor in the group of the node's object."""
         return is_outside(who, self.union.attributes(node).st.st_gid)
 
-    async def removexattr(self, id_: int, name: bytes, uid: int) -> None:
-        """Remove an xattr, for user ``uid``."""
+    async def removexattr(self, id_: int, name: bytes, uid: int, unique: int = 0) -> None:
+        """Remove an xattr, for user ``uid``; ``unique``: the number of the request."""
         if name != CAPABILITY or uid == 0:
-            await self._removexattr(id_, name)
+            await self._removexattr(id_, name, unique)
             return
         # The kernel sends it before a write, a truncation or a chown, for a caller who may not request it.
         # They remove the capabilities of the backing file too; a stranger's chown without an owner gets here,
@@ -409,7 +414,7 @@ class Operations:
             with contextlib.suppress(PermissionError):  # in an ordinary user's daemon
                 await self._removexattr(id_, name)
 
-    async def _removexattr(self, id_: int, name: bytes) -> None:
+    async def _removexattr(self, id_: int, name: bytes, unique: int = 0) -> None:
         node = self.node(id_)
         stored = self.union.stored_name(node, name)
         # The kernel removes capabilities by itself, before a write.
@@ -422,7 +427,12 @@ class Operations:
         stored = self.union.stored_name(node, name)
         node.changes()
         with self.union.checked_path(node) as path:
-            os.removexattr(path, stored)
+            existed = self._existed(path, stored, unique)
+            try:
+                os.removexattr(path, stored)
+            except OSError as error:
+                if not (existed and error.errno == errno.ENODATA):
+                    raise
         self._acl_changed(node, name)
 
     # -- durability -----------------------------------------------------------------------------------

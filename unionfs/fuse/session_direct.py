@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import trio
 
@@ -26,6 +27,7 @@ from unionfs.core.reads import Reads
 from unionfs.core.setrequests import SetRequests
 from unionfs.fuse.direct.data import DataRequests
 from unionfs.fuse.direct.device import Device
+from unionfs.fuse.direct.former import NO_FORMER, Former
 from unionfs.fuse.direct.listings import ListingRequests
 from unionfs.fuse.direct.loop import Loop
 from unionfs.fuse.direct.mounting import MountOptions, mount, raise_readahead
@@ -46,6 +48,7 @@ from unionfs.fuse.protocol import (
     decoder,
     encode,
     negotiate,
+    notify,
     receive_buffer_size,
 )
 from unionfs.fuse.protocol import requests as rq
@@ -62,40 +65,45 @@ _ALL = (1 << 63) - 1
 """No file is larger."""
 
 
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A mount that can be used."""
+
+    device: int
+    """The fd of /dev/fuse."""
+    decision: Decision
+    mount: MountEntry | None
+
+
 async def serve(
     operations: Operations,
     mountpoint: str,
     options: MountOptions,
     io: IoMode,
-    on_ready: Callable[[Decision, MountEntry | None], None],
+    on_ready: Callable[[Connection], None],
     *,
     cpu_idle: bool = False,
 ) -> None:
     """Mount, serve until the mount is gone, and clean up.
 
-    ``on_ready`` is called with the negotiated decision and the mount, when it is usable. Raises SessionError
+    ``on_ready`` is called when the mount is usable. Raises SessionError
     if mounting fails, the requested I/O mode is not available, or the mount is disconnected; SessionUnfit if
     another session may work. ``cpu_idle``: let CPUs become idle between requests.
     """
     fd, entry = mount(mountpoint, options)
     device = Device(fd)
     splicer = Splicer(device.fd, operations.latencies.written)
-    ready, idling = False, None
+    ready = False
     try:
         decision = await _agree(device, splicer, operations, io)
         if entry is not None and entry.is_fuse:
             raise_readahead(entry.device, decision.max_readahead)
-        idling = None if cpu_idle else Idling()
-        loop = make_loop(device, splicer, operations, decision, idling)
-        ready = True
-        on_ready(decision, entry)
-        try:
-            await loop.run()
-        except* ConnectionAbortedError as group:
-            raise SessionError(CUT_OFF.format(mountpoint)) from group
+        with _awake(cpu_idle) as idling:
+            loop = make_loop(device, splicer, operations, decision, idling)
+            ready = True
+            on_ready(Connection(device.fd, decision, entry))
+            await _run(loop, mountpoint)
     finally:
-        if idling is not None:
-            idling.close()
         splicer.close()
         device.close()
         if not ready:
@@ -105,17 +113,60 @@ async def serve(
                     unmount(found, lazy=True)
 
 
+async def resume(
+    operations: Operations,
+    mountpoint: str,
+    connection: Connection,
+    former: Former,
+    on_ready: Callable[[Connection], None],
+    *,
+    cpu_idle: bool = False,
+) -> None:
+    """Serve a mount whose daemon died, until it is gone. ``former``: what that one had open; requests
+    that it did not answer are sent again. As :func:`serve`."""
+    device = Device(connection.device)
+    splicer = Splicer(device.fd, operations.latencies.written)
+    try:
+        with _awake(cpu_idle) as idling:
+            loop = make_loop(device, splicer, operations, connection.decision, idling, former)
+            on_ready(connection)
+            device.notify(notify.resend())
+            await _run(loop, mountpoint)
+    finally:
+        splicer.close()
+        device.close()
+
+
+@contextmanager
+def _awake(cpu_idle: bool) -> Iterator[Idling | None]:
+    idling = None if cpu_idle else Idling()
+    try:
+        yield idling
+    finally:
+        if idling is not None:
+            idling.close()
+
+
+async def _run(loop: Loop, mountpoint: str) -> None:
+    try:
+        await loop.run()
+    except* ConnectionAbortedError as group:
+        raise SessionError(CUT_OFF.format(mountpoint)) from group
+
+
 def make_loop(
     device: Device,
     splicer: Splicer,
     operations: Operations,
     decision: Decision,
     idling: Idling | None = None,
+    former: Former = NO_FORMER,
 ) -> Loop:
     """The loop with all handlers."""
-    ios = NodeIos(device.fd, decision)
+    ios = NodeIos(device.fd, decision, operations.union.state)
+    ios.has_registered(former.backing_ids, former.kept_ids)
     names = NameRequests(operations, ios, decision)
-    data = DataRequests(operations, ios, names, device, splicer, decision)
+    data = DataRequests(operations, ios, names, device, splicer, decision, former)
     union, latencies = operations.union, operations.latencies
     lister = Lister(union.nodes, union.merge, union.number_of_unreachable)
     listings = ListingRequests(operations, lister)

@@ -17,7 +17,7 @@ from unionfs.images.measured import HashedFile, HashedSink, Unpacked, Window
 from unionfs.images.pack import Packed, Packer
 from unionfs.images.rules import Refused, Rules
 from unionfs.images.unpack import Contents, unpack
-from unionfs.storage.archive.compress import WriteBehind, compressor, decompressor
+from unionfs.storage.archive.compress import ReadAhead, WriteBehind, compressor, decompressor
 from unionfs.storage.archive.foreign import ForeignReader
 from unionfs.storage.archive.headers import Malformed
 from unionfs.storage.archive.tar import Tar
@@ -76,8 +76,9 @@ def unpack_blob(blob: Blob, target: str, markers: Markers, rules: Rules) -> tupl
     with explained(blob.name):
         window = Window(blob.fd, blob.offset, blob.size)
         tar = Unpacked(decompressor(cast(IO[bytes], window)), window, rules)
-        contents = unpack(ForeignReader(tar), target, markers, rules)
-        tar.drain()
+        with ReadAhead(tar) as ahead:
+            contents = unpack(ForeignReader(ahead), target, markers, rules)
+            ahead.drain()
         window.drain()
         if window.total != blob.size:
             raise Malformed("it is cut off")
@@ -121,10 +122,10 @@ def write_layer(
     `index` and `may_have_index`: see Packer. Raises LayerError and OSError.
     """
     hashed = HashedFile(out)
-    behind = WriteBehind(compressor(cast(IO[bytes], hashed), kind))
+    sink = HashedSink(compressor(cast(IO[bytes], hashed), kind))
+    behind = WriteBehind(sink)
     try:
-        sink = HashedSink(behind)
-        tar = Tar(sink)
+        tar = Tar(behind)
         packed = Packer(merge, count, tar, index, may_have_index=may_have_index).run()
         tar.finish()
         behind.close()

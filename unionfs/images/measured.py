@@ -78,11 +78,6 @@ class Unpacked(_Hash):
             )
         return data
 
-    def drain(self) -> None:
-        """Read to the end."""
-        while self.read(1 << 20):
-            pass
-
 
 class HashedFile(_Hash):
     """Writes to an unbuffered file, and hashes what is written."""

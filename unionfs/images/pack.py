@@ -49,6 +49,7 @@ _KINDS = {
 }  # fmt: skip
 _UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EINVAL)
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+_SMALL = 1 << 20
 _NEEDS_LOWERS = "name its lowers by --lower, topmost first"
 
 
@@ -226,6 +227,8 @@ class Packer:
             if first != path:
                 self._add(_entry(path, HARDLINK, st, NO_XATTRS, link=first))
                 return
+        if kind == FILE and copy is None and self._take(path, name, found):
+            return
         data = partial(self._open_data, parts, name, path, place)
         if copy is not None and self._index is not None:
             where = b"/proc/self/fd/%d/%b" % (self._index.fd, copy.entry)
@@ -234,6 +237,43 @@ class Packer:
         else:
             with Owned(self._merge.open_object(found, name)) as fd:
                 self._write(path, kind, fd, self._where(place, name), data)
+
+    def _take(self, path: bytes, name: bytes, found: Found) -> bool:
+        """Write a small file without xattrs, so with its own data; returns False for any other one.
+
+        The bytes are those of `_write`, in as few steps as possible: most entries are such files. Raises
+        OSError as that does.
+        """
+        st, (place,) = found
+        size, mtime = st.st_size, st.st_mtime_ns
+        if size > _SMALL:
+            return False
+        with Owned(self._merge.open_object(found, name)) as fd:
+            try:
+                reading = self._merge.gate.reopen(place.layer, fd, _READ)
+            except OSError:
+                return False
+        with Owned(reading):
+            try:
+                if os.listxattr(reading):
+                    return False
+            except OSError:
+                return False
+            data = os.pread(reading, size + 1, 0)
+            after = os.fstat(reading)
+        if len(data) != size or (after.st_mtime_ns, after.st_ctime_ns, after.st_size) != (
+            mtime, st.st_ctime_ns, size,
+        ):  # fmt: skip
+            return False
+        mode = stat.S_IMODE(st.st_mode)
+        if (header := self._out.plain_header(path, mode, st.st_uid, st.st_gid, size, mtime)) is not None:
+            self._out.add_plain(header, data)
+        else:
+            self._out.add(_entry(path, FILE, st, NO_XATTRS, size=size), data)
+        self.packed.entries += 1
+        self.packed.size += size
+        self._written.add(path)
+        return True
 
     def _where(self, place: Place, name: bytes) -> bytes:
         return b"/proc/self/fd/%d/%b" % (self._merge.gate.fd(place), name)

@@ -105,12 +105,15 @@ class Store:
     def lock_path(self, kind: str, diff_id: str) -> str:
         return f"{self.path}/locks/{kind}-{diff_id}"
 
-    def _use_layer(self, kind: str, blob: Blob, rules: Rules, held: ExitStack) -> list[str]:
-        """Hold a layer, which is unpacked first if it is missing. Returns notes. Raises UserError."""
-        assert blob.diff_id is not None
-        diff_id = documents.check_digest(blob.diff_id)
+    def _use_layer(
+        self, kind: str, diff_id: str, blob: Blob, rules: Rules, held: ExitStack
+    ) -> list[str] | None:
+        """Hold a layer, which is unpacked first if it is missing; then notes are returned, else None.
+
+        Raises UserError.
+        """
         lock = self.lock_path(kind, diff_id)
-        notes: list[str] = []
+        notes: list[str] | None = None
         while True:
             shared = hold(lock, alone=False)
             if self.has_layer(kind, diff_id):
@@ -168,9 +171,18 @@ class Store:
         """An image from a source, whose layers nobody removes meanwhile. Raises UserError."""
         self._prepare("layers", "locks", "records")
         layers = tuple(documents.check_digest(blob.diff_id or "") for blob in source.layers)
+        new: list[str] = []
         with ExitStack() as held:
-            for blob in source.layers:
-                notes += self._use_layer(kind, blob, rules, held)
+            try:
+                for diff_id, blob in zip(layers, source.layers, strict=True):
+                    if (said := self._use_layer(kind, diff_id, blob, rules, held)) is not None:
+                        new.append(diff_id)
+                        notes += said
+            except BaseException:
+                held.close()
+                with suppress(UserError, OSError), self._records():
+                    self._remove_unused([(kind, diff_id) for diff_id in new], {})
+                raise
             image = Image(source.id, source.names, source.config, layers, source.where, time.time())
             yield self._save(image)
 
@@ -298,16 +310,20 @@ class Store:
         Returns the removed directories.
         """
         self._prepare("locks", "records")
-        gone = []
         with self._records():
-            known = {diff_id for image in self.images() for diff_id in image.layers}
-            for kind, name in self.all_layers():
-                diff_id = name.removeprefix(_NEW)
-                if name in known or self.layer(kind, name) in users:
-                    continue
-                if (fd := try_alone(self.lock_path(kind, diff_id))) is not None:
-                    gone.append(self._remove_layer(kind, name))
-                    os.close(fd)
+            return self._remove_unused(list(self.all_layers()), users)
+
+    def _remove_unused(self, layers: Sequence[tuple[str, str]], users: Mapping[str, str]) -> list[str]:
+        """Remove those of the layers that no image has and nobody uses. Returns their directories."""
+        gone = []
+        known = {diff_id for image in self.images() for diff_id in image.layers}
+        for kind, name in layers:
+            diff_id = name.removeprefix(_NEW)
+            if name in known or self.layer(kind, name) in users:
+                continue
+            if (fd := try_alone(self.lock_path(kind, diff_id))) is not None:
+                gone.append(self._remove_layer(kind, name))
+                os.close(fd)
         return gone
 
     def _remove_layer(self, kind: str, name: str) -> str:

@@ -134,19 +134,3 @@ def _bound(at: int, name: str) -> tuple[socket.socket, tuple[int, int]]:
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
-
-
-class Manager:
-    """systemd, if it waits for the state of this process; sd_notify(3)."""
-
-    def __init__(self) -> None:
-        # Mounts that are started here are no part of the service.
-        self._address = os.environ.pop("NOTIFY_SOCKET", "")
-
-    def tell(self, state: str) -> None:
-        """Tell a state, such as `READY=1`."""
-        if not self._address:
-            return
-        address = f"\0{self._address[1:]}" if self._address.startswith("@") else self._address
-        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notice:
-            notice.sendto(state.encode(), address)

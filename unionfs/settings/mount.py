@@ -58,6 +58,8 @@ class MountSettings:
     """Whether changes that others make to the lowers are shown."""
     cpu_idle: bool = False
     """Let CPUs become idle between requests."""
+    outlive: bool = False
+    """Whether the mount outlives its daemon: a holder starts another one."""
     lives_with: tuple[int, int] | None = None
     """A process (pid, start time in clock ticks since boot) whose end ends the mount."""
 

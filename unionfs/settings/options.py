@@ -162,6 +162,7 @@ class Options:
     squash_to_root: bool = False
     watch_lower: bool = False
     cpu_idle: bool = False
+    outlive: bool = False
     debug: bool = False
     session: str | None = None
     io: str | None = None
@@ -308,6 +309,8 @@ def _word(options: Options, name: str) -> bool:
             options.watch_lower = True
         case "cpu_idle":
             options.cpu_idle = True
+        case "outlive":
+            options.outlive = True
         case "debug":
             options.debug = True
         case _ if name in _GROUP_OF:

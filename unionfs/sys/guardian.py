@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from unionfs.sys.calls import prctl
 from unionfs.sys.fds import Owned, Returned
-from unionfs.sys.process import standard_files_to_null
+from unionfs.sys.process import to_null
 
 _DISMISSED = b"."
 _LONGEST = 64
@@ -70,7 +70,7 @@ def _guard(fds: list[int], clear: Callable[[str], object]) -> NoReturn:
         os.chdir("/")
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        standard_files_to_null()
+        to_null(range(3))
         # First above their final numbers, from 3 on, so that none overwrites another.
         above = [fcntl.fcntl(fd, fcntl.F_DUPFD, 3 + len(fds)) for fd in fds]
         for final, fd in enumerate(above, 3):

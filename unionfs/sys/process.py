@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
+from collections.abc import Iterable
 
 from unionfs.sys.fds import Owned
 
@@ -80,10 +82,20 @@ def is_being_killed(task: int) -> bool:
         return True
 
 
-def standard_files_to_null() -> None:
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in range(3):
-        os.dup2(null, fd)
+def close_files_but(kept: Iterable[int]) -> None:
+    """Close all open files except standard ones and these."""
+    first = 3
+    for fd in sorted(kept):
+        os.closerange(first, fd)
+        first = fd + 1
+    os.closerange(first, 2**31 - 1)
+
+
+def to_null(fds: Iterable[int]) -> None:
+    """Let these fds refer to /dev/null."""
+    with Owned(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) as null:
+        for fd in fds:
+            os.dup2(null, fd)
 
 
 def open_standard_files() -> None:
@@ -93,3 +105,15 @@ def open_standard_files() -> None:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+
+
+def memory_figures() -> dict[str, int]:
+    """Return this process's resident set in bytes, now and its maximum; proc_pid_statm(5), getrusage(2).
+
+    The kernel counts some pages of each CPU a little later. smaps_rollup is exact, but walks the page tables
+    while requests wait.
+    """
+    with open("/proc/self/statm", "rb") as statm:
+        now = int(statm.read().split()[1]) * resource.getpagesize()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"resident_bytes": now, "peak_resident_bytes": max(now, peak)}

@@ -262,11 +262,16 @@ class Changes:
         self._union.flags.may_remove(parent, node)
         if node.is_linked_lower:
             return node
-        with self._union.outliving(node):
-            self._territory(parent).unlink(node, parent, name)
-            self._union.nodes.remove_name(node, parent, name)
-            if self._union.index is not None:
-                self._union.index.lost_name(node)
+        nodes = self._union.nodes
+        try:
+            with self._union.outliving(node) as fd:
+                nodes.removing(parent, name, node, fd)
+                self._territory(parent).unlink(node, parent, name)
+                nodes.remove_name(node, parent, name)
+                if self._union.index is not None:
+                    self._union.index.lost_name(node)
+        finally:
+            nodes.changed()
         return None
 
     def rmdir(self, parent: Node, name: bytes, *, tried: bool = False) -> None:
@@ -280,10 +285,15 @@ class Changes:
         self._union.flags.may_remove(parent, node)
         if not node.territory.is_empty(node):
             raise os_error(errno.ENOTEMPTY)
-        with self._union.outliving(node):
-            self._territory(parent).rmdir(node, parent, name)
-            self._union.merge.forget(node.parts)
-            self._union.nodes.remove_name(node, parent, name)
+        nodes = self._union.nodes
+        try:
+            with self._union.outliving(node) as fd:
+                nodes.removing(parent, name, node, fd)
+                self._territory(parent).rmdir(node, parent, name)
+                self._union.merge.forget(node.parts)
+                nodes.remove_name(node, parent, name)
+        finally:
+            nodes.changed()
 
     def _existing(self, parent: Node, name: bytes) -> Node:
         """The node of a name to be removed. Raises ENOENT, and EBUSY for the root of bound storage."""

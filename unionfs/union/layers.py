@@ -10,10 +10,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 from unionfs.core.places import BoundLayer, Layer
 from unionfs.errors import LayerError
@@ -24,12 +24,36 @@ from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.fds import open_for_listing
 from unionfs.sys.filelocks import may_be_a_mounts
 from unionfs.sys.mountinfo import mount_id_of_path, read_mountinfo
+from unionfs.sys.trees import remove
 from unionfs.union import opening, permissions
+from unionfs.union.leftovers import remove_leftovers
 from unionfs.union.markers import Markers
 from unionfs.union.owners import Owners
 from unionfs.union.redirecting import mode, parameter
 
 _NO_LOCKS: Final = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class _Files(ExitStack):
+    """Closes fds at its end."""
+
+    def files(self) -> list[int]:
+        """The fds, in the order in which they were opened."""
+        return self._fds
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._fds: list[int] = []
+
+    def callback(self, callback: Any, /, *arguments: Any, **named: Any) -> Any:
+        if callback is os.close:
+            self._fds.append(arguments[0])
+        return super().callback(callback, *arguments, **named)
+
+    def pop_all(self) -> _Files:
+        moved = super().pop_all()
+        moved._fds, self._fds = self._fds, []
+        return moved
 
 
 class LayerStack:
@@ -41,7 +65,7 @@ class LayerStack:
         work_root: int,
         work_fd: int,
         markers: Markers,
-        resources: ExitStack,
+        resources: _Files,
         shown: Shown = AS_STORED,
     ) -> None:
         self.layers = layers
@@ -85,7 +109,7 @@ class LayerStack:
         Raises ``LayerError`` or ``OSError``, and then leaves nothing open.
         """
         privileged = has_capability(CAP_SYS_ADMIN)
-        with ExitStack() as resources:
+        with _Files() as resources:
             layers: list[Layer] = []
             work_root = work_fd = -1
             if upper is not None:
@@ -120,6 +144,57 @@ class LayerStack:
             stack = cls(layers, work_root, work_fd, markers, resources.pop_all(), shown)
             stack.volatile, stack.features = volatile, chosen
             return stack
+
+    @classmethod
+    def resume(
+        cls,
+        kept: Mapping[str, Any],
+        lowers: Sequence[str],
+        upper: str | None,
+        *,
+        userxattr: bool = False,
+        volatile: bool = False,
+        features: Features = DEFAULTS,
+        shown: Shown = AS_STORED,
+        atime: Sequence[str] = (),
+    ) -> LayerStack:
+        """The same layers, by the fds that a former daemon of the mount had open; see :meth:`kept`.
+        Removes its temporaries. Raises ``LayerError``, ``OSError``."""
+        privileged = has_capability(CAP_SYS_ADMIN)
+        with _Files() as resources:
+            for fd in kept["files"]:
+                resources.callback(os.close, fd)
+            work_root, work_fd = kept["work_root"], kept["work"]
+            if work_fd >= 0:
+                remove_leftovers(kept["layers"][0], work_fd)
+                if volatile:
+                    resources.callback(remove, work_fd, b"incompat")
+            layers: list[Layer] = []
+            paths = [*([upper or ""] if work_fd >= 0 else []), *lowers]
+            for path, fd in zip(paths, kept["layers"], strict=True):
+                is_upper = work_fd >= 0 and not layers
+                quiet = not is_upper or (upper is not None and "noatime" in atime)
+                layers.append(Layer(len(layers), path, fd, is_upper=is_upper, quiet=quiet))
+            prefix = b"trusted.overlay." if privileged and not userxattr else b"user.overlay."
+            markers, chosen = _choose(features, prefix, layers[0], work_fd)
+            if shown.permissions:
+                permissions.find(layers, shown.permissions)
+            for layer, mapped in zip(layers, kept["mapped"], strict=True):
+                if mapped:
+                    layer.has_mapped_ids()
+            stack = cls(layers, work_root, work_fd, markers, resources.pop_all(), shown)
+            stack.volatile, stack.features = volatile, chosen
+            return stack
+
+    def kept(self) -> dict[str, Any]:
+        """What :meth:`resume` needs in another process with the same open files: JSON-able."""
+        return {
+            "files": self._resources.files(),
+            "layers": [layer.root_fd for layer in self.layers],
+            "mapped": [layer.is_idmapped for layer in self.layers],
+            "work_root": self._work_root,
+            "work": self.work_fd,
+        }
 
     @property
     def durable(self) -> bool:

@@ -9,7 +9,9 @@ from typing import Final, NoReturn
 from unionfs.errors import LayerError, quoted
 from unionfs.sys.fds import Owned, open_for_listing
 from unionfs.sys.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
+from unionfs.sys.trees import remove
 from unionfs.union.listing import NFS_REMOVED
+from unionfs.union.mending import mend
 
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY
 OURS_IN_WORK: Final = frozenset({"work", "index"})
@@ -44,6 +46,17 @@ def check_leftovers(fd: int, path: str) -> None:
             )
     if "incompat" in names:
         _refuse_incompatible(fd, path)
+
+
+def remove_leftovers(upper_fd: int, work_fd: int) -> None:
+    """Remove the temporaries of a daemon that was killed, and restore what it has noted, in a work
+    directory that is still in use. What cannot be removed, the next mount tries again."""
+    with suppress(OSError):
+        mend(upper_fd, work_fd)
+    for name in _names(work_fd):
+        if is_temporary(name):
+            with suppress(OSError):
+                remove(work_fd, os.fsencode(name))
 
 
 def is_temporary(name: str) -> bool:

@@ -92,14 +92,14 @@ class Objects(core.Objects):
         return fd if opened else os.dup(fd)
 
     @contextmanager
-    def outliving(self, node: Node) -> Iterator[None]:
-        """Keep an fd of the object if the context removes the last known name of ``node``.
+    def outliving(self, node: Node) -> Iterator[int]:
+        """Keep an fd of the object, which it yields, if the context removes the last known name of ``node``.
 
         Only after the context succeeds: until then the object is accessed by its name.
         """
         fd = self.open_path(node)
         try:
-            yield
+            yield fd
             if node.unlinked and node.held < 0:
                 node.hold(fd)
                 fd = -1

@@ -77,6 +77,12 @@ class OpenFiles:
             return opened
         return file.take()
 
+    def reopen(self, node: Node, *, write: bool) -> OpenFile:
+        """The node's backing file for an open file of a former daemon: without its data in the upper, a
+        write to it has failed. As :meth:`lend`."""
+        file = self._lend(node, write=write)
+        return self.lend(node, write=False) if file is None else file
+
     def is_open_for_writing(self, node: Node) -> bool:
         """Whether the backing file is open for writing, so the data is in place."""
         file = None if node.use is None else node.use.file

@@ -42,14 +42,18 @@ class Renaming(Changing):
             self._exchange(node, *old, moved[1], *new, redirects)
             return []
         union = self._union
-        with nullcontext() if target is None else union.outliving(target):
-            self._replace(node, *old, target, *new, redirects)
-            if target is not None:
-                union.merge.forget(target.parts)
-                union.nodes.remove_name(target, *new)
-                if union.index is not None:
-                    union.index.lost_name(target)
-            union.nodes.move(node, *old, *new)
+        try:
+            with nullcontext(-1) if target is None else union.outliving(target) as fd:
+                union.nodes.renaming(*old, *new, node, target, fd)
+                self._replace(node, *old, target, *new, redirects)
+                if target is not None:
+                    union.merge.forget(target.parts)
+                    union.nodes.remove_name(target, *new)
+                    if union.index is not None:
+                        union.index.lost_name(target)
+                union.nodes.move(node, *old, *new)
+        finally:
+            union.nodes.changed()
         return []
 
     def _check(self, node: Node, target: Node | None, moved: list[Node], flags: int) -> None:
@@ -94,9 +98,14 @@ class Renaming(Changing):
             self._detach(target, redirects, parent, name)
             self._union.origins.moves(node, new_parent.parts[0], new_fd)
             self._union.origins.moves(target, parent.parts[0], old_fd)
-            calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_EXCHANGE)
-        nodes.move(node, parent, name, new_parent, new_name)
-        nodes.move(target, new_parent, new_name, parent, name)
+            nodes.renaming(parent, name, new_parent, new_name, node, target, exchange=True)
+            try:
+                calls.renameat2(old_fd, name, new_fd, new_name, calls.RENAME_EXCHANGE)
+                nodes.has_exchanged()
+                nodes.move(node, parent, name, new_parent, new_name)
+                nodes.move(target, new_parent, new_name, parent, name)
+            finally:
+                nodes.changed()
 
     def _detach(self, node: Node, redirects: Redirects, parent: Node, name: bytes) -> None:
         """Make a directory independent of its name before it becomes ``name`` in ``parent``: by a redirect to

@@ -11,6 +11,7 @@ from typing import Final
 from unionfs.core.node import Attributes, Node
 from unionfs.core.nodes import NodeTable
 from unionfs.core.places import BoundLayer, Layer
+from unionfs.core.state import State
 from unionfs.sys.calls import os_error
 from unionfs.sys.creds import Identity
 from unionfs.sys.inotify import Inotify
@@ -42,9 +43,12 @@ class Union(Objects):
         directory_fds: int = 1024,
         shortcuts: Shortcuts = _ALL_SHORTCUTS,
         notifier: Inotify | None = None,
+        state: State | None = None,
     ) -> None:
-        """``notifier``: watch the lowers with it; it is closed with the union."""
+        """``notifier``: watch the lowers with it; it is closed with the union. ``state``: where to
+        record what another daemon needs to take over."""
         self.stack = stack
+        self.state = state
         if stack.keeps_permissions:  # which are stored under other names
             shortcuts = replace(shortcuts, capabilities=False)
         if notifier is not None:
@@ -61,7 +65,8 @@ class Union(Objects):
             self.watches = Watches(notifier, lowers, self.gate)
         known = None if self.watches is None else self.watches.known
         self.nodes = NodeTable(
-            self.origins, self.index, self.gate, self._gone, copies_up=stack.upper is not None, known=known
+            self.origins, self.index, self.gate, self._gone, copies_up=stack.upper is not None, known=known,
+            state=state,
         )
         self.nodes.add_root(Merged(self, self.nodes, self.merge, stack), self.merge.roots)
         self.work = Work(stack.work_fd, rights)

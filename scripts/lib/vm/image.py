@@ -203,7 +203,7 @@ def _build(suite: str, packages: Sequence[str], home: Path) -> None:
         doing=f"building a root of Debian {suite}", cwd=home,
     )  # fmt: skip
     print("  the kernel", flush=True)
-    _chroot(root, _FETCH_KERNEL, doing="fetching the kernel")
+    chroot(root, _FETCH_KERNEL, doing="fetching the kernel")
     _take_kernel(root, home)
     print("  the Python environment", flush=True)
     for path in _project_files():
@@ -211,7 +211,7 @@ def _build(suite: str, packages: Sequence[str], home: Path) -> None:
         there.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, there)
     environment, paths = host.pip_settings()
-    _chroot(root, _INSTALL_PYTHON, doing="installing the requirements", env=environment, paths=paths)
+    chroot(root, _INSTALL_PYTHON, doing="installing the requirements", env=environment, paths=paths)
     shutil.rmtree(root / SOURCE[1:])
     print("  the disk", flush=True)
     disk = home / "root.ext4"
@@ -222,13 +222,17 @@ def _build(suite: str, packages: Sequence[str], home: Path) -> None:
     _run("rm", "-rf", "--one-file-system", root, settings, doing="removing the root's directory")
 
 
-def _chroot(
-    root: Path, script: str, *, doing: str, env: dict[str, str] | None = None, paths: Sequence[Path] = ()
-) -> None:
-    """Run a shell script in ``root``, with ``paths`` bound from the host; nothing stays mounted."""
+def chroot(
+    root: Path, script: str, *, doing: str, env: dict[str, str] | None = None, paths: Sequence[Path] = (),
+    before: str = "",
+) -> None:  # fmt: skip
+    """Run a shell script in ``root``, with ``paths`` bound from the host; nothing stays mounted.
+
+    ``before``: a script that mounts ``root``.
+    """
     _run(
-        "unshare", "--mount", "--pid", "--fork", "--kill-child", "/bin/sh", "-euc", _ENTER, "enter", root,
-        script, "/etc/resolv.conf", *paths, doing=doing,
+        "unshare", "--mount", "--pid", "--fork", "--kill-child", "/bin/sh", "-euc", before + _ENTER, "enter",
+        root, script, "/etc/resolv.conf", *paths, doing=doing,
         env={
             "DEBIAN_FRONTEND": "noninteractive", "HOME": "/root", "LC_ALL": "C.UTF-8",
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", **(env or {}),
@@ -246,6 +250,6 @@ def _take_kernel(root: Path, home: Path) -> None:
     there = root / "usr/lib/modules" / source.name
     there.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(source, there)
-    _chroot(root, f"depmod {source.name}", doing="listing the kernel's modules")
+    chroot(root, f"depmod {source.name}", doing="listing the kernel's modules")
     shutil.copytree(there, home / "modules" / source.name, symlinks=True)
     shutil.rmtree(unpacked)

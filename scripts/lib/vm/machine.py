@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.lib.vm import image, initrd
+from scripts.lib.vm import core, image, initrd
 from scripts.lib.vm.errors import VmError
 from scripts.lib.vm.image import REPOSITORY, Kernel
 
@@ -157,6 +157,7 @@ def running(
     source = work / "source.tar"
     if not source.exists():
         pack_source(source)
+        subprocess.run(["tar", "-A", "-f", source, core.compiled(kernel)], check=True)
     settings = "".join(f"{key}={_quoted(value)}\n" for key, value in environment.items())
     given = {"command": command, "environment": settings, **(files or {})}
     ram_disk = initrd.make(kernel.modules, home, given)

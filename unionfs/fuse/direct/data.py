@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from functools import partial
 from typing import Final
 
-from unionfs.core.files import OpenFile
+from unionfs.core.files import Handle, OpenFile
 from unionfs.core.loop import new_buffer
 from unionfs.core.node import Attributes, Node
 from unionfs.core.reads import SPLICED
 from unionfs.fuse.direct import ioctl
 from unionfs.fuse.direct.device import Device
+from unionfs.fuse.direct.former import NO_FORMER, Former, made
 from unionfs.fuse.direct.loop import Answer, Waiting
 from unionfs.fuse.direct.names import NameRequests
 from unionfs.fuse.direct.nodeio import NodeIos, stale
 from unionfs.fuse.direct.splicing import Splicer
 from unionfs.fuse.inline import in_thread
-from unionfs.fuse.operations import Operations
+from unionfs.fuse.operations import Named, Operations
 from unionfs.fuse.protocol import Decision, Opcode, Reply, encode, notify
 from unionfs.fuse.protocol import requests as rq
 from unionfs.fuse.protocol.flags import (
@@ -48,6 +50,7 @@ class DataRequests:
         device: Device,
         splicer: Splicer,
         decision: Decision,
+        former: Former = NO_FORMER,
     ) -> None:
         self._operations = operations
         self._union = operations.union
@@ -57,6 +60,7 @@ class DataRequests:
         self._device = device
         self._splicer = splicer
         self._open_files = operations.union.files
+        self._former = former
         #: Whether the kernel sends no OPEN.
         self._opens_unseen = Opcode.OPEN in decision.enosys
         self._buffer = memoryview(new_buffer(max(1 << 20, decision.reply.max_write)))
@@ -79,6 +83,9 @@ class DataRequests:
     # -- opening and closing --------------------------------------------------------------------------
 
     async def _open(self, request: rq.Open) -> Reply:
+        opened = self._former.opened_by(request.unique) if request.resent else None
+        if opened is not None:
+            return encode.opened(request.unique, opened[0], *self._ios.mode_of(opened[1]))
         node = self._union.nodes.named(request.nodeid)
         if node is None or node.successor is not None:
             raise stale()
@@ -126,6 +133,8 @@ class DataRequests:
         raise stale()
 
     def _create(self, request: rq.Create) -> Reply:
+        if request.resent and (answer := self._created_before(request)) is not None:
+            return answer
         parent = self._operations.directory(request.nodeid)
         created = self._files.create(
             self._operations.changes, parent, request.name, request.mode, request.flags,
@@ -133,7 +142,26 @@ class DataRequests:
         )  # fmt: skip
         return self._created(request.unique, *created)
 
+    def _created_before(self, request: rq.Create) -> Reply | None:
+        """The answer, if the file was made by the same request before."""
+        found = made(self._operations, request.nodeid, request.name, stat.S_IFREG)
+        if found is None:
+            return None
+        opened = self._former.opened_by(request.unique)
+        if opened is not None:
+            return self._opened_before(request.unique, opened, found)
+        number = self._files.open(found[0], request.flags & os.O_ACCMODE, request, None, kills_set_ids=False)
+        return self._created(request.unique, number, *found)
+
+    def _opened_before(self, unique: int, opened: tuple[int, Handle], found: Named) -> Reply:
+        entry = self._names.entry_out(found, unique)
+        return encode.created(unique, entry, opened[0], *self._ios.mode_of(opened[1]))
+
     def _tmpfile(self, request: rq.Tmpfile) -> Reply:
+        opened = self._former.opened_by(request.unique) if request.resent else None
+        if opened is not None:
+            node = opened[1].node
+            return self._opened_before(request.unique, opened, (node, self._union.attributes(node)))
         parent = self._operations.directory(request.nodeid)
         created = self._files.tmpfile(
             self._operations.changes, parent, request.mode, request.flags, self._names.caller(request),
@@ -144,12 +172,12 @@ class DataRequests:
     def _created(self, unique: int, number: int, node: Node, attributes: Attributes) -> Reply:
         if self._opens_unseen:
             # The kernel sends no RELEASE either.
-            entry = self._names.entry_out((node, attributes))
+            entry = self._names.entry_out((node, attributes), unique)
             self._open_files.keep(node, write=True)
             self._files.release(number)
             return encode.created(unique, entry, 0, 0)
         opened = self._ios.opened(self._files[number])
-        return encode.created(unique, self._names.entry_out((node, attributes)), number, *opened)
+        return encode.created(unique, self._names.entry_out((node, attributes), unique), number, *opened)
 
     # -- data -----------------------------------------------------------------------------------------
 

@@ -35,5 +35,5 @@ class ListingRequests:
                 self._lister.add(node, entries, first, answer, plus)
             if first == len(entries) or not answer.size:
                 self._operations.directories.end(node)
-        answer.sent()
+        answer.sent(request.unique)
         return encode.data(request.unique, answer.packed())

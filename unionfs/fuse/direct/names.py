@@ -13,6 +13,7 @@ from typing import Final
 
 from unionfs.core.node import Attributes, Node
 from unionfs.core.setting import Change
+from unionfs.fuse.direct.former import is_removed, is_renamed, made
 from unionfs.fuse.direct.loop import Answer, Waiting
 from unionfs.fuse.direct.nodeio import NodeIos
 from unionfs.fuse.direct.writeback import WriteBack
@@ -82,7 +83,7 @@ class NameRequests:
     def _entry(self, unique: int, found: Named) -> Reply:
         """An entry, which counts one lookup."""
         node, attributes = found
-        node.looked_up()
+        node.looked_up(unique)
         return encode.entry(
             unique,
             node.id,
@@ -92,10 +93,10 @@ class NameRequests:
             attributes.packed(),
         )
 
-    def entry_out(self, found: Named) -> bytes:
+    def entry_out(self, found: Named, unique: int) -> bytes:
         """An entry as part of another answer, which counts one lookup."""
         node, attributes = found
-        node.looked_up()
+        node.looked_up(unique)
         return encode.entry_out(
             node.id,
             node.generation,
@@ -123,44 +124,64 @@ class NameRequests:
     # -- names ----------------------------------------------------------------------------------------
 
     def _symlink(self, request: rq.Symlink) -> Reply:
-        caller = Caller(request.uid, request.gid)
-        found = self._operations.symlink(request.nodeid, request.name, request.target, caller)
+        found = self._made_before(request, stat.S_IFLNK)
+        if found is None:
+            caller = Caller(request.uid, request.gid)
+            found = self._operations.symlink(request.nodeid, request.name, request.target, caller)
         return self._entry(request.unique, found)
 
+    def _made_before(self, request: rq.Symlink | rq.Mknod | rq.Mkdir, kind: int) -> Named | None:
+        """The object that a request made which is sent again."""
+        return made(self._operations, request.nodeid, request.name, kind) if request.resent else None
+
     def _mknod(self, request: rq.Mknod) -> Reply:
-        found = self._operations.mknod(
-            request.nodeid, request.name, request.mode, request.rdev, self.caller(request)
-        )
+        found = self._made_before(request, stat.S_IFMT(request.mode) or stat.S_IFREG)
+        if found is None:
+            found = self._operations.mknod(
+                request.nodeid, request.name, request.mode, request.rdev, self.caller(request)
+            )
         return self._entry(request.unique, found)
 
     def _mkdir(self, request: rq.Mkdir) -> Reply:
-        found = self._operations.mkdir(
-            request.nodeid, request.name, request.mode, self.caller(request), tried=True
-        )
+        found = self._made_before(request, stat.S_IFDIR)
+        if found is None:
+            found = self._operations.mkdir(
+                request.nodeid, request.name, request.mode, self.caller(request), tried=not request.resent
+            )
         return self._entry(request.unique, found)
 
     async def _unlink(self, request: rq.Unlink) -> Reply:
-        await self._operations.unlink(request.nodeid, request.name, tried=True)
+        if not (request.resent and is_removed(self._operations, request.nodeid, request.name)):
+            await self._operations.unlink(request.nodeid, request.name, tried=not request.resent)
         return encode.ok(request.unique)
 
     def _rmdir(self, request: rq.Rmdir) -> Reply:
-        self._operations.rmdir(request.nodeid, request.name, tried=True)
+        if not (request.resent and is_removed(self._operations, request.nodeid, request.name)):
+            self._operations.rmdir(request.nodeid, request.name, tried=not request.resent)
         return encode.ok(request.unique)
 
     async def _rename(self, request: rq.Rename) -> Reply:
-        await self._operations.rename(
-            request.nodeid, request.name, request.newdir, request.newname, 0, tried=True
-        )
+        if not (request.resent and is_renamed(self._operations, request)):
+            await self._operations.rename(
+                request.nodeid, request.name, request.newdir, request.newname, 0, tried=not request.resent
+            )
         return encode.ok(request.unique)
 
     async def _rename2(self, request: rq.Rename2) -> Reply:
-        await self._operations.rename(
-            request.nodeid, request.name, request.newdir, request.newname, request.flags, tried=True
-        )
+        if not (request.resent and is_renamed(self._operations, request)):
+            await self._operations.rename(
+                request.nodeid, request.name, request.newdir, request.newname, request.flags,
+                tried=not request.resent, unique=request.unique,
+            )
         return encode.ok(request.unique)
 
     async def _link(self, request: rq.Link) -> Reply:
-        found = await self._operations.link(request.oldnodeid, request.nodeid, request.name)
+        found = None
+        if request.resent:
+            linked = self._operations.node(request.oldnodeid)
+            found = made(self._operations, request.nodeid, request.name, linked.kind)
+        if found is None:
+            found = await self._operations.link(request.oldnodeid, request.nodeid, request.name)
         return self._entry(request.unique, found)
 
     # -- attributes -----------------------------------------------------------------------------------
@@ -255,7 +276,9 @@ class NameRequests:
         return _sized(request.unique, b"".join(name + b"\0" for name in names), request.size)
 
     async def _setxattr(self, request: rq.Setxattr) -> Reply:
-        node = await self._operations.setxattr(request.nodeid, request.name, request.value, request.flags)
+        node = await self._operations.setxattr(
+            request.nodeid, request.name, request.value, request.flags, request.unique
+        )
         if request.name == CAPABILITY and self.write_back is not None:
             self.write_back.capability_set(node, bytes(request.value))
         if request.setxattr_flags & SETXATTR_ACL_KILL_SGID:
@@ -265,7 +288,7 @@ class NameRequests:
     async def _removexattr(self, request: rq.Removexattr) -> Reply:
         if request.name == CAPABILITY and self.write_back is not None:
             self.write_back.capability_set(self._operations.node(request.nodeid), None)
-        await self._operations.removexattr(request.nodeid, request.name, request.uid)
+        await self._operations.removexattr(request.nodeid, request.name, request.uid, request.unique)
         return encode.ok(request.unique)
 
     # -- durability -----------------------------------------------------------------------------------

@@ -24,8 +24,10 @@ from typing import Final
 from unionfs.core.files import Handle
 from unionfs.core.iomodes import IoModes
 from unionfs.core.node import Attributes, Node
+from unionfs.core.state import State
 from unionfs.core.validity import valid
 from unionfs.fuse.protocol import Decision, Timeout
+from unionfs.fuse.protocol.flags import FOPEN_KEEP_CACHE
 
 _AWAITED: Final = 64
 
@@ -33,11 +35,12 @@ _AWAITED: Final = 64
 class NodeIos(IoModes):
     """Decides the I/O mode of every open according to the kernel's rules."""
 
-    def __init__(self, fd: int, decision: Decision) -> None:
-        """``fd``: the device."""
+    def __init__(self, fd: int, decision: Decision, state: State | None = None) -> None:
+        """``fd``: the device. ``state``: as in `IoModes`."""
         super().__init__(
             fd, uppers=decision.passthrough_upper, keeps=decision.lower_programs_only,
             through_flags=decision.passthrough_open_flags, cached_flags=decision.file_open_flags,
+            state=state,
         )  # fmt: skip
         self._decision = decision
 
@@ -83,6 +86,13 @@ class NodeIos(IoModes):
         if self._wants_backing(handle, program=program or handle.node in self.kept):
             self.register(handle)
         return self.opened_elsewhere(handle)
+
+    def mode_of(self, handle: Handle) -> tuple[int, int]:
+        """FOPEN_* flags and backing id of an open that a former daemon counted."""
+        if handle.through:
+            assert handle.node.use is not None
+            return self._decision.passthrough_open_flags, handle.node.use.backing_id
+        return self._decision.file_open_flags & ~FOPEN_KEEP_CACHE, 0
 
     def valid(self, node: Node, attributes: Attributes) -> Timeout:
         """The validity of a node's attributes."""

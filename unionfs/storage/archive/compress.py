@@ -11,7 +11,7 @@ import stat
 import threading
 import zlib
 from contextlib import suppress
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, Protocol, Self, cast
 
 from unionfs.errors import UserError, quoted
 from unionfs.storage.archive.headers import Damaged
@@ -144,6 +144,62 @@ class WriteBehind:
             self._thread.join()
 
 
+class ReadAhead:
+    """Reads a source in a thread, so that it is decompressed while its data is used; a few pieces ahead.
+
+    An error of the source is raised where its data would be. Until the end of the `with` block the source is
+    the thread's.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        # None: the thread has ended; before it come no data, at the end of the source, or its error.
+        self._queue: queue.Queue[bytes | BaseException | None] = queue.Queue(maxsize=8)
+        self._left = b""
+        self._error: BaseException | None = None
+        self._stopped = self._at_end = False
+        self._thread = threading.Thread(target=self._run, name="archive reader", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stopped = True
+        while self._queue.get() is not None:
+            pass
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopped and (piece := self._source.read(_BUFFER)):
+                self._queue.put(piece)
+            self._queue.put(b"")
+        except BaseException as error:
+            self._queue.put(error)
+        self._queue.put(None)
+
+    def read(self, size: int, /) -> bytes:
+        """At most `size` bytes; none at the end. Raises the source's errors."""
+        if not self._left and not self._at_end:
+            piece = self._queue.get()
+            if isinstance(piece, BaseException):
+                self._error = piece
+            self._at_end = not isinstance(piece, bytes) or not piece
+            if isinstance(piece, bytes):
+                self._left = piece
+        if self._error is not None:
+            raise self._error
+        data = self._left[:size]
+        self._left = self._left[size:]
+        return data
+
+    def drain(self) -> None:
+        """Read to the end."""
+        while self.read(_BUFFER):
+            pass
+
+
 class _Both:
     def __init__(self, stream: Any, below: Any) -> None:
         self._stream = stream
@@ -156,6 +212,39 @@ class _Both:
     def close(self) -> None:
         self._stream.close()
         self._below.close()
+
+
+class _Gunzip:
+    """The content of gzip's members, in large pieces: Python's GzipFile takes 8 KiB at a time."""
+
+    def __init__(self, source: IO[bytes]) -> None:
+        self._source = source
+        self._member: Any = None
+        self._input = b""
+
+    def read(self, size: int, /) -> bytes:
+        """At most `size` bytes; none at the end. Raises EOFError and zlib.error."""
+        while True:
+            if not self._input:
+                self._input = self._source.read(_BUFFER)
+            is_end = not self._input
+            if self._member is None:
+                # Behind the last member there may be zeros, as padding to a tape's block (gzip(1)).
+                self._input = self._input.lstrip(b"\0")
+                if self._input:
+                    self._member = zlib.decompressobj(16 + zlib.MAX_WBITS)
+                elif is_end:
+                    return b""
+                continue
+            data: bytes = self._member.decompress(self._input, size)
+            if self._member.eof:
+                self._input, self._member = self._member.unused_data, None
+            elif not data and is_end:
+                raise EOFError("its end is missing")
+            else:
+                self._input = self._member.unconsumed_tail
+            if data:
+                return data
 
 
 class _Checked:
@@ -183,5 +272,5 @@ def decompressor(source: IO[bytes]) -> Source:
         made = zstandard.ZstdDecompressor().stream_reader(buffered, read_across_frames=True, closefd=False)
         return _Checked(cast(Source, made), (zstandard.ZstdError,))
     if start[:2] == _GZIP:
-        return _Checked(gzip.GzipFile(fileobj=buffered, mode="rb"), (EOFError, zlib.error, gzip.BadGzipFile))
+        return _Checked(_Gunzip(buffered), (EOFError, zlib.error))
     return buffered

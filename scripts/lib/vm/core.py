@@ -1,0 +1,76 @@
+"""The compiled core for a machine: built in its image's root, at the host's speed, once for each source."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import subprocess
+import tempfile
+import tomllib
+from pathlib import Path
+
+from scripts.lib.vm import host, image
+from scripts.lib.vm.errors import VmError
+
+# The image stays as it is: what the build installs and makes is in an overlay, which ends with the namespace.
+_MOUNT = """
+mkdir {work}/disk {work}/root
+mount -o loop,ro {disk} {work}/disk
+mount -t overlay -o lowerdir={work}/disk,upperdir={work}/upper,workdir={work}/work overlay {work}/root
+"""
+_BUILD = """
+cd {source}
+/opt/venv/bin/python -m pip install -q {requirements}
+/opt/venv/bin/python setup.py -q build_ext --inplace
+"""
+
+
+def compiled(kernel: image.Kernel) -> Path:
+    """A tar of the core's modules for the image's Python; built by root if missing. Raises VmError."""
+    requirements, sources = _requirements(), _sources()
+    target = kernel.root.with_name(f"core-{_key(requirements, sources)}.tar")
+    if target.exists():
+        return target
+    if os.geteuid() != 0:
+        raise VmError("The core is not compiled for this image yet, which only root can do: run it as root.")
+    print("Compiling the core for it", flush=True)
+    with tempfile.TemporaryDirectory(prefix="core-", dir=kernel.root.parent) as name:
+        work = Path(name)
+        (work / "work").mkdir()
+        tree = work / "upper" / image.SOURCE[1:]
+        tree.mkdir(parents=True)
+        subprocess.run(["cp", "--parents", *sources, tree], cwd=image.REPOSITORY, check=True)
+        environment, paths = host.pip_settings()
+        image.chroot(
+            work / "root",
+            _BUILD.format(source=image.SOURCE, requirements=shlex.join(requirements)),
+            before=_MOUNT.format(work=shlex.quote(name), disk=shlex.quote(str(kernel.root))),
+            doing="compiling the core", env=environment, paths=paths,
+        )  # fmt: skip
+        made = sorted(str(path.relative_to(tree)) for path in tree.glob("unionfs/core/*.so"))
+        words = ["tar", "-c", "--owner=0", "--group=0", "-f", work / "core.tar", *made]
+        subprocess.run(words, cwd=tree, check=True)
+        (work / "core.tar").rename(target)
+    return target
+
+
+def _sources() -> list[str]:
+    core = image.REPOSITORY / "unionfs/core"
+    names = [*core.glob("*.p[yx]*"), core.parent / "__init__.py"]
+    rest = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "launcher/fuse-unionfs.c")
+    return [*rest, *sorted(str(path.relative_to(image.REPOSITORY)) for path in names)]
+
+
+def _requirements() -> list[str]:
+    project = tomllib.loads((image.REPOSITORY / "pyproject.toml").read_text())
+    found: list[str] = project["build-system"]["requires"]
+    return found
+
+
+def _key(requirements: list[str], sources: list[str]) -> str:
+    digest = hashlib.sha256("\0".join(requirements).encode())
+    for name in sources:
+        if name.startswith(("setup.py", "unionfs/core/")):
+            digest.update(name.encode() + b"\0" + (image.REPOSITORY / name).read_bytes() + b"\0")
+    return digest.hexdigest()[:16]

@@ -1,0 +1,3 @@
+from unionfs.core.state import State
+
+def start(state: State, watched: int, device: int) -> int: ...

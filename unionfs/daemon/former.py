@@ -1,0 +1,65 @@
+"""A former daemon of the mount that this process takes over: what it has left in the state, and its open
+files."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, Final
+
+from unionfs.core.restoring import Restoring
+from unionfs.core.state import State, StateError
+from unionfs.daemon.holder import close_others
+from unionfs.daemon.live import LiveMount
+from unionfs.fuse.direct import agreed
+from unionfs.fuse.direct.former import Former
+from unionfs.fuse.operations import Operations
+from unionfs.fuse.session_direct import Connection
+from unionfs.settings.mount import MountSettings
+from unionfs.settings.options import ATIME
+from unionfs.sys.mountinfo import mount_of_id
+from unionfs.union.layers import LayerStack
+
+ATIME_WORDS: Final = (*ATIME, "nodiratime")
+
+
+class FormerDaemon:
+    """Its mount, layers and open files."""
+
+    def __init__(self, state: State) -> None:
+        """Closes the files of the former daemon that are not needed. Raises StateError."""
+        self.state = state
+        try:
+            values = json.loads(state.text)
+            self.entry = LiveMount.from_json(values["entry"], values["directory"])
+            self.settings: MountSettings = self.entry.settings
+            self._layers: dict[str, Any] = values["layers"]
+            self._connection = Connection(
+                values["device"], agreed.from_json(values["agreed"]), mount_of_id(values["mount_id"])
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise StateError(f"its text cannot be read ({type(error).__name__}: {error})") from error
+        self.holder = os.getppid()
+        close_others({state.fd, self._connection.device, *self._layers["files"], *state.files()})
+
+    def layers(self) -> LayerStack:
+        """The same layers. Raises LayerError, OSError."""
+        settings = self.settings
+        return LayerStack.resume(
+            self._layers,
+            settings.lowers,
+            settings.upper,
+            userxattr=settings.userxattr,
+            volatile=settings.volatile,
+            features=settings.features,
+            shown=settings.shown,
+            atime=[flag for flag in settings.flags if flag in ATIME_WORDS],
+        )
+
+    def take_over(self, operations: Operations) -> tuple[Connection, Former]:
+        """Take over nodes and open files; returns the connection, and what the session needs."""
+        union = operations.union
+        restoring = Restoring(union.nodes, union.stack.layers)
+        restoring.nodes_of_former()
+        opened, backing_ids, kept = restoring.files_of_former(operations.files.handles, union.files.reopen)
+        return self._connection, Former(opened, backing_ids, kept)

@@ -1,0 +1,131 @@
+"""A mount that outlives its daemon: the state for another daemon, and the holder that starts it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+from unionfs.settings.mount import MountSettings
+
+if TYPE_CHECKING:
+    from unionfs.core.state import State
+    from unionfs.daemon.announcement import Announcement
+    from unionfs.daemon.former import FormerDaemon
+    from unionfs.daemon.holder import Holder
+    from unionfs.daemon.runtime import RuntimeDirectory
+    from unionfs.fuse.session_direct import Connection
+    from unionfs.union.layers import LayerStack
+
+log = logging.getLogger(__name__)
+
+_NOT: Final = "the mount will not outlive its daemon: %s"
+
+
+class Outliving:
+    """What a mount needs for it, if it was asked for and is possible."""
+
+    def __init__(
+        self,
+        settings: MountSettings,
+        directory: RuntimeDirectory,
+        stack: LayerStack,
+        former: FormerDaemon | None,
+        *,
+        foreground: bool,
+    ) -> None:
+        """`former`: the daemon whose mount this process takes over. Raises OSError."""
+        self._asked_for = settings.outlive
+        self._directory = directory
+        self._stack = stack
+        self.why_not = _why_not(settings, foreground=foreground)
+        """Why the mount ends with its daemon, as a clause; empty if it does not."""
+        self.state: State | None = None
+        self._holder: Holder | None = None
+        if self.why_not:
+            if settings.outlive:
+                log.warning(_NOT, self.why_not)
+            return
+        # For start-up time: few mounts have one.
+        from unionfs.core.state import State
+        from unionfs.daemon.holder import Holder
+
+        self.state = State() if former is None else former.state
+        self._holder = Holder(self.state, None if former is None else former.holder)
+
+    def begin(
+        self, settings: MountSettings, connection: Connection | None, announcement: Announcement
+    ) -> None:
+        """The mount is usable and announced: start the holder."""
+        if self._holder is None:
+            return
+        self.why_not = self._begin(self._holder, connection, announcement)
+        if self.why_not:
+            log.warning(_NOT, self.why_not)
+
+    def _begin(self, holder: Holder, connection: Connection | None, announcement: Announcement) -> str:
+        # For start-up time, as above.
+        from unionfs.fuse.direct import agreed
+        from unionfs.fuse.protocol import Init
+
+        if connection is None:
+            return "that needs --session direct"
+        if not connection.decision.flags & Init.HAS_RESEND:
+            return "the kernel cannot send requests again, which needs Linux 6.9"
+        if connection.mount is None or announcement.entry is None:
+            return "the mount is in another mount namespace"
+        values = {
+            "entry": announcement.entry.to_json(),
+            "directory": self._directory.path,
+            "layers": self._stack.kept(),
+            "device": connection.device,
+            "mount_id": connection.mount.mount_id,
+            "agreed": agreed.to_json(connection.decision),
+        }
+        why_not = holder.start(values, connection.device, connection.mount)
+        if not why_not:
+            announcement.held_by(holder.pid)
+        return why_not
+
+    def crash(self, cause: BaseException) -> None:
+        """An unexpected exception ends the daemon: leave everything to another one, if there is a holder."""
+        if self._holder is not None and self._holder.is_there:
+            log.critical("the daemon failed, and another one takes over", exc_info=cause)
+            logging.shutdown()
+            os._exit(1)
+
+    def exchange(self) -> str:
+        """Let the holder start the installed version when this process ends. Returns why that cannot be,
+        as a clause, else an empty text."""
+        return self.why_not if self._holder is None else self._holder.exchange()
+
+    def end(self) -> None:
+        """The daemon ends on purpose."""
+        if self._holder is not None:
+            self._holder.end()
+
+    def figures(self) -> dict[str, Any]:
+        """JSON-able."""
+        if not self._asked_for:
+            return {}
+        if self._holder is None or self.state is None or self.why_not:
+            return {"holder": {"none_because": self.why_not}}
+        return {
+            "holder": {
+                "pid": self._holder.pid,
+                "daemons_died": self.state.died[0],
+                "state_bytes": self.state.memory,
+            }
+        }
+
+
+def _why_not(settings: MountSettings, *, foreground: bool) -> str:
+    if not settings.outlive:
+        return "it was not asked for"
+    if foreground:
+        return "it runs in the foreground"
+    if settings.storage:
+        return "it has storage"
+    if settings.watch_lower:
+        return "it watches its lowers"
+    return ""
