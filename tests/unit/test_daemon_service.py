@@ -37,11 +37,11 @@ def test_a_failure_leaves_nothing_open(
         log_level="info", mounted_by=os.getuid(),
     )  # fmt: skip
 
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     for name in ("confine", "Union", "Operations"):
-        monkeypatch.setattr(subject, name, broken if name == what else lambda *_: None)
+        monkeypatch.setattr(subject, name, broken if name == what else lambda *_, **__: None)
     before = set(os.listdir("/proc/self/fd"))
     with pytest.raises(OSError, match="open files"):
         subject.Service(settings, directory, lambda: None, None, foreground=True)

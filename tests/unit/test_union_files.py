@@ -100,7 +100,7 @@ def test_readers_continue_with_the_copy(tmp_path: Path, open_union: OpenUnion) -
     handle = Handle(lower, ME, writes=False)
     node.in_use().handles.append(handle)
     copy_up(union, node)
-    assert lower.fd == -1
+    assert not lower.is_open
     (tmp_path / "upper/f").write_text("upper")
     assert handle.file.read(10, 0) == b"upper"
     assert handle.file.users == 1

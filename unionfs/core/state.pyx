@@ -140,7 +140,8 @@ cdef class State:
     def xattr_existed(self, uint64_t unique):
         """Whether it existed before a request, which is sent again, was to add or remove it; None: that had not
         begun."""
-        return bool(self.head.xattr_existed) if self.head.xattr_of == unique & LOW else None
+        known = is_resent(unique) and self.head.xattr_of == unique & LOW
+        return bool(self.head.xattr_existed) if known else None
 
     @property
     def is_full(self):

@@ -28,7 +28,6 @@ from unionfs.fuse.files import Files, truncate
 from unionfs.fuse.inline import in_thread
 from unionfs.fuse.invalidations import Invalidations
 from unionfs.fuse.latency import Latencies
-from unionfs.fuse.protocol.flags import UNIQUE_RESEND
 from unionfs.fuse.refreshing import Refreshing
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
@@ -40,7 +39,7 @@ from unionfs.union.flags import APPEND, IMMUTABLE
 from unionfs.union.owners import ACL
 from unionfs.union.setids import SET_IDS, Who, is_outside, mode_after
 from unionfs.union.tree import Union
-from unionfs.union.xattrs import CAPABILITY
+from unionfs.union.xattrs import CAPABILITY, existed_before
 
 Named = tuple[Node, Attributes]
 """A node and its attributes. A reply with a new entry counts a lookup: `Node.looked_up`."""
@@ -369,22 +368,11 @@ class Operations:
         node.changes()
         self.union.capabilities.changed(node)
         with self.union.checked_path(node) as path:
-            if flags & os.XATTR_CREATE and self._existed(path, stored, unique) is False:
+            if flags & os.XATTR_CREATE and existed_before(self.union.state, path, stored, unique) is False:
                 flags &= ~os.XATTR_CREATE
             os.setxattr(path, stored, value, flags)
         self._acl_changed(node, name)
         return node
-
-    def _existed(self, path: bytes, name: bytes, unique: int) -> bool | None:
-        """For another daemon, record whether an xattr exists that a request adds or removes. Returns
-        what a former daemon recorded for a request that is sent again; None: it had not begun."""
-        state = self.union.state
-        if state is None:
-            return None
-        former = state.xattr_existed(unique) if unique & UNIQUE_RESEND else None
-        if former is None:
-            state.changes_xattr(unique, os.fsdecode(name) in os.listxattr(path))
-        return former
 
     def _acl_changed(self, node: Node, name: bytes) -> None:
         if name == ACL_DEFAULT and node.parts:
@@ -427,7 +415,7 @@ class Operations:
         stored = self.union.stored_name(node, name)
         node.changes()
         with self.union.checked_path(node) as path:
-            existed = self._existed(path, stored, unique)
+            existed = existed_before(self.union.state, path, stored, unique)
             try:
                 os.removexattr(path, stored)
             except OSError as error:

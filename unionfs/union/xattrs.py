@@ -7,6 +7,7 @@ import os
 from typing import Final
 
 from unionfs.core.places import Place
+from unionfs.core.state import State
 from unionfs.sys.attributes import OWNER, read_xattrs
 from unionfs.union.markers import Markers
 from unionfs.union.rights import Rights
@@ -49,6 +50,17 @@ def unsupported(name: bytes, error: OSError) -> None:
         or name.startswith((b"security.", b"system.posix_acl_"))
     ):
         raise error
+
+
+def existed_before(state: State | None, path: bytes, name: bytes, unique: int) -> bool | None:
+    """For another daemon, record whether an xattr exists that the request ``unique`` adds or removes. Returns what
+    a former daemon recorded for a request that is sent again; None: it had not begun."""
+    if state is None:
+        return None
+    former = state.xattr_existed(unique)
+    if former is None:
+        state.changes_xattr(unique, os.fsdecode(name) in os.listxattr(path))
+    return former
 
 
 def default_acl(place: Place, dir_fd: int) -> bytes:
