@@ -53,8 +53,10 @@ def unsupported(name: bytes, error: OSError) -> None:
 
 
 def existed_before(state: State | None, path: bytes, name: bytes, unique: int) -> bool | None:
-    """For another daemon, record whether an xattr exists that the request ``unique`` adds or removes. Returns what
-    a former daemon recorded for a request that is sent again; None: it had not begun."""
+    """For another daemon, record whether an xattr exists that the request ``unique`` adds or removes.
+
+    Returns what a former daemon recorded for a request that is sent again; None: it had not begun.
+    """
     if state is None:
         return None
     former = state.xattr_existed(unique)
