@@ -85,7 +85,7 @@ def test_podman(room: Room, podman: Store, plugin: Plugin, base: Path) -> None:
         podman.podman("volume", "create", "--driver", "unionfs", *options, name)
     done = podman.call("podman", "volume", "create", "--driver", "unionfs", "-o", "size=banana", "bad")
     assert done.returncode != 0
-    assert "size=banana" in done.stderr
+    assert "banana" in done.stderr
     assert podman.podman("volume", "ls", "-q").split() == ["memory", "plain", "sized", "view"]
     (shown,) = json.loads(podman.podman("volume", "inspect", "sized"))
     assert shown["Driver"] == "unionfs"
@@ -238,7 +238,7 @@ def test_docker(room: Room, plugin: Plugin, base: Path) -> None:
         docker.run("volume", "create", "-d", "unionfs", "-o", "driver=union", "-o", f"lower={base}", "view")
         done = docker.call("volume", "create", "-d", "unionfs", "-o", "size=banana", "bad")
         assert done.returncode != 0
-        assert "size=banana" in done.stderr
+        assert "banana" in done.stderr
         assert docker.run("volume", "ls", "-q").split() == ["sized", "view"]
         (shown,) = json.loads(docker.run("volume", "inspect", "sized"))
         assert shown["Status"] == {"driver": "local", "users": []}

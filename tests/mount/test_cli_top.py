@@ -31,7 +31,7 @@ class Screen:
         self.process = subprocess.Popen(
             [*mounting.command(), "top", "--seconds", "0.2", "--sort", "mountpoint"],
             stdin=slave, stdout=slave, stderr=slave, cwd="/", start_new_session=True,
-            env={**os.environ, "PYTHONPATH": str(cli_calls.REPOSITORY), "TERM": "xterm"},
+            env={**os.environ, "PYTHONPATH": str(cli_calls.REPOSITORY), "TERM": "xterm", "COLUMNS": "160"},
         )  # fmt: skip
         os.close(slave)
 

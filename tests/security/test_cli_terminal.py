@@ -90,9 +90,8 @@ def test_words_of_plugins(store: Store, hostile: Hostile, command: tuple[str, ..
 
 
 def test_words_of_plugins_in_an_error(store: Store, hostile: Hostile) -> None:
-    hostile.scripts["VolumeDriver.Get"] = says({"Volume": {"Name": "data", "Status": {EVIL: 1}}})
-    store.ok("create", "-d", "p", "data")
-    said = refused(store("inspect", "-f", "{{.Status.x}}", "data"), "is unknown")
+    hostile.scripts["VolumeDriver.Get"] = says({"Err": EVIL})
+    said = refused(store("create", "-d", "p", "data"), "refuses")
     assert _is_clean(said)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -104,7 +105,8 @@ def test_the_keyring_of_the_mounting_session(place: Place) -> None:
 
 
 def test_doctor_says_what_is_left(root: None) -> None:
-    done = unionfs("doctor")
-    (line,) = [line for line in done.stdout.splitlines() if "rights of a daemon" in line]
+    done = unionfs("doctor", "--json")
+    findings = {finding["name"]: finding["detail"] for finding in json.loads(done.stdout)["findings"]}
+    line = findings["rights of a daemon"]
     assert "of 41 capabilities" in line
     assert "SYS_ADMIN" in line

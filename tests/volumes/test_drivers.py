@@ -386,7 +386,7 @@ class TestUnion:
         volumes = store.volumes()
         path = volumes.attach("data", "test")
         with subprocess.Popen(["sleep", "100"], cwd=path) as user:
-            with pytest.raises(UserError, match=rf"busy: used by sleep \(pid {user.pid}\)"):
+            with pytest.raises(UserError, match=rf"busy: used by sleep \(pid {user.pid}, cwd\)"):
                 volumes.detach("data", "test")
             user.kill()
         volumes.detach("data", "test")

@@ -77,13 +77,13 @@ class TestProtocol:
     @pytest.mark.parametrize(
         ("options", "word"),
         [
-            ({"size": "banana"}, "size=banana"),
+            ({"size": "banana"}, "banana"),
             ({"colour": "red"}, "colour"),
             ({"driver": "nowhere"}, "nowhere"),
             ({"driver": "unionfs"}, "name the driver of the volume itself"),
             ({"driver": "union"}, "lower"),
             ({"driver": "union", "lower": "relative"}, "relative"),
-            ({"tmpfs": "size=banana"}, "size=banana"),
+            ({"tmpfs": "size=banana"}, "banana"),
             ({"tmpfs": "", "device": "/dev/sda"}, "exclude each other"),
             ({"type": "nfs"}, "device"),
             ({"size": 5}, "strings"),

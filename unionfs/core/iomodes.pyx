@@ -8,7 +8,6 @@ from libc.errno cimport EBADF, EFAULT
 from libc.errno cimport errno as c_errno
 from libc.stdint cimport uint64_t
 
-from unionfs.core.files cimport UnreadFile
 from unionfs.core.node cimport Node, has_lower_data, successor_of
 from unionfs.core.state cimport MAPPED, WRITTEN
 from unionfs.core.stats cimport failure
@@ -86,8 +85,6 @@ cdef class IoModes:
         self.registered += 1
         use.backing_id, use.resized = id_, False
         use.of_upper = not has_lower_data(node) and node.is_changed_in_place()
-        if isinstance(handle.file, UnreadFile) and (<UnreadFile>handle.file).is_idle():
-            (<UnreadFile>handle.file).rest()  # the kernel has it open
         return True
 
     cdef int unregister(self, int id_) except -1:

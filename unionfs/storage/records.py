@@ -66,6 +66,9 @@ def find(directory: str) -> Volume | None:
                     "volume with --force."
                 ) from None
             return None
+        # A new volume gets its record first, which may have been just before its `_data`.
+        if (volume := _recorded(directory, at)) is not None:
+            return volume
     name = os.path.basename(directory)
     # As in Docker, the names of anonymous volumes are 64 hexadecimal digits.
     anonymous = len(name) == 64 and set(name) <= set("0123456789abcdef")

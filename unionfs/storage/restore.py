@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 from unionfs.errors import UserError, on_failure, quoted
@@ -29,6 +30,7 @@ from unionfs.union.filedata import copy_data
 
 _LONGEST_CHAIN = 1000
 _NOTHING = "nothing was restored"
+_Chain = list[tuple[str, ArchiveReader]]
 
 
 def restore(
@@ -45,14 +47,14 @@ def restore(
     The bases of an incremental archive are searched beside it and in `bases`. With `create`, a missing volume
     is created as the archive describes it, and removed again if the restore fails.
     """
-    if not create or volumes.exists(name):
-        with ExitStack() as stack:
-            return _restore(volumes, name, open_chain(source, bases, stack, _NOTHING, progress), progress)
     with ExitStack() as stack:
-        chain = open_chain(source, bases, stack, _NOTHING, progress)
+        opened = partial(open_chain, source, bases, stack, _NOTHING, progress)
+        if not create or volumes.exists(name):
+            return _restore(volumes, name, opened, progress)
+        chain = opened()
         _create_described(volumes, name, source, chain[-1][1].info)
         try:
-            return _restore(volumes, name, chain, progress)
+            return _restore(volumes, name, lambda: chain, progress)
         except BaseException:
             with suppress(UserError):
                 volumes.remove(name)
@@ -81,13 +83,15 @@ def _create_described(volumes: Volumes, name: str, source: str, described: Mappi
 
 
 def _restore(
-    volumes: Volumes, name: str, chain: list[tuple[str, ArchiveReader]], progress: Progress | None
+    volumes: Volumes, name: str, opened: Callable[[], _Chain], progress: Progress | None
 ) -> Report:
+    """Restore from the archives that `opened` returns, which is called when the volume can be restored."""
     report = Report()
     with volumes.working_on(name, "a restore") as volume, ExitStack() as stack:
         with volumes.still(name, "restored"):
             pass
         find_driver(volume.driver).restores_mounted(volume)
+        chain = opened()
         fill(
             volumes, volume, stack, report, "restored",
             lambda extractor: _apply(extractor, chain, report, progress),

@@ -49,7 +49,7 @@ def compiled(kernel: image.Kernel) -> Path:
             doing="compiling the core", env=environment, paths=paths,
         )  # fmt: skip
         made = sorted(str(path.relative_to(tree)) for path in tree.glob("unionfs/core/*.so"))
-        words = ["tar", "-c", "--owner=0", "--group=0", "-f", work / "core.tar", *made]
+        words: list[str | Path] = ["tar", "-c", "--owner=0", "--group=0", "-f", work / "core.tar", *made]
         subprocess.run(words, cwd=tree, check=True)
         (work / "core.tar").rename(target)
     return target

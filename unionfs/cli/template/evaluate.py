@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -156,7 +157,9 @@ def _json(value: Any) -> str:
                 return [known(item) for item in value]
         return value
 
-    return json.dumps(known(value), separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(known(value), separators=(",", ":"), ensure_ascii=False)
+    # json leaves DEL and the C1 controls, which terminals obey.
+    return re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _index(value: Any, *keys: Any) -> Any:
