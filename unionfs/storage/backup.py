@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from unionfs.storage.archive.entry import Entry
 from unionfs.storage.archive.freeze import frozen, own_filesystem
 from unionfs.storage.archive.headers import Malformed
 from unionfs.storage.archive.manifest import AGAIN, Beside, Line, escape, latest, read_manifest
-from unionfs.storage.archive.output import whole_file
+from unionfs.storage.archive.output import output_to
 from unionfs.storage.archive.progress import Progress
 from unionfs.storage.archive.read import ArchiveReader
 from unionfs.storage.archive.tar import Members, Tar
@@ -99,7 +98,7 @@ def backup(
             check_target(target, path)
         if progress is not None:
             progress.reads_tree(path)
-        out = stack.enter_context(whole_file(target) if target != "-" else _standard_output())
+        out = stack.enter_context(output_to(target))
         started = time.time_ns()
         info: dict[str, Any] = {
             "format": 1,
@@ -147,13 +146,6 @@ def _tell_figures(report: Report, done: Pass, *, incremental: bool) -> None:
 
 def _is_empty_memory(volumes: Volumes, name: str) -> bool:
     return volumes.get(name).options.get("type") == "tmpfs" and not volumes.users(name)
-
-
-@contextmanager
-def _standard_output() -> Iterator[IO[bytes]]:
-    sys.stdout.flush()
-    with open(os.dup(1), "wb", buffering=0) as out:
-        yield out
 
 
 def _hold_still(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import IO
 
 from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.storage import workspace
@@ -18,7 +16,7 @@ from unionfs.storage.archive.entry import DIRECTORY, HARDLINK, Entry
 from unionfs.storage.archive.extract import Extractor
 from unionfs.storage.archive.foreign import ForeignReader
 from unionfs.storage.archive.headers import Malformed
-from unionfs.storage.archive.output import whole_file
+from unionfs.storage.archive.output import output_to
 from unionfs.storage.archive.progress import Progress
 from unionfs.storage.archive.tar import Tar
 from unionfs.storage.archive.target import refuse_inside
@@ -73,7 +71,7 @@ def export(
             refuse_inside(target, path)
         if progress is not None:
             progress.reads_tree(path)
-        with whole_file(target, "tar") if target != "-" else _standard_output() as out:
+        with output_to(target, "tar") as out:
             walker = Walker(path, report.note, leave_out=workspace.names(volume.directory))
             sink = compressor(out, compress)
             tar = _OwnedTar(sink, owner)
@@ -93,13 +91,6 @@ def export(
                 ) from error
     report.total(done.entries, done.read_bytes, "")
     return report
-
-
-@contextmanager
-def _standard_output() -> Iterator[IO[bytes]]:
-    sys.stdout.flush()
-    with open(os.dup(1), "wb", buffering=0) as out:
-        yield out
 
 
 def import_(

@@ -26,6 +26,21 @@ if TYPE_CHECKING:
 COMPRESS = ("zstd", "gzip", "none")
 
 
+def check_output(output: str, *, as_json: bool) -> None:
+    """Refuse to write an archive to a standard output that cannot take it. Raises UserError."""
+    if output != "-":
+        return
+    if sys.stdout.isatty():
+        raise UserError(
+            "refusing to write an archive to a terminal; redirect standard output, or name a file with -o."
+        )
+    if as_json:
+        raise UserError("--json and the archive would share standard output; name a file with -o.")
+    if sys.__stdout__ is None:
+        # It was replaced by /dev/null, where an archive would be lost silently.
+        raise UserError("standard output is closed; redirect it, or name a file with -o.")
+
+
 def report_told(report: Report, what: str, command: Callable[[str], None] = tell) -> None:
     for sentence in report.notes:
         command(sentence)
@@ -90,15 +105,7 @@ def backup(
         output = f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}{ENDINGS[kind]}"
     else:
         kind = compress or ("zstd" if output == "-" else kind_for(output))
-    if output == "-" and sys.stdout.isatty():
-        raise UserError(
-            "refusing to write an archive to a terminal; redirect standard output, or name a file with -o."
-        )
-    if output == "-" and as_json:
-        raise UserError("--json and the archive would share standard output; name a file with -o.")
-    if output == "-" and sys.__stdout__ is None:
-        # It was replaced by /dev/null, where a backup would be lost silently.
-        raise UserError("standard output is closed; redirect it, or name a file with -o.")
+    check_output(output, as_json=as_json)
     with shown_progress(f"backup of {name}", progress) as shown:
         report = make(volumes, name, output, compress=kind, since=since, progress=shown)
     if as_json:

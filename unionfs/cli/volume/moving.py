@@ -10,7 +10,7 @@ import click
 
 from unionfs.cli.listing import print_json
 from unionfs.cli.progress import progress_option, shown_progress
-from unionfs.cli.volume.archiving import COMPRESS, report_json, report_told
+from unionfs.cli.volume.archiving import COMPRESS, check_output, report_json, report_told
 from unionfs.cli.volume.common import complete_volumes, open_volumes, root_option
 from unionfs.errors import UserError
 
@@ -74,12 +74,7 @@ def export(
     from unionfs.storage.plain import Owner
     from unionfs.storage.plain import export as write
 
-    if output == "-" and sys.stdout.isatty():
-        raise UserError(
-            "refusing to write an archive to a terminal; redirect standard output, or give -o FILE."
-        )
-    if output == "-" and as_json:
-        raise UserError("--json and the tar would share standard output; name a file with -o.")
+    check_output(output, as_json=as_json)
     kind = compress or ("none" if output == "-" else kind_for(output))
     with shown_progress(f"export of {name}", progress) as shown:
         report = write(

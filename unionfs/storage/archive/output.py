@@ -6,6 +6,7 @@ import errno
 import os
 import secrets
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import IO
@@ -15,6 +16,18 @@ from unionfs.sys.calls import AT_FDCWD
 from unionfs.sys.fds import Owned
 from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, openat2
 from unionfs.sys.walking import follow
+
+
+@contextmanager
+def output_to(target: str, what: str = "backup") -> Iterator[IO[bytes]]:
+    """Standard output if `target` is `-`; else as `whole_file`. Raises UserError."""
+    if target != "-":
+        with whole_file(target, what) as out:
+            yield out
+        return
+    sys.stdout.flush()
+    with open(os.dup(1), "wb", buffering=0) as out:
+        yield out
 
 
 @contextmanager
