@@ -12,10 +12,11 @@ import click
 
 from unionfs.cli.completing import complete_containers
 from unionfs.cli.lazy import LazyGroup
-from unionfs.cli.listing import list_options, parse_filters, print_json, print_list
+from unionfs.cli.listing import list_options, print_json, print_list
 from unionfs.cli.run import complain, for_each, moment
 from unionfs.cli.volume.common import root_option
 from unionfs.errors import UserError
+from unionfs.settings.filters import parse_filters
 
 if TYPE_CHECKING:
     from unionfs.containers.store import Container

@@ -12,7 +12,6 @@ from unionfs.cli.completing import filter_completer
 from unionfs.cli.run import on_terminal, print_table
 from unionfs.cli.template import render, render_rows
 from unionfs.cli.terminal import all_printable
-from unionfs.errors import UserError, quoted
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -81,16 +80,3 @@ def _safe(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
-
-
-def parse_filters(words: Sequence[str], keys: Sequence[str]) -> list[tuple[str, str]]:
-    """Parse KEY=VALUE words with one of these keys. Raises UserError."""
-    found = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or not key:
-            raise UserError(f"invalid filter {quoted(word)}; write KEY=VALUE.")
-        if key not in keys:
-            raise UserError(f"unknown filter {quoted(key)}; the filters are {', '.join(keys)}.")
-        found.append((key, value))
-    return found

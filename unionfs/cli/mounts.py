@@ -11,13 +11,14 @@ import click
 
 from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount
-from unionfs.cli.listing import list_options, parse_filters, print_json, print_list
+from unionfs.cli.listing import list_options, print_json, print_list
 from unionfs.cli.run import moment, print_table
 from unionfs.daemon.dead import dead_mounts, dead_mounts_of_others
 from unionfs.daemon.detached import Detached, detached_mounts
 from unionfs.daemon.live import LiveMount, live_mounts
 from unionfs.daemon.others import mounts_of_others
 from unionfs.errors import quoted
+from unionfs.settings.filters import parse_filters
 from unionfs.sys.mountinfo import MountEntry
 
 _KEYS = ("mountpoint", "state", "session", "layer")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, Final
+from typing import Any
 
 from unionfs.core.restoring import Restoring
 from unionfs.core.state import State, StateError
@@ -16,11 +16,9 @@ from unionfs.fuse.direct.former import Former
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.session_direct import Connection
 from unionfs.settings.mount import MountSettings
-from unionfs.settings.options import ATIME
+from unionfs.settings.options import ATIME_WORDS
 from unionfs.sys.mountinfo import mount_of_id
 from unionfs.union.layers import LayerStack
-
-ATIME_WORDS: Final = (*ATIME, "nodiratime")
 
 
 class FormerDaemon:

@@ -33,7 +33,7 @@ from unionfs.errors import MountRefusedError, UserError, path_in, quoted, reason
 from unionfs.fuse.errors import SessionError
 from unionfs.fuse.operations import Operations
 from unionfs.settings.mount import MountSettings
-from unionfs.settings.options import ATIME
+from unionfs.settings.options import ATIME_WORDS
 from unionfs.sys.inotify import Inotify
 from unionfs.union.layers import LayerStack
 from unionfs.union.tree import Union
@@ -269,7 +269,7 @@ def _open(settings: MountSettings, directory: RuntimeDirectory) -> tuple[Announc
             features=settings.features,
             shown=settings.shown,
             scratch=scratch,
-            atime=[flag for flag in settings.flags if flag in (*ATIME, "nodiratime")],
+            atime=[flag for flag in settings.flags if flag in ATIME_WORDS],
         )
     except OSError as error:
         path = path_in(error)

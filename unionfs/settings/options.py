@@ -69,6 +69,8 @@ def split_lowers(value: str) -> list[str]:
 
 
 ATIME = ("atime", "relatime", "noatime", "strictatime")
+#: All flags about access times.
+ATIME_WORDS = (*ATIME, "nodiratime")
 """When reading a file of the upper changes its access time."""
 
 # Mount flags that are passed on; the last flag of a group wins.

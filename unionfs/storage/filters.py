@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from datetime import datetime
 
 from unionfs.errors import UserError, quoted
+from unionfs.settings import filters
 from unionfs.storage.model import Volume
 
 KEYS = ("name", "label", "label!", "driver", "dangling", "anonymous", "until")
@@ -17,12 +18,7 @@ _TRUE, _FALSE = frozenset({"1", "true", "t", "yes"}), frozenset({"0", "false", "
 def parse_filters(words: Iterable[str]) -> list[tuple[str, str]]:
     """Parse KEY=VALUE words (also `label!=x`) into pairs. Raises UserError."""
     found = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or not key:
-            raise UserError(f"invalid filter {quoted(word)}; write KEY=VALUE.")
-        if key not in KEYS:
-            raise UserError(f"unknown filter {quoted(key)}; the filters are {', '.join(KEYS)}.")
+    for key, value in filters.parse_filters(words, KEYS):
         if key in ("dangling", "anonymous"):
             truth(value, key)
         if key == "until":
