@@ -108,11 +108,16 @@ def directly(area: Path, fill: Callable[[Path], None], script: str) -> Tree:
 
 def killed_before(step: str, action: Callable[[], object]) -> None:
     """Do it in a process that is killed before a step of that name."""
+    killed_when(lambda seen: seen == step, action, step)
+
+
+def killed_when(due: Callable[[str], bool], action: Callable[[], object], what: object) -> None:
+    """Do it in a process that is killed before the first step that is `due`; `what`: for messages."""
     pid = os.fork()
     if pid == 0:
 
         def hook(seen: str) -> None:
-            if seen == step:
+            if due(seen):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         apply.set_hook(hook)
@@ -121,4 +126,4 @@ def killed_before(step: str, action: Callable[[], object]) -> None:
         finally:
             os._exit(1)
     _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status), step
+    assert os.WIFSIGNALED(status), (what, status)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.branches.branching import Branching, differing, tree
+from tests.branches.branching import Branching, differing, killed_when, tree
 from unionfs.branches import apply
 from unionfs.branches.undo import undo
 from unionfs.errors import UserError
@@ -48,23 +48,8 @@ def steps_of(action: Callable[[], object]) -> list[str]:
 
 def killed_at(index: int, action: Callable[[], object]) -> None:
     """Do it in a process that is killed before its step number `index`."""
-    pid = os.fork()
-    if pid == 0:
-        count = 0
-
-        def hook(step: str) -> None:
-            nonlocal count
-            if count == index:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count += 1
-
-        apply.set_hook(hook)
-        try:
-            action()
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status), (index, status)
+    steps = itertools.count()
+    killed_when(lambda _: next(steps) == index, action, index)
 
 
 def test_killed_at_every_step(prepared: Branching) -> None:

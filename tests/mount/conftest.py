@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.mount import cli_calls
 from tests.mount.cli_calls import Place
+from tests.mount.run_calls import BUSYBOX, Containers, cleaned
 from tests.mount.user_calls import Host, ordinary_user
 
 
@@ -22,4 +24,14 @@ def place(root: None, area: Path) -> Iterator[Place]:
 @pytest.fixture
 def host(place: Place) -> Iterator[Host]:
     with ordinary_user(place) as found:
+        yield found
+
+
+@pytest.fixture
+def box(root: None, area: Path) -> Iterator[Containers]:
+    """A union's layers with busybox, and calls of `unionfs run`."""
+    if BUSYBOX is None or shutil.which("bwrap") is None:
+        pytest.skip("busybox or bubblewrap is not installed")
+    found = Containers(area)
+    with cleaned(area):
         yield found

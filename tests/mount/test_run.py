@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import stat
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,19 +13,10 @@ import pytest
 
 from tests.mount import cli_calls
 from tests.mount.cli_calls import refused, wait_for
-from tests.mount.run_calls import BUSYBOX, Containers, Terminal, cleaned
+from tests.mount.run_calls import Containers, Terminal
 from tests.support.patience import patient
 from unionfs.containers import bubblewrap
 from unionfs.errors import UserError
-
-
-@pytest.fixture
-def box(root: None, area: Path) -> Iterator[Containers]:
-    if BUSYBOX is None or shutil.which("bwrap") is None:
-        pytest.skip("busybox or bubblewrap is not installed")
-    found = Containers(area)
-    with cleaned(area):
-        yield found
 
 
 def test_the_union_is_the_root(box: Containers) -> None:

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.mount import cli_calls
 from tests.mount.cli_calls import refused
-from tests.mount.run_calls import BUSYBOX, Containers, cleaned
-
-
-@pytest.fixture
-def box(root: None, area: Path) -> Iterator[Containers]:
-    if BUSYBOX is None or shutil.which("bwrap") is None:
-        pytest.skip("busybox or bubblewrap is not installed")
-    found = Containers(area)
-    with cleaned(area):
-        yield found
+from tests.mount.run_calls import Containers
 
 
 def test_an_anonymous_volume_is_found_again(box: Containers) -> None:

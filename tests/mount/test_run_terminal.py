@@ -5,25 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import termios
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.mount.cli_calls import gone, wait_for
-from tests.mount.run_calls import BUSYBOX, Containers, Terminal, cleaned
+from tests.mount.run_calls import Containers, Terminal
 from tests.support.patience import patient
 
 BASH = ("/usr/bin/bash", "--norc", "--noprofile")
-
-
-@pytest.fixture
-def box(root: None, area: Path) -> Iterator[Containers]:
-    if BUSYBOX is None or not os.path.exists("/usr/bin/bwrap"):
-        pytest.skip("busybox or bubblewrap is not installed")
-    found = Containers(area)
-    with cleaned(area):
-        yield found
 
 
 def test_size_and_its_changes(box: Containers) -> None:
