@@ -1,4 +1,4 @@
-"""A commit gives the tree that the branch showed, which is the one that its commands make directly."""
+"""A commit produces the tree that the branch showed, the same as running its commands directly."""
 
 from __future__ import annotations
 

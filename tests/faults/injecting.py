@@ -124,7 +124,7 @@ class Injector:
     def __init__(
         self, pid: int, *, children: bool = False, skips: Callable[[str], bool] | None = None
     ) -> None:
-        """``children``: also processes that it forks. ``skips``: paths that are no points."""
+        """``children``: also trace forked processes. ``skips``: paths whose calls are not counted."""
         self._pid, self._children, self._skips = pid, children, skips
         self._threads: dict[int, _Thread] = {}
         self._lock = threading.Lock()

@@ -405,7 +405,7 @@ def test_a_signal_leaves_the_mount_to_who_uses_it(
 
 
 def test_other_commands_beside_a_daemon_that_serves_on(place: Place) -> None:
-    """After a signal: the upper can be compared; what needs it at rest says who has it, and the cure."""
+    """After a signal the upper can be compared; commands that need it idle name its holder and the cure."""
     pid = place.mount()
     (place.merged / "new").write_text("x")
     with open(place.merged / "base"):

@@ -40,7 +40,7 @@ def test_hidden_directories(area: Path) -> None:
 
 
 def test_what_hides_as_well(area: Path) -> None:
-    """A whiteout, and anything else that is no directory."""
+    """A whiteout, and any other non-directory."""
     lower, upper = area / "lower", area / "upper"
     (lower / "a/b").mkdir(parents=True)
     (upper / "a").mkdir(parents=True)

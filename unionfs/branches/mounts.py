@@ -87,7 +87,7 @@ def _complete_links(branch: Branch) -> None:
             for name in linked:
                 path = os.fsencode(merged) + name
                 st = os.lstat(path)
-                # A change of metadata gives the copy this name in the upper.
+                # A metadata change links the copy under this name in the upper.
                 os.utime(path, ns=(st.st_atime_ns, st.st_mtime_ns), follow_symlinks=False)
     finally:
         umount(merged)

@@ -14,7 +14,7 @@ from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import MountEntry, mounted_at, mounts_of_device
 from unionfs.sys.unmount import open_mount, unmount
 
-# How often a mount is looked for whose path changes while it is unmounted.
+# How often to look for the mount again: its path may change during the unmount.
 _ATTEMPTS = 10
 
 
