@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.conftest import host, place
+from tests.mount.conftest import box, host, place
 from tests.security.container_calls import Prison, prison
 from tests.security.storage_actors import Outside
 from tests.support.worker import Worker
 from tests.volumes.conftest import as_root, store
 
-__all__ = ["as_root", "attacker", "host", "inmate", "inside", "outside", "place", "store"]
+__all__ = ["as_root", "attacker", "box", "host", "inmate", "inside", "outside", "place", "store"]
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ import pytest
 
 from tests.mount.cli_calls import REPOSITORY, refused, unionfs
 from tests.mount.test_run import Containers
-from tests.mount.test_run import box as box
 from tests.security.storage_actors import SECONDS, Outside, meanwhile, swap_content
 from tests.support import syscalls
 from tests.support.worker import Worker

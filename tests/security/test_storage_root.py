@@ -16,7 +16,6 @@ import pytest
 
 from tests.mount.cli_calls import REPOSITORY, refused, succeed, unionfs
 from tests.mount.test_run import Containers
-from tests.mount.test_run import box as box
 from tests.support.storage import Storage
 from tests.support.worker import Worker
 from tests.volumes.conftest import Store
