@@ -197,12 +197,12 @@ def test_names_of_xattrs_that_are_known_to_be_missing(mount: Mount) -> None:
     assert mount.ask(Opcode.GETXATTR, node.id, ask) == b"".join(encode.error(UNIQUE, errno.ENODATA))
     acl = b"\0" * 8 + b"system.posix_acl_access\0"
     assert mount.ask(Opcode.GETXATTR, node.id, acl) == b"".join(encode.error(UNIQUE, errno.EOPNOTSUPP))
-    assert mount.ask(Opcode.GETXATTR, node.id, b"\0" * 8 + b"security.capability2\0") is None
+    assert mount.ask(Opcode.GETXATTR, node.id, b"\0" * 8 + b"system.other\0") is None
     assert mount.ask(Opcode.GETXATTR, node.id, b"\0" * 8 + b"user.x\0") is None
 
 
 @pytest.mark.parametrize("wanted", [0, 3, 100])
-@pytest.mark.parametrize("name", [acl.ACCESS, "security.capability"])
+@pytest.mark.parametrize("name", [acl.ACCESS, "security.capability", "security.selinux_of_a_test"])
 def test_stored_xattrs(mount: Mount, tmp_path: Path, root: None, name: str, wanted: int) -> None:
     """Of a file, a directory, and a file that was removed: as the layer's filesystem has them."""
     mount.serve(Modes([]), has_acls=True)

@@ -9,7 +9,8 @@
     MKDIR, CREATE
     SETATTR                       in the plain case; see `setrequests`
     OPEN, RELEASE                 of files of lowers that are only read, and of files of the upper; see `opens`
-    GETXATTR                      of ACLs and capabilities as they are stored, for permission checks of the kernel
+    GETXATTR                      of ACLs and security.* as they are stored: the kernel's permission checks, and
+                                  security.capability and security.ima of every file that a container engine packs
     LISTXATTR                     of objects without xattrs, which most are
 
 All other requests are handled by Python; see `fuse.direct`. A message that does not have the form that the
@@ -62,6 +63,7 @@ cdef struct xattr_answer:
 
 cdef const char *CAPABILITY = b"security.capability"
 cdef const char *ACL = b"system.posix_acl_"
+cdef const char *SECURITY = b"security."
 
 
 cpdef int missing_xattr(Node node, const char *name, bint acl) noexcept:
@@ -303,7 +305,7 @@ cdef class Answers:
         cdef xattr_answer out
         cdef uint32_t *sizes = <uint32_t *>out.value
         cdef ssize_t size
-        if not begins_with(name, ACL) and strcmp(name, CAPABILITY) != 0:
+        if not begins_with(name, ACL) and not begins_with(name, SECURITY):
             return 0
         if node.territory.owners is not None or node.top_layer().permissions is not None:
             return 0

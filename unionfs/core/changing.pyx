@@ -321,6 +321,7 @@ cdef class EntryChanges:
             if step.made and unlinkat(work.fd, step.whiteout, 0) != 0:
                 work.discard(<bytes>step.whiteout)
             if step.held >= 0:
+                self.nodes.holds(-1)  # first: a daemon that takes over must not take another file's fd for it
                 close(step.held)
 
     cdef int hold(self, Node node, Step *step) except -1:

@@ -44,11 +44,13 @@ cdef class Restoring:
 
     def nodes_of_former(self):
         """Take over the nodes. Raises ``OSError`` of a layer."""
+        cdef Record *record
         self.finish_change()
         for id_ in self.former.ids(UNLINKED):
             self.make_unlinked(id_)
         for id_ in self.former.ids(FIXED):
-            if self.nodes.known(id_) is None:
+            record = self.former.at(id_)
+            if record != NULL and not record.flags & SUPERSEDED and self.nodes.known(id_) is None:
                 self.give_up(id_)
         for id_ in self.former.ids(SUPERSEDED):
             self.make_superseded(id_)
@@ -92,11 +94,14 @@ cdef class Restoring:
         return record != NULL and self.number_at(parent, name) == self.state.number_of(record)
 
     cdef loses_name(self, uint64_t id_, uint64_t parent, bytes name, int held):
-        """Record that an object lost a name; of its names, a record has one."""
+        """Record that an object lost a name. Of its names a record has one, which may be half written."""
         cdef Record *record = self.former.at(id_)
         if record == NULL or (record.flags & UNLINKED and record.held >= 0):
             return
-        if record.flags & UNLINKED or (record.parent == parent and self.state.name_of(record) == name):
+        if (
+            record.flags & UNLINKED or (record.parent == parent and self.state.name_of(record) == name)
+            or (held >= 0 and not self.is_at(id_, record.parent, self.state.name_of(record)))
+        ):
             record.held = held
             record.flags |= UNLINKED
 

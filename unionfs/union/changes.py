@@ -263,15 +263,12 @@ class Changes:
         if node.is_linked_lower:
             return node
         nodes = self._union.nodes
-        try:
-            with self._union.outliving(node) as fd:
-                nodes.removing(parent, name, node, fd)
-                self._territory(parent).unlink(node, parent, name)
-                nodes.remove_name(node, parent, name)
-                if self._union.index is not None:
-                    self._union.index.lost_name(node)
-        finally:
-            nodes.changed()
+        with self._union.outliving(node, nodes.changed) as fd:
+            nodes.removing(parent, name, node, fd)
+            self._territory(parent).unlink(node, parent, name)
+            nodes.remove_name(node, parent, name)
+            if self._union.index is not None:
+                self._union.index.lost_name(node)
         return None
 
     def rmdir(self, parent: Node, name: bytes, *, tried: bool = False) -> None:
@@ -286,14 +283,11 @@ class Changes:
         if not node.territory.is_empty(node):
             raise os_error(errno.ENOTEMPTY)
         nodes = self._union.nodes
-        try:
-            with self._union.outliving(node) as fd:
-                nodes.removing(parent, name, node, fd)
-                self._territory(parent).rmdir(node, parent, name)
-                self._union.merge.forget(node.parts)
-                nodes.remove_name(node, parent, name)
-        finally:
-            nodes.changed()
+        with self._union.outliving(node, nodes.changed) as fd:
+            nodes.removing(parent, name, node, fd)
+            self._territory(parent).rmdir(node, parent, name)
+            self._union.merge.forget(node.parts)
+            nodes.remove_name(node, parent, name)
 
     def _existing(self, parent: Node, name: bytes) -> Node:
         """The node of a name to be removed. Raises ENOENT, and EBUSY for the root of bound storage."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -92,10 +92,12 @@ class Objects(core.Objects):
         return fd if opened else os.dup(fd)
 
     @contextmanager
-    def outliving(self, node: Node) -> Iterator[int]:
+    def outliving(self, node: Node, done: Callable[[], object] = lambda: None) -> Iterator[int]:
         """Keep an fd of the object, which it yields, if the context removes the last known name of ``node``.
 
-        Only after the context succeeds: until then the object is accessed by its name.
+        Only after the context succeeds: until then the object is accessed by its name. ``done`` is called at
+        the end, before an fd that is not kept is closed: a daemon that takes over must not use the fd of
+        another file for it.
         """
         fd = self.open_path(node)
         try:
@@ -105,6 +107,7 @@ class Objects(core.Objects):
                 fd = -1
                 node.territory.lost_name(node)
         finally:
+            done()
             if fd >= 0:
                 close_quietly(fd)
 

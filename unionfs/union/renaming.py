@@ -43,7 +43,7 @@ class Renaming(Changing):
             return []
         union = self._union
         try:
-            with nullcontext(-1) if target is None else union.outliving(target) as fd:
+            with nullcontext(-1) if target is None else union.outliving(target, union.nodes.changed) as fd:
                 union.nodes.renaming(*old, *new, node, target, fd)
                 self._replace(node, *old, target, *new, redirects)
                 if target is not None:
