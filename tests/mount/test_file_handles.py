@@ -108,7 +108,7 @@ def test_a_handle_of_a_removed_file_is_stale(world: MakeWorld, forgotten: bool) 
     made = world(build)
 
     def states(root: Path, handles: list[_Handle]) -> list[bool]:
-        """Which are stale. The kernel keeps an inode without a name for a moment while a notification uses it."""
+        """Which are stale. The kernel keeps an inode without a name while a notification uses it."""
         for _ in range(100):
             stale = [_stale(root, handle) for handle in handles]
             if all(stale[:1] + stale[2:]):
