@@ -114,6 +114,35 @@ def test_capabilities_beside_setgid_for_locking(world: MakeWorld, user: Worker) 
     made.as_native(calls)
 
 
+def test_chown_that_names_no_owner_of_a_file_open_for_writing(world: MakeWorld) -> None:
+    """Clears root's set-id bits, too; root's write keeps them, and removes a capability."""
+
+    def build(root: Path) -> None:
+        for capable in (False, True):
+            path = root / f"script{capable}"
+            path.write_bytes(b"data")
+            path.chmod(0o6755)
+            if capable:
+                os.setxattr(path, "security.capability", CAPABILITY)
+
+    made = world(build)
+
+    def calls(root: Path) -> list[object]:
+        found: list[object] = []
+        for path in sorted(root.iterdir()):
+            with open(path, "r+b", buffering=0) as file:
+                for _ in range(2):
+                    file.write(b"d")
+                    found.append((path.name, _mode(path), _has_capability(path)))
+                os.fchown(file.fileno(), -1, -1)
+                found.append((path.name, _mode(path), _has_capability(path)))
+                file.write(b"d")
+            found.append((path.name, _mode(path), path.read_bytes()))
+        return found
+
+    made.as_native(calls)
+
+
 def test_chown_that_names_no_owner(world: MakeWorld, user: Worker) -> None:
     """For a fifo and a device as for a file; a directory keeps its setgid bit."""
 

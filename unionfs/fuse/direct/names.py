@@ -54,6 +54,8 @@ class NameRequests:
         #: Preserves attributes while data is written back; None without write-back.
         writes_back = bool(decision.flags & Init.WRITEBACK_CACHE)
         self.write_back = WriteBack(operations.union.capabilities) if writes_back else None
+        #: The last node and thread (pid) for which the kernel removed a file capability.
+        self._capability_removed: tuple[int, int] | None = None
         #: Whether the kernel sends no OPEN.
         self._opens_unseen = Opcode.OPEN in decision.enosys
         self.table: dict[Opcode, Answer] = {
@@ -255,7 +257,13 @@ class NameRequests:
             self._opens_unseen or (node.use is not None and any(handle.writes for handle in node.use.handles))
         )
         if writes and not valid & FATTR_CTIME:
-            return request.uid != 0  # root's is sent for file capabilities, which are already removed
+            if request.uid != 0:
+                return True
+            if (request.nodeid, request.pid) == self._capability_removed:
+                # A write of root, which keeps the bits. It is sent because the kernel has just removed the
+                # file's capability (fs/attr.c, notify_change); otherwise none is, so it is a chown.
+                self._capability_removed = None
+                return False
         if mode_after(attributes.st, request) is None:
             return False
         if request.uid not in (0, attributes.st.st_uid):
@@ -288,6 +296,8 @@ class NameRequests:
     async def _removexattr(self, request: rq.Removexattr) -> Reply:
         if request.name == CAPABILITY and self.write_back is not None:
             self.write_back.capability_set(self._operations.node(request.nodeid), None)
+        if request.name == CAPABILITY:
+            self._capability_removed = request.nodeid, request.pid
         await self._operations.removexattr(request.nodeid, request.name, request.uid, request.unique)
         return encode.ok(request.unique)
 
