@@ -251,7 +251,9 @@ class Pair(Opened):
         if op.name in ("rmdir", "rename") and any(_normal(item) in normalise.KEPT for item in op.args):
             return
         if op.name in LAYERS:
-            self._guarded(lambda: self._remount(op.name))
+            # Not if some worker could not enter the tree again, after a chmod of its root.
+            if all(one.call(os.access, b".", os.X_OK) for s in self.sides for one in s.workers.values()):
+                self._guarded(lambda: self._remount(op.name))
             return
         open_lowers = self._open_lowers(op) if self.kind == normalise.KEEPING else set()
         if op.name == "h_reopen" and (op.who, op.args[0]) in open_lowers and _writes(op.args[2]):
