@@ -64,8 +64,9 @@ def succeed(done: Done) -> str:
 
 
 def refused(done: Done, *parts: str, program: str = "unionfs") -> str:
-    """The command must have failed with code 1 and one sentence on stderr, with these parts in it."""
-    assert done.returncode == 1, (done.returncode, done.stdout, done.stderr)
+    """The command must have failed with code 1 (`run`: 125) and one sentence with these parts on stderr."""
+    code = 125 if "run" in done.args else 1
+    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
     assert done.stdout == ""
     assert done.stderr.startswith(f"{program}: "), done.stderr
     assert done.stderr.endswith(".\n"), done.stderr

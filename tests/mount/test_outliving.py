@@ -70,6 +70,12 @@ class Outliving:
         assert self.last.pid != before.pid
         return self.last
 
+    def log(self) -> str:
+        """The last lines of the daemons' log."""
+        path = json.loads(succeed(unionfs("inspect", "--json", self.top)))["log"]
+        lines = Path(path).read_text().splitlines() if os.path.exists(path) else [f"the log is {path}"]
+        return "\n".join(lines[-40:])
+
     def processes(self) -> list[int]:
         assert self.last.holder is not None
         return [self.last.pid, self.last.holder[0]]
@@ -259,7 +265,7 @@ def test_killed_many_times_under_load(place: Place, io: str) -> None:
         with load(place, 3, turn) as results:
             storm(mount, 10, turn)
         print(io, turn, [(one["count"], one["longest"]) for one in results])
-        assert [one["differences"] for one in results] == [[], [], []], turn
+        assert [one["differences"] for one in results] == [[], [], []], f"turn {turn}\n{mount.log()}"
         for number in range(3):
             assert tree(mount.top / f"w{number}") == tree(place.root / f"native/w{number}"), turn
     succeed(unionfs("umount", "--lazy", mount.top))

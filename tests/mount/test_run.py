@@ -70,7 +70,7 @@ def test_environment_and_workdir(box: Containers) -> None:
 
 def test_a_workdir_that_is_a_file(box: Containers) -> None:
     out = box.run("--rm", "--workdir", "/etc/passwd", "--", "pwd")
-    assert out.returncode == 1
+    assert out.returncode == 125
     assert out.stderr.startswith("unionfs: --workdir /etc/passwd cannot be used: not a directory")
     assert box.kept() == []
 
@@ -398,7 +398,7 @@ def test_ctrl_c_ends_a_command_that_does_not_handle_it(box: Containers) -> None:
 def test_bad_input(box: Containers, arguments: list[str], parts: list[str]) -> None:
     done = box.run(*arguments, lower=False)
     sentence = done.stderr.lower()
-    assert done.returncode == 1
+    assert done.returncode == 125
     assert done.stdout == ""
     assert sentence.count("\n") == 1
     for part in parts:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,10 @@ import click
 
 from unionfs.cli.completing import complete_containers
 from unionfs.cli.rules import complete_images, tell
-from unionfs.cli.run import complain, for_each
+from unionfs.cli.run import CodedError, complain, for_each
 from unionfs.cli.storage_options import storage_options
 from unionfs.errors import UserError, on_failure, quoted
+
 
 
 def parse_environment(given: Iterable[str], option: str) -> dict[str, str]:
@@ -32,7 +33,33 @@ def parse_environment(given: Iterable[str], option: str) -> dict[str, str]:
     return values
 
 
+class _Run(click.Command):
+    """Ends with 125, as docker's, if it fails itself."""
+
+    def make_context(self, *words: Any, **settings: Any) -> click.Context:
+        with _coded():
+            return super().make_context(*words, **settings)
+
+    def invoke(self, context: click.Context) -> Any:
+        with _coded():
+            return super().invoke(context)
+
+
+@contextmanager
+def _coded() -> Iterator[None]:
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except (click.ClickException, UserError, OSError) as error:
+        # For start-up time: an error needs it.
+        from unionfs.containers.detached import OWN_FAILURE
+
+        raise CodedError(OWN_FAILURE) from error
+
+
 @click.command(
+    cls=_Run,
     context_settings={"allow_interspersed_args": False},
     epilog="""\b
 Examples:
@@ -110,7 +137,7 @@ def run(
     stdin, stdout or stderr is a terminal, the command gets its own.
 
     The exit code is the command's; 128 plus the signal's number if a signal ended it; 126 or 127 if it cannot
-    be executed or found; 1 if the union cannot be mounted. Signals are forwarded to the command.
+    be executed or found; 125 if the container cannot be started. Signals are forwarded to the command.
 
     {storage}
     """

@@ -1,4 +1,4 @@
-"""Common to all commands: errors as one sentence with exit code 1, and tables."""
+"""Common to all commands: errors as one sentence and an exit code, and tables."""
 
 from __future__ import annotations
 
@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+class CodedError(Exception):
+    """Ends a command with ``code`` in place of 1; the error that ended it is the cause."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
 def run(command: click.Command, arguments: Sequence[str], program: str) -> int:
     """Run a command and return the exit code. A user's mistake never shows a traceback."""
     prepare_streams()
@@ -30,26 +38,28 @@ def run(command: click.Command, arguments: Sequence[str], program: str) -> int:
         return 0
     except click.exceptions.Exit as error:
         return error.exit_code
-    except click.ClickException as error:
-        return complain(program, _usage(error, program))
-    except (UserError, KeyboardInterrupt, click.Abort, OSError) as error:
+    except CodedError as error:
+        return failed(program, error.__cause__, error.code)
+    except (click.ClickException, UserError, KeyboardInterrupt, click.Abort, OSError) as error:
         return failed(program, error)
     return result if isinstance(result, int) else 0
 
 
-def failed(program: str, error: BaseException) -> int:
+def failed(program: str, error: BaseException | None, code: int = 1) -> int:
     """Report the error that ended a command, in one sentence. Returns the exit code."""
     match error:
+        case click.ClickException():
+            return complain(program, _usage(error, program), code)
         case UserError():
-            return complain(program, str(error))
+            return complain(program, str(error), code)
         case BrokenPipeError():
             # The reader (`head`) has ended; the interpreter would report that again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            return 1
+            return code
         case OSError():
             path = path_in(error)
             name = f"{quoted(path)}: " if path else ""
-            return complain(program, f"{name}{reason(error)}; check the path and the permissions.")
+            return complain(program, f"{name}{reason(error)}; check the path and the permissions.", code)
     return complain(program, "interrupted.", 130)
 
 

@@ -6,12 +6,14 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from unionfs.errors import UserError
 from unionfs.sys.process import to_null
 
-_STARTED = b"\0"
+_STARTED: Final = b"\0"
+OWN_FAILURE: Final = 125
+"""The exit code if a container cannot be started, as docker's."""
 
 
 def start(run: Callable[[Callable[[], None], Callable[[str], None]], int]) -> tuple[int, str]:
@@ -32,11 +34,11 @@ def start(run: Callable[[Callable[[], None], Callable[[str], None]], int]) -> tu
         return 0, ""
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
-    return code if code > 0 else 1, said.decode("utf-8", "surrogateescape").strip()
+    return code if code > 0 else OWN_FAILURE, said.decode("utf-8", "surrogateescape").strip()
 
 
 def _go_on(run: Callable[[Callable[[], None], Callable[[str], None]], int], writer: int) -> NoReturn:
-    code = 1
+    code = OWN_FAILURE
     try:
         os.setsid()
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -59,7 +61,7 @@ def _go_on(run: Callable[[Callable[[], None], Callable[[str], None]], int], writ
             code = run(started, report)
         except UserError as error:
             report(str(error))
-            code = getattr(error, "code", 1)
+            code = getattr(error, "code", OWN_FAILURE)
         except Exception as error:
             report(f"internal error: {type(error).__name__}: {error}.")
     finally:
