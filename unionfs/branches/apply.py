@@ -18,7 +18,6 @@ from unionfs.errors import UserError, quoted
 from unionfs.sys import attributes
 from unionfs.sys.calls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from unionfs.sys.fds import Owned, open_for_listing
-from unionfs.union.xattrs import unsupported
 
 _NO_FLAGS = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -138,7 +137,7 @@ class Application:
                 if name not in new.xattrs:
                     with suppress(OSError):
                         os.removexattr(fd, name)
-            attributes.write(fd, None, new, unsupported)
+            attributes.write(fd, None, new, attributes.unsupported)
 
 
 def _accessible(path: int) -> int:

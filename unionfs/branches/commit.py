@@ -137,6 +137,8 @@ class _Commit:
         result.changes = [
             (change.kind, path) for path, change in in_order(self._view.root) if self._selection.has(path)
         ]
+        if self._view.root_differs and self._selection.has(b"/"):
+            result.changes.insert(0, ("C", b"/."))
         result.hazards = [*hazards(self._view, plan), *in_use(self._branch, record.base)]
         if wish.dry_run or (conflicts and wish.conflicts in (STOP, MERGE)):
             return result

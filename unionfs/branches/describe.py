@@ -85,6 +85,8 @@ class Describer:
     def differences(self) -> list[Difference]:
         """All of them, sorted by path. Raises OSError."""
         found = []
+        if self._view.root_differs and (item := self.difference(b".", self._view.root)) is not None:
+            found.append(item)
         for path, change in in_order(self._view.root):
             item = self.difference(path[1:], change)
             if item is not None:

@@ -30,17 +30,17 @@ def mount_of(branch: Branch) -> live.LiveMount | None:
 
 
 def mount_branch(
-    branch: Branch, mountpoint: str | None = None, *, with_this_process: bool = False
+    branch: Branch, mountpoint: str | None = None, *, lives_with: int | None = None
 ) -> MountSettings:
     """Mount a branch, by default below the store. Raises UserError.
 
-    Signals are blocked afterwards. `with_this_process`: its end ends the mount.
+    Signals are blocked afterwards. `lives_with`: a process, whose end ends the mount.
     """
     branch.refuse_frozen("be mounted")
-    return _mount(branch, mountpoint or branch.merged, with_this_process=with_this_process)
+    return _mount(branch, mountpoint or branch.merged, lives_with=lives_with)
 
 
-def _mount(branch: Branch, mountpoint: str, *, with_this_process: bool) -> MountSettings:
+def _mount(branch: Branch, mountpoint: str, *, lives_with: int | None) -> MountSettings:
     record = branch.record()
     # A base that was replaced has nothing to do with the branch.
     with opened(record.base, record.base_inode):
@@ -52,9 +52,8 @@ def _mount(branch: Branch, mountpoint: str, *, with_this_process: bool) -> Mount
         mountpoint, lowers=branch.lowers(), upper=branch.upper, work=branch.work,
         options=["userxattr"] if record.userxattr else [], source=f"branch-{branch.name}",
     )  # fmt: skip
-    me = os.getpid()
-    if with_this_process:
-        settings = replace(settings, lives_with=(me, start_time(me) or 0))
+    if lives_with is not None:
+        settings = replace(settings, lives_with=(lives_with, start_time(lives_with) or 0))
     # What the base changes from now on may come after the branch's copy.
     branch.save(replace(record, session=time.time_ns()))
     mount(settings)
@@ -81,7 +80,7 @@ def _complete_links(branch: Branch) -> None:
     if not linked:
         return
     complaint = f"the hard links of branch {quoted(branch.name)} cannot be completed"
-    merged = _mount(branch, branch.merged, with_this_process=True).mountpoint
+    merged = _mount(branch, branch.merged, lives_with=os.getpid()).mountpoint
     try:
         with on_failure(complaint, "try again"):
             for name in linked:
@@ -113,7 +112,7 @@ def parent_mounted(store: Store, child: str, parent: str) -> Iterator[str]:
             f"too ({names}), and would change; commit or discard those first."
         )
     with below.claimed("changed"):
-        _mount(below, below.merged, with_this_process=True)
+        _mount(below, below.merged, lives_with=os.getpid())
         try:
             yield below.merged
         finally:

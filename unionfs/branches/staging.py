@@ -22,7 +22,6 @@ from unionfs.sys import attributes
 from unionfs.sys.fds import Owned
 from unionfs.union.diff import Object
 from unionfs.union.filedata import clone, copy_data
-from unionfs.union.xattrs import unsupported
 
 _SMALL = 256 * 1024
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -127,7 +126,7 @@ class Stager:
         if is_top and os.geteuid() != 0:
             # Its owner needs them to rename it to another directory (rename(2)).
             new = new._replace(mode=mode | _ACCESS)
-        attributes.write(level.fd, None, new, unsupported)
+        attributes.write(level.fd, None, new, attributes.unsupported)
         return mode
 
     def _object(
@@ -147,13 +146,13 @@ class Stager:
             if stat.S_ISREG(st.st_mode):
                 with Owned(os.open(name, _NEW, 0o600, dir_fd=at)) as target:
                     self._data(above, path, found, entry, target)
-                    attributes.write(target, None, new, unsupported)
+                    attributes.write(target, None, new, attributes.unsupported)
             else:
                 if stat.S_ISLNK(st.st_mode):
                     os.symlink(os.readlink(b"", dir_fd=entry.fd), name, dir_fd=at)
                 else:
                     os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=at)
-                attributes.write(at, name, new, unsupported)
+                attributes.write(at, name, new, attributes.unsupported)
             if key:
                 self._links[key] = staged
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import secrets
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -31,7 +30,6 @@ from unionfs.sys import attributes, filelocks
 from unionfs.sys.capabilities import may_use_trusted_xattrs
 from unionfs.sys.fds import Owned
 from unionfs.sys.trees import remove_path
-from unionfs.union.xattrs import unsupported
 
 _RECORD = "branch.json"
 _POLL_SECONDS = 0.02
@@ -62,7 +60,7 @@ class Store:
         """All branches, sorted by name. Raises UserError."""
         self.check()
         with suppress(FileNotFoundError):
-            return [self.branch(name) for name in sorted(os.listdir(self.path)) if is_name(name)]
+            return [self.branch(name) for name in sorted(os.listdir(self.path)) if is_name(name, "branch")]
         return []
 
     def children(self, name: str) -> list[str]:
@@ -107,7 +105,7 @@ class Store:
 
     def _put(self, branch: Branch, record: Record, below: int) -> None:
         """Make the directory of a branch, and give it its name; `below`: an fd of the root below."""
-        new = f"{self.path}/.new-{secrets.token_hex(8)}"
+        new = f"{self.path}/.new-{os.urandom(8).hex()}"
         os.mkdir(new, 0o700)
         try:
             for part in ("work", "merged"):
@@ -193,6 +191,15 @@ class Branch:
             record = below.record()
         return (*found, record.base)
 
+    def is_untouched(self) -> bool:
+        """Whether nothing was written to it: false also if that takes a closer look. Raises UserError."""
+        lowers = self.lowers()
+        with on_failure(f"branch {quoted(self.name)} cannot be read", "check its base and its layer"):
+            if os.listdir(self.upper):
+                return False
+            now, before = (_root_attributes(path) for path in (self.upper, lowers[0]))
+            return now == before
+
     def refuse_frozen(self, what: str) -> None:
         """Raise UserError if other branches lie over it; `what` as in "be removed"."""
         if children := self.store.children(self.name):
@@ -243,7 +250,7 @@ class Branch:
         self.refuse_frozen("be removed")
         refuse_locked(self.path, complaint)
         sweep(self.store.path)
-        doomed = f"{self.store.path}/{_DOOMED}{secrets.token_hex(8)}"
+        doomed = f"{self.store.path}/{_DOOMED}{os.urandom(8).hex()}"
         with on_failure(complaint, "check the permissions"):
             os.rename(self.path, doomed)
         remove_all(doomed, f"branch {quoted(self.name)} is removed, but not all of its files")
@@ -271,13 +278,21 @@ def _make_root(path: str, below: int) -> None:
     os.mkdir(path, 0o700)
     st = os.fstat(below)
 
-    def kept(name: bytes) -> bool:
-        return b".overlay." not in name and name != b"security.selinux"
-
     def failed(name: bytes, error: OSError) -> None:
         if name != attributes.OWNER or error.errno != errno.EPERM:
-            unsupported(name, error)
+            attributes.unsupported(name, error)
 
-    xattrs = attributes.read_xattrs(below, kept, failed)
+    xattrs = attributes.read_xattrs(below, _is_kept, failed)
     with Owned(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
         attributes.write(fd, None, attributes.attributes(st, xattrs), failed)
+
+
+def _is_kept(name: bytes) -> bool:
+    """Whether the root of an upper gets this xattr of the root below."""
+    return b".overlay." not in name and name != b"security.selinux"
+
+
+def _root_attributes(path: str) -> tuple[int, int, int, dict[bytes, bytes]]:
+    st = os.stat(path, follow_symlinks=False)
+    xattrs = attributes.read_xattrs(os.fsencode(path), _is_kept, attributes.unsupported, follow=False)
+    return st.st_mode, st.st_uid, st.st_gid, xattrs

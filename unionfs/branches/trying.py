@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
-from unionfs.branches.mounts import mount_branch
+from unionfs.branches.attaching import attach
 from unionfs.branches.store import Branch, Store
 from unionfs.containers import bubblewrap
 from unionfs.containers.confinement import settle_confinement
@@ -80,7 +80,7 @@ class _Try:
         for path in self._below:
             self._complain(f"{quoted(path)} is another filesystem below the base; it is read-only here.")
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        merged = mount_branch(branch, with_this_process=True).mountpoint
+        merged = attach(branch)
         hold_signals()
         try:
             self._check(merged)

@@ -54,6 +54,20 @@ class View:
         if index is not None and self._lacks_names(index):
             self._find_linked(index)
 
+    @property
+    def root_differs(self) -> bool:
+        """Whether the root has other attributes than the one below, besides times. Raises OSError."""
+        new, old = self.root.new, self.root.old
+        assert new is not None
+        assert old is not None
+        now, before = self.of_directory(new), self.of_directory(old)
+        return (now.mode, now.uid, now.gid, now.xattrs) != (before.mode, before.uid, before.gid, before.xattrs)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the branch changes nothing. Raises OSError."""
+        return not self.root.children and not self.root_differs
+
     # -- objects ------------------------------------------------------------------------------------------
 
     @contextmanager

@@ -10,6 +10,7 @@ from unionfs.daemon.resident import reside
 
 _NEEDED = (
     "unionfs.cli.fuse_unionfs", "unionfs.cli.main", "unionfs.cli.mount", "unionfs.daemon.service",
+    "unionfs.cli.branch.making", "unionfs.branches.mounts",
 )  # fmt: skip
 _SYSLOG = "/dev/log"
 

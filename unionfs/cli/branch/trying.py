@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -93,9 +92,6 @@ def shell(root: str | None, name: str) -> int:
 
 def _branch(store: Store, name: str | None, base: str | None, parent: str | None) -> tuple[bool, Branch]:
     """The branch to use, and whether it is new."""
-    # For start-up time: --help and completion do not need it.
-    from unionfs.branches.mounts import create
-
     if base is not None and parent is not None:
         raise click.UsageError("give either -D or --from")
     if name is not None and (branch := store.branch(name)).exists():
@@ -109,7 +105,13 @@ def _branch(store: Store, name: str | None, base: str | None, parent: str | None
         if parent is not None and parent != record.parent:
             raise UserError(f"branch {quoted(name)} does not lie over {quoted(parent)}; choose another name.")
         return False, branch
-    return True, create(store, name or f"try-{secrets.token_hex(3)}", base or ".", parent)
+    name = name or f"try-{os.urandom(3).hex()}"
+    if parent is None:
+        return True, store.create(name, base or ".")
+    # For start-up time: a branch over a directory does not need it.
+    from unionfs.branches.mounts import create
+
+    return True, create(store, name, base or ".", parent)
 
 
 def _run(store: Store, branch: Branch, fresh: bool, wish: dict[str, Any]) -> int:
@@ -136,16 +138,7 @@ def _afterwards(
     store: Store, branch: Branch, code: int, *, fresh: bool, then: str | None, quiet: bool, report: str | None
 ) -> int:
     """Say what was changed, and do what is wished."""
-    # For start-up time: --help and completion do not need it.
-    from unionfs.branches.view import viewed
-
-    found: list[Difference] = []
-    lines: list[str] = []
-    with viewed(branch) as view:
-        if view.root.children:
-            found, lines = _described(branch, view, code, report)
-        elif report is not None:
-            _write(report, {"name": branch.name, "exit_code": code, "changes": []})
+    found, lines = _described(branch, code, report)
     if not found and fresh:
         branch.remove()
         return code
@@ -154,10 +147,25 @@ def _afterwards(
     return _do(store, branch, code, then or _asked(branch), quiet=quiet)
 
 
-def _described(
-    branch: Branch, view: View, code: int, report: str | None
-) -> tuple[list[Difference], list[str]]:
+def _described(branch: Branch, code: int, report: str | None) -> tuple[list[Difference], list[str]]:
     """The changes, and the lines about them; writes the report."""
+    if branch.is_untouched():
+        if report is not None:
+            _write(report, {"name": branch.name, "exit_code": code, "changes": []})
+        return [], []
+    # For start-up time: commands that change nothing do not need it.
+    from unionfs.branches.view import viewed
+
+    with viewed(branch) as view:
+        found, lines = _changes(branch, view)
+    if report is not None:
+        values = [item.to_json() for item in found]
+        _write(report, {"name": branch.name, "exit_code": code, "changes": values})
+    return found, lines
+
+
+def _changes(branch: Branch, view: View) -> tuple[list[Difference], list[str]]:
+    """The changes, which are remembered, and the lines about them."""
     # For start-up time: commands that change nothing do not need it.
     from unionfs.branches import seen
     from unionfs.branches.describe import Describer
@@ -173,11 +181,7 @@ def _described(
     lines = [*rendered(describer, shown[:_MOST_LINES], None)]
     if len(shown) > _MOST_LINES:
         lines.append(f"and {len(shown) - _MOST_LINES} more")
-    lines += [*hidden(len(found) - len(shown)), f"branch {branch.name}: {total(found)}"]
-    if report is not None:
-        values = [item.to_json() for item in found]
-        _write(report, {"name": branch.name, "exit_code": code, "changes": values})
-    return found, lines
+    return found, [*lines, *hidden(len(found) - len(shown)), f"branch {branch.name}: {total(found)}"]
 
 
 def _write(path: str, values: object) -> None:
