@@ -43,11 +43,15 @@ class ChangedError(UserError):
 class Application:
     """A journal, its tree, and fds of `new` and `old`."""
 
-    def __init__(self, journal: Journal, tree: Beneath, new: int, old: int) -> None:
+    def __init__(
+        self, journal: Journal, tree: Beneath, new: int, old: int, layer: Beneath | None
+    ) -> None:
+        """`layer`: that of the branch, unless it is gone."""
         self._journal = journal
         self._tree = tree
         self._new = new
         self._old = old
+        self._layer = layer
 
     def forward(self) -> None:
         """Do all that is not done. Raises ChangedError, OSError."""
@@ -84,27 +88,36 @@ class Application:
             return
         if here != move.new:
             if here is None and inode(self._old, number) is not None:
-                rename(self._new, number, at, name, RENAME_NOREPLACE)
+                rename(*self._staged(move), at, name, RENAME_NOREPLACE)
             else:
                 _expect(move, at, name)
                 self._put(move, at, name, number)
         self._mode(move, at, name)
 
+    def _staged(self, move: Move) -> tuple[int, bytes]:
+        """Where what is put in place is before; afterwards what had its place. Raises OSError."""
+        if not move.own:
+            return self._new, b"%d" % move.number
+        if self._layer is None:
+            raise FileNotFoundError(errno.ENOENT, "its branch is gone", move.path)
+        return self._layer.parent(os.fsencode(move.path))
+
     def _put(self, move: Move, at: int, name: bytes, number: bytes) -> None:
+        staged = self._staged(move)
         if move.old is None:
-            _rename_to_free(self._new, number, at, name)
+            _rename_to_free(*staged, at, name)
             return
         try:
-            rename(self._new, number, at, name, RENAME_EXCHANGE)
+            rename(*staged, at, name, RENAME_EXCHANGE)
         except OSError as error:
             if error.errno not in _NO_FLAGS:
                 raise
             _rename_to_free(at, name, self._old, number)
             step(f"between {move.path}")
-            _rename_to_free(self._new, number, at, name)
+            _rename_to_free(*staged, at, name)
             return
-        if inode(self._new, number) != move.old:
-            rename(self._new, number, at, name, RENAME_EXCHANGE)
+        if inode(*staged) != move.old:
+            rename(*staged, at, name, RENAME_EXCHANGE)
             raise _changed(move)
 
     def _mode(self, move: Move, at: int, name: bytes) -> None:
@@ -121,9 +134,9 @@ class Application:
         here, old = inode(at, name), inode(self._old, number)
         if move.new is not None and here == move.new:
             if move.old is None or old is not None:
-                _rename_to_free(at, name, self._new, number)
+                _rename_to_free(at, name, *self._staged(move))
             else:
-                rename(self._new, number, at, name, RENAME_EXCHANGE)
+                rename(*self._staged(move), at, name, RENAME_EXCHANGE)
         if old is not None and inode(at, name) is None:
             _rename_to_free(self._old, number, at, name)
 

@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 
 from unionfs.branches import beneath, journal, seen
 from unionfs.branches.apply import look, step
+from unionfs.branches.covered import Fixed
 from unionfs.branches.ending import discard, go_on, make_stage, recover
 from unionfs.branches.journal import Journal, Move, Setting
 from unionfs.branches.merging import merged
 from unionfs.branches.mounts import in_use, parent_mounted, unmounted
 from unionfs.branches.plan import Drop, Plan, Planner, Put, hazards
 from unionfs.branches.selection import Selection, relative
+from unionfs.branches.sharing import Sharing
 from unionfs.branches.staging import Stager
 from unionfs.branches.store import Branch, Store
 from unionfs.branches.view import View, viewed
@@ -99,7 +101,7 @@ def commit(store: Store, name: str, wish: Wish) -> Result:
 
 def _committed(store: Store, name: str) -> Journal | None:
     """The last commit, if it was of that branch."""
-    for id in reversed(list(journal.ids(store))):
+    for id in reversed(store.commit_ids()):
         entry = journal.read(store, id)
         return entry if entry is not None and entry.branch == name else None
     return None
@@ -133,6 +135,8 @@ class _Commit:
         result.conflicts = [(item.what, item.path) for item in conflicts]
         stay = [item.path for item in conflicts] if wish.conflicts == THEIRS else []
         plan = self._plan(stay)
+        if record.parent is None:
+            self._fixed(plan)
         result.skipped = plan.skipped
         result.changes = [
             (change.kind, path) for path, change in in_order(self._view.root) if self._selection.has(path)
@@ -152,6 +156,11 @@ class _Commit:
             raise UserError(
                 f"branch {quoted(self._branch.name)} cannot be read: {reason(error)}; nothing was changed."
             ) from error
+
+    def _fixed(self, plan: Plan) -> None:
+        """Refuse to take away what something is mounted on. Raises UserError."""
+        gone = [step.path for step in plan.steps if step.old is not None]
+        Fixed(self._record.base, self._store.root).refuse(gone)
 
     def _apply(self, plan: Plan, result: Result) -> None:
         record, partial = self._record, not self._selection.is_all or bool(plan.skipped)
@@ -192,7 +201,10 @@ class _Commit:
         self._resources.callback(os.close, new)
         self._resources.callback(os.close, old)
         base = self._view.merge.roots[-1].layer if self._record.parent is None else None
-        stager = Stager(self._view, new, self._selection.has, base, self._texts)
+        sharing = None
+        if not entry.inside and not entry.keep and base is not None and _same_mount(self._branch.upper, new):
+            sharing = Sharing(self._view, entry)
+        stager = Stager(self._view, new, self._selection.has, base, self._texts, sharing)
         for number, item in enumerate(plan.steps):
             step(f"prepare {os.fsdecode(item.path)}")
             before = self._before(item, tree)
@@ -200,7 +212,8 @@ class _Commit:
             if isinstance(item, Put):
                 staged = stager.put(b"%d" % number, item)
                 mode = staged.mode if staged.is_directory else None
-                entry.moves.append(Move(os.fsdecode(item.path), number, staged.inode, inode, mode, known))
+                path, shared = os.fsdecode(item.path), [*staged.shared]
+                entry.moves.append(Move(path, number, staged.inode, inode, mode, known, staged.own, shared))
             else:
                 entry.moves.append(Move(os.fsdecode(item.path), number, None, inode, None, known))
         entry.settings.extend(Setting(os.fsdecode(item.path), item.new, item.old) for item in plan.sets)

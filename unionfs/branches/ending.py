@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
-from unionfs.branches import beneath, journal, seen
+from unionfs.branches import beneath, journal, seen, sharing
 from unionfs.branches.after import states
 from unionfs.branches.apply import Application, ChangedError, step
 from unionfs.branches.journal import Journal
@@ -64,12 +64,12 @@ def discard(store: Store, entry: Journal, tree: beneath.Beneath) -> None:
 
 def go_on(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple[int, int]) -> None:
     """Apply a journal, and end the commit; on an error take everything back. Raises UserError."""
-    application = Application(entry, tree, *prepared)
     try:
-        application.forward()
+        with sharing.opened(layer_of(store, entry)) as layer:
+            Application(entry, tree, *prepared, layer).forward()
     except (OSError, ChangedError) as error:
         entry.turns(journal.BACK)
-        journal.write(store, entry)
+        journal.mark(store, entry)
         go_back(store, entry, tree, prepared)
         if isinstance(error, ChangedError):
             raise
@@ -79,9 +79,12 @@ def go_on(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple[i
             "put back."
         ) from error
     step("applied")
+    with sharing.opened(layer_of(store, entry)) as layer:
+        sharing.let_go(entry, layer)
+    step("let go")
     calls.syncfs(tree.fd)
     entry.is_applied({} if entry.inside else states(entry, tree))
-    journal.write(store, entry)
+    journal.write_after(store, entry)
     step("ending")
     end(store, entry, tree)
 
@@ -102,12 +105,21 @@ def end(store: Store, entry: Journal, tree: beneath.Beneath) -> None:
         os.rename(branch.path, f"{journal.directory(store, entry.id)}/branch")
         step("branch moved")
     entry.turns(journal.DONE)
-    journal.write(store, entry)
+    journal.mark(store, entry)
     step("ended")
-    for id in list(journal.ids(store)):
+    for id in store.commit_ids():
         other = journal.read(store, id) if id < entry.id else None
         if other is not None and other.base == entry.base:
             journal.forget(store, id)
+
+
+def layer_of(store: Store, entry: Journal) -> str | None:
+    """The layer of a journal's branch, which is with the commit or in its place; None if it is gone."""
+    kept = f"{journal.directory(store, entry.id)}/branch"
+    if os.path.isdir(kept):
+        return f"{kept}/upper"
+    branch = store.branch(entry.branch)
+    return branch.upper if branch.exists() and branch.record().created == entry.made else None
 
 
 def _accept(branch: Branch, entry: Journal) -> None:
@@ -120,7 +132,10 @@ def _accept(branch: Branch, entry: Journal) -> None:
 def go_back(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple[int, int]) -> None:
     """Take a commit back, and forget it. Raises UserError if that fails; then the next command goes on."""
     try:
-        Application(entry, tree, *prepared).backward()
+        with sharing.opened(layer_of(store, entry)) as layer:
+            Application(entry, tree, *prepared, layer).backward()
+            sharing.give_back(entry, layer, prepared[0])
+        step("given back")
     except OSError as error:
         raise UserError(
             f"the commit of branch {quoted(entry.branch)} cannot be taken back: {reason(error)}; its files "
@@ -153,7 +168,7 @@ def recover(store: Store, name: str | None = None) -> dict[str, Journal]:
     raises UserError if it is of the branch `name`.
     """
     finished: dict[str, Journal] = {}
-    for id in list(journal.ids(store)):
+    for id in store.commit_ids():
         try:
             entry = journal.read(store, id)
             if entry is None:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
+from unionfs.branches.covered import hide_store, refuse_inside
 from unionfs.branches.record import Record
 from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.settings.names import check_name, is_name
@@ -32,6 +33,8 @@ from unionfs.sys.fds import Owned
 from unionfs.sys.trees import remove_path
 
 _RECORD = "branch.json"
+STATE_FILE = "state.json"
+"""In the directory of a commit: how far it is; see `journal`."""
 _POLL_SECONDS = 0.02
 _DOOMED = ".removed-"
 
@@ -82,6 +85,12 @@ class Store:
             else:
                 check_directory(path)
 
+    def commit_ids(self) -> list[str]:
+        """The commits that are kept or go on, the oldest first."""
+        with suppress(FileNotFoundError):
+            return sorted(name for name in os.listdir(self.commits) if name.isdigit())
+        return []
+
     def create(self, name: str, base: str, parent: str | None = None) -> Branch:
         """Make an empty branch over the directory `base`, or over the branch `parent`. Raises UserError."""
         branch = self.branch(name)
@@ -92,7 +101,7 @@ class Store:
             base = below.record().base
         real = _base(base)
         with Owned(real[1]) as fd:
-            self._refuse_own(real[0])
+            refuse_inside(real[0], self.root)
             st = os.fstat(fd)
             userxattr = not may_use_trusted_xattrs()
             record = Record(real[0], st.st_ino, time.time_ns(), os.geteuid(), parent, userxattr=userxattr)
@@ -111,6 +120,7 @@ class Store:
             for part in ("work", "merged"):
                 os.mkdir(f"{new}/{part}", 0o700)
             _make_root(f"{new}/upper", below)
+            hide_store(f"{new}/upper", record.base, self.root, userxattr=record.userxattr)
             jsonfiles.write(f"{new}/{_RECORD}", record.to_json(), sync=False)
             os.rename(new, branch.path)
         except OSError as error:
@@ -121,15 +131,6 @@ class Store:
                     f"`unionfs branch discard {quoted(branch.name)}`."
                 ) from error
             raise
-
-    def _refuse_own(self, base: str) -> None:
-        root = os.path.realpath(self.root)
-        for outer, inner in ((base, root), (root, base)):
-            if f"{inner}/".startswith(f"{outer.rstrip('/')}/"):
-                raise UserError(
-                    f"the base {quoted(base)} and the storage root {quoted(root)}, where branches are kept, "
-                    "overlap; give a storage root elsewhere by --root or UNIONFS_ROOT."
-                )
 
     @contextmanager
     def committing(self) -> Iterator[None]:
@@ -227,7 +228,20 @@ class Branch:
                     f"branch {quoted(self.name)} is in use by another command, so it cannot be {what}; wait "
                     "for that to end."
                 ) from error
+            self._refuse_pending(what)
             yield
+
+    def _refuse_pending(self, what: str) -> None:
+        """Refuse a branch whose commit was interrupted: its layer may lack what is in place already."""
+        made = self.record().created
+        for id in self.store.commit_ids():
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                state = jsonfiles.read(f"{self.store.commits}/{id}/{STATE_FILE}")
+                if (state["branch"], state["made"]) == (self.name, made) and state["state"] in ("on", "back"):
+                    raise UserError(
+                        f"a commit of branch {quoted(self.name)} was interrupted, so it cannot be {what}; "
+                        f"`unionfs branch commit {quoted(self.name)}` goes on with it."
+                    )
 
     def rename(self, name: str) -> None:
         """Give it another name. Raises UserError, also if it has children, which name it."""

@@ -23,7 +23,7 @@ def undo(store: Store) -> Journal:
         recover(store)
         if pending is not None and journal.read(store, pending.id) is None:
             return pending
-        entries = [journal.read(store, id) for id in journal.ids(store)]
+        entries = [journal.read(store, id) for id in store.commit_ids()]
         done = [entry for entry in entries if entry is not None and entry.state == journal.DONE]
         if not done:
             raise UserError(
@@ -42,14 +42,14 @@ def undo(store: Store) -> Journal:
                 resources.callback(os.close, fd)
             last.turns(journal.BACK)
             step("undo")
-            journal.write(store, last)
+            journal.mark(store, last)
             go_back(store, last, tree, prepared)
         return last
 
 
 def _interrupted(store: Store) -> Journal | None:
     """An undo that was killed, which `recover` goes on with."""
-    for id in journal.ids(store):
+    for id in store.commit_ids():
         entry = journal.read(store, id)
         if entry is not None and entry.state == journal.BACK and entry.ended:
             return entry

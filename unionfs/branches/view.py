@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from unionfs.branches.covered import store_in
 from unionfs.branches.store import Branch
 from unionfs.core.places import Place
 from unionfs.errors import UserError, quoted, reason
@@ -45,23 +46,45 @@ class Entry:
 class View:
     """The two trees of one branch."""
 
-    def __init__(self, merge: Merge, root: Change, index: Index | None) -> None:
+    def __init__(
+        self, merge: Merge, root: Change, index: Index | None, hidden: Sequence[str] | None = None
+    ) -> None:
+        """`hidden`: the way to a directory that the branch hides, whose changes do not count."""
         self.merge = merge
         self.root = root
+        if hidden:
+            self._leave_out([os.fsencode(name) for name in hidden])
         self._index = index
         #: The paths of lowers' names that show a copy of the index, with a leading slash.
         self.linked: list[bytes] = []
         if index is not None and self._lacks_names(index):
             self._find_linked(index)
 
+    def _leave_out(self, names: Sequence[bytes]) -> None:
+        """Forget the change of the directory at the end of a way, and those on it that are none by that."""
+        way = [self.root]
+        for name in names:
+            below = next((child for child in way[-1].children if child.name == name), None)
+            if below is None:
+                return
+            way.append(below)
+        for change, parent in zip(reversed(way[1:]), reversed(way[:-1]), strict=True):
+            is_end = change is way[-1]
+            if is_end or (not change.children and not self._differs(change)):
+                parent.children.remove(change)
+
+    def _differs(self, change: Change) -> bool:
+        """Whether a directory has other attributes than the one below, besides times. Raises OSError."""
+        new, old = change.new, change.old
+        if new is None or old is None or not (new.is_directory and old.is_directory):
+            return True
+        now, before = self.of_directory(new), self.of_directory(old)
+        return now._replace(atime_ns=0, mtime_ns=0) != before._replace(atime_ns=0, mtime_ns=0)
+
     @property
     def root_differs(self) -> bool:
         """Whether the root has other attributes than the one below, besides times. Raises OSError."""
-        new, old = self.root.new, self.root.old
-        assert new is not None
-        assert old is not None
-        now, before = self.of_directory(new), self.of_directory(old)
-        return (now.mode, now.uid, now.gid, now.xattrs) != (before.mode, before.uid, before.gid, before.xattrs)
+        return self._differs(self.root)
 
     @property
     def is_empty(self) -> bool:
@@ -198,7 +221,7 @@ def viewed(branch: Branch) -> Iterator[View]:
         try:
             merge, root = resources.enter_context(compared(branch.upper, branch.lowers(), markers))
             index = resources.enter_context(opened_index(branch.work, merge))
-            view = View(merge, root, index)
+            view = View(merge, root, index, store_in(record.base, branch.store.root))
         except OSError as error:
             at = f"{quoted(os.fsdecode(error.filename))}: " if error.filename else ""
             raise UserError(

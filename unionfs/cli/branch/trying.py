@@ -120,11 +120,8 @@ def _run(store: Store, branch: Branch, fresh: bool, wish: dict[str, Any]) -> int
     from unionfs.branches.trying import Wish, try_on
     from unionfs.containers.process import CommandError
 
-    base = branch.record().base
-    here = os.getcwd()
-    inside = here == base or here.startswith(base.rstrip("/") + "/")
     try:
-        return try_on(store, branch, Wish(workdir=here if inside else base, **wish), tell)
+        return try_on(store, branch, Wish(here=os.getcwd(), **wish), tell)
     except UserError as error:
         if fresh and not os.listdir(branch.upper):
             with suppress(UserError):
