@@ -47,7 +47,8 @@ def hide_store(upper: str, base: str, root: str, *, userxattr: bool) -> None:
 def mounted_below(base: str) -> list[str]:
     """The mountpoints below a base, absolute."""
     above = base.rstrip("/") + "/"
-    return sorted({entry.mountpoint for entry in read_mountinfo() if entry.mountpoint.startswith(above)})
+    points = {entry.mountpoint for entry in read_mountinfo()}
+    return sorted(point for point in points if point.startswith(above) and point != base)
 
 
 class Fixed:
