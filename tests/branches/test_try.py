@@ -255,7 +255,9 @@ class TestBranches:
 
     def test_names_and_records(self, filled: Branching) -> None:
         refused(filled.unionfs("branch", "create", "--base", filled.base / "none", "br"), "cannot be used")
-        refused(filled.unionfs("branch", "create", "--base", filled.area, "br"), "overlap")
+        storage = filled.root / "branches"
+        storage.mkdir(parents=True, mode=0o700, exist_ok=True)
+        refused(filled.unionfs("branch", "create", "--base", storage, "br"), "is in the storage root")
         refused(filled.unionfs("branch", "create", "--base", filled.base, "../br"), "invalid branch name")
         refused(filled.unionfs("branch", "diff", "none"), "there is no branch none")
         refused(filled.unionfs("branch", "undo"), "no commit to undo")

@@ -21,6 +21,7 @@ from unionfs.sys.fds import Owned
 from unionfs.union.diff import Object
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_CHANGEABLE = stat.S_IWUSR | stat.S_IXUSR
 _NOT_POSSIBLE = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP)
 
 
@@ -31,6 +32,7 @@ class Sharing:
         self._view = view
         self._entry = entry
         self._above = b""
+        self._directory: os.stat_result | None = None
 
     def inode(self, path: bytes, found: Object) -> int | None:
         """Make a file fit for its new place. Returns its inode number, None if it must be copied.
@@ -42,6 +44,10 @@ class Sharing:
             return None
         above, _, name = path.rpartition(b"/")
         directory = self._view.merge.gate.fd(place)
+        if above != self._above or self._directory is None:
+            self._above, self._directory = above, os.stat(directory)
+        if os.geteuid() != 0 and self._directory.st_mode & _CHANGEABLE != _CHANGEABLE:
+            return None
         where = b"/proc/self/fd/%d/%b" % (directory, name)
         xattrs = map(os.fsencode, os.listxattr(where, follow_symlinks=False))
         private = [item for item in xattrs if b".overlay." in item]
@@ -52,10 +58,7 @@ class Sharing:
                 os.removexattr(where, item, follow_symlinks=False)
         except PermissionError:
             return None
-        if above != self._above or not self._entry.times:
-            self._above = above
-            times = os.stat(directory)
-            self._entry.times[os.fsdecode(above)] = [times.st_atime_ns, times.st_mtime_ns]
+        self._entry.times[os.fsdecode(above)] = [self._directory.st_atime_ns, self._directory.st_mtime_ns]
         return st.st_ino
 
     def link(self, path: bytes, found: Object, at: int, name: bytes) -> bool:

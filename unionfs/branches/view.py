@@ -79,6 +79,8 @@ class View:
         if new is None or old is None or not (new.is_directory and old.is_directory):
             return True
         now, before = self.of_directory(new), self.of_directory(old)
+        if os.geteuid() not in (0, before.uid):
+            return False  # a user's copy of another's directory has another owner, and cannot be committed
         return now._replace(atime_ns=0, mtime_ns=0) != before._replace(atime_ns=0, mtime_ns=0)
 
     @property
