@@ -10,7 +10,7 @@ from unionfs.branches import beneath, journal, seen, sharing
 from unionfs.branches.after import states
 from unionfs.branches.apply import Application, ChangedError, step
 from unionfs.branches.journal import Journal
-from unionfs.branches.mounts import parent_mounted
+from unionfs.branches.mounts import mounted, parent_claimed
 from unionfs.branches.store import Branch, Store
 from unionfs.branches.view import viewed
 from unionfs.errors import UserError, quoted, reason
@@ -63,7 +63,10 @@ def discard(store: Store, entry: Journal, tree: beneath.Beneath) -> None:
 
 
 def go_on(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple[int, int]) -> None:
-    """Apply a journal, and end the commit; on an error take everything back. Raises UserError."""
+    """Apply a journal, and end the commit; on an error take everything back. Raises UserError.
+
+    A commit to a parent still needs `end_in_parent`, when that is unmounted.
+    """
     try:
         with sharing.opened(layer_of(store, entry)) as layer:
             Application(entry, tree, *prepared, layer).forward()
@@ -83,13 +86,29 @@ def go_on(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple[i
         sharing.let_go(entry, layer)
     step("let go")
     calls.syncfs(tree.fd)
-    entry.is_applied({} if entry.inside else states(entry, tree))
+    entry.is_applied(states(entry, tree) if entry.can_undo else {})
     journal.write_after(store, entry)
     step("ending")
-    end(store, entry, tree)
+    if entry.parent is None:
+        _end(store, entry, tree)
 
 
-def end(store: Store, entry: Journal, tree: beneath.Beneath) -> None:
+def end_in_parent(store: Store, entry: Journal, parent: Branch) -> None:
+    """End a commit to a parent, which is claimed and not mounted: what it replaced leaves the layer."""
+    with Owned(os.open(parent.upper, _DIRECTORY)) as layer, suppress(FileNotFoundError), _times_kept(layer):
+        os.rename(entry.stage, _kept_stage(store, entry), src_dir_fd=layer)
+    step("stage moved")
+    branch = store.branch(entry.branch)
+    if branch.exists() and branch.record().created == entry.made and entry.keep:
+        _accept(branch, entry)
+    _keep(store, entry)
+
+
+def _kept_stage(store: Store, entry: Journal) -> bytes:
+    return os.fsencode(f"{journal.directory(store, entry.id)}/stage")
+
+
+def _end(store: Store, entry: Journal, tree: beneath.Beneath) -> None:
     """Keep what `undo` needs, or remove it, and end the branch. All is in place."""
     branch = store.branch(entry.branch)
     is_there = branch.exists() and branch.record().created == entry.made
@@ -101,16 +120,25 @@ def end(store: Store, entry: Journal, tree: beneath.Beneath) -> None:
         step("branch removed")
         discard(store, entry, tree)
         return
-    if is_there and not entry.keep:
+    _keep(store, entry)
+
+
+def _keep(store: Store, entry: Journal) -> None:
+    """Keep what `undo` needs, instead of that of an earlier commit to the same tree."""
+    branch = store.branch(entry.branch)
+    if branch.exists() and branch.record().created == entry.made and not entry.keep:
         os.rename(branch.path, f"{journal.directory(store, entry.id)}/branch")
         step("branch moved")
     entry.turns(journal.DONE)
     journal.mark(store, entry)
     step("ended")
-    for id in store.commit_ids():
-        other = journal.read(store, id) if id < entry.id else None
-        if other is not None and other.base == entry.base:
-            journal.forget(store, id)
+    kept = [found for id in store.commit_ids() if (found := journal.read(store, id)) is not None]
+    branches = {branch.record().created for branch in store.branches()} | {other.made for other in kept}
+    for other in kept:
+        is_former = other.id < entry.id and other.base == entry.base
+        # Without its parent it cannot be undone.
+        if is_former or (other.parent is not None and other.parent_made not in branches):
+            journal.forget(store, other.id)
 
 
 def layer_of(store: Store, entry: Journal) -> str | None:
@@ -173,7 +201,7 @@ def recover(store: Store, name: str | None = None) -> dict[str, Journal]:
             entry = journal.read(store, id)
             if entry is None:
                 journal.forget(store, id)
-            elif entry.state != journal.DONE and _finish(store, entry):
+            elif entry.state != journal.DONE and finish(store, entry):
                 finished[entry.branch] = entry
         except (UserError, OSError) as error:
             if entry is not None and entry.branch != name:
@@ -187,17 +215,41 @@ def recover(store: Store, name: str | None = None) -> dict[str, Journal]:
     return finished
 
 
-def _finish(store: Store, entry: Journal) -> bool:
+def finish(store: Store, entry: Journal) -> bool:
     """Bring a commit to its end, forward or back. Returns whether it is done. Raises UserError, OSError."""
+    if entry.parent is None:
+        return _settle(store, entry)
+    with parent_claimed(store, entry.branch, entry.parent) as parent:
+        if parent.record().created != entry.parent_made:
+            raise UserError(
+                f"the branch that {quoted(entry.branch)} was committed to is gone, and another has its name "
+                f"{quoted(entry.parent)}; move {quoted(journal.directory(store, entry.id))} away."
+            )
+        done = entry.state == journal.ENDING
+        if not done:
+            # After an undo it is there.
+            with (
+                Owned(os.open(parent.upper, _DIRECTORY)) as layer, suppress(FileNotFoundError),
+                _times_kept(layer),
+            ):  # fmt: skip
+                os.rename(_kept_stage(store, entry), entry.stage, dst_dir_fd=layer)
+            step("stage back")
+            with mounted(parent):
+                done = _settle(store, entry)
+        if done:
+            end_in_parent(store, entry, parent)
+        return done
+
+
+def _settle(store: Store, entry: Journal) -> bool:
+    """Do or take back what is not done, on the tree that is there. Returns whether it is done."""
     with ExitStack() as resources:
-        if entry.parent is not None:
-            resources.enter_context(parent_mounted(store, entry.branch, entry.parent))
         tree = resources.enter_context(beneath.opened(entry.base, entry.inode))
         if entry.state == journal.NEW:
             discard(store, entry, tree)
             return False
         if entry.state == journal.ENDING:
-            end(store, entry, tree)
+            _end(store, entry, tree)
             return True
         prepared = make_stage(store, entry, tree)
         for fd in prepared:

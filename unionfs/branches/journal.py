@@ -5,6 +5,7 @@
     ROOT/commits/ID/after.json      what is there after it, to see whether that was changed since
     ROOT/commits/ID/new, old        what is put in place, and what had its place, if they can be here
     BASE/.unionfs-ID/new, old       else there, on the base's filesystem
+    ROOT/commits/ID/stage           after a commit to a parent: that directory, taken from the parent's layer
     ROOT/commits/ID/branch          the branch, after its commit, for `undo`
 
 Until the state is `on` nothing has changed in the base; then the commit goes on, or `back` after an error.
@@ -79,6 +80,8 @@ class Journal:
     """Whether its directory is in the base."""
     keep: bool
     """Whether the branch stays."""
+    parent_made: int = 0
+    """When the parent was made."""
     command: list[str] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
     settings: list[Setting] = field(default_factory=list)
@@ -96,6 +99,16 @@ class Journal:
     def is_applied(self, after: dict[str, list[int]]) -> None:
         """All is in place; `after` is what is there now, if it can be undone."""
         self.state, self.after, self.ended = ENDING, after, time.time_ns()
+
+    @property
+    def can_undo(self) -> bool:
+        """Whether what it replaces is kept."""
+        return self.parent is not None or not self.inside
+
+    @property
+    def target(self) -> str:
+        """What it changes: the base, or `branch NAME`."""
+        return self.base if self.parent is None else f"branch {self.parent}"
 
     @property
     def stage(self) -> bytes:

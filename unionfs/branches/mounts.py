@@ -100,28 +100,34 @@ def unmounted(branch: Branch) -> None:
 
 
 @contextmanager
-def parent_mounted(store: Store, child: str, parent: str) -> Iterator[str]:
-    """The parent of the branch `child`, mounted to take its changes; yields the mountpoint. Raises
-    UserError.
+def parent_claimed(store: Store, child: str, parent: str) -> Iterator[Branch]:
+    """The parent of the branch `child`, claimed to be changed. Raises UserError, also if others lie over
+    it.
     """
     below = store.existing(parent)
     if others := [name for name in store.children(parent) if name != child]:
         names = ", ".join(quoted(name) for name in others)
         raise UserError(
-            f"branch {quoted(child)} cannot be committed to {quoted(parent)}, since others lie over that, "
-            f"too ({names}), and would change; commit or discard those first."
+            f"branch {quoted(parent)} cannot be changed by a commit of {quoted(child)}, since others lie "
+            f"over that, too ({names}), and would change; commit or discard those first."
         )
     with below.claimed("changed"):
-        _mount(below, below.merged, lives_with=os.getpid())
-        try:
-            yield below.merged
-        finally:
-            if mounted_at(below.merged) is not None:
-                try:
-                    umount(below.merged)
-                except UserError:
-                    with suppress(UserError):
-                        umount(below.merged, lazy=True)
+        yield below
+
+
+@contextmanager
+def mounted(branch: Branch) -> Iterator[str]:
+    """A claimed branch, mounted to be changed; yields the mountpoint. Raises UserError."""
+    _mount(branch, branch.merged, lives_with=os.getpid())
+    try:
+        yield branch.merged
+    finally:
+        if mounted_at(branch.merged) is not None:
+            try:
+                umount(branch.merged)
+            except UserError:
+                with suppress(UserError):
+                    umount(branch.merged, lazy=True)
 
 
 def in_use(branch: Branch, base: str) -> list[str]:

@@ -111,6 +111,7 @@ def undo(root: str | None, as_json: bool) -> None:
 
     entry = take_back(Store(root))
     if as_json:
-        print_json({"name": entry.branch, "base": entry.base})
+        base = entry.base if entry.parent is None else None
+        print_json({"name": entry.branch, "base": base, "parent": entry.parent})
     else:
-        print(f"undid the commit of {entry.branch} to {entry.base}")
+        print(f"undid the commit of {entry.branch} to {entry.target}")
