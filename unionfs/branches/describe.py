@@ -98,6 +98,8 @@ class Describer:
         new, old = self._side(change, change.new), self._side(change, change.old)
         if new is None or old is None:
             return Difference("D" if new is None else "A", path, new, old, change=change)
+        if new.kind == old.kind == "directory":
+            new = Side(self._view.both_of(change)[0], 0)
         what = tuple(self._what(change, new, old))
         if not what or (what == ("times",) and new.kind == "directory"):
             return None

@@ -105,7 +105,7 @@ class Planner:
         assert change.old is not None
         if not self._selection.has(path or b"/") or path in self._stay:
             return
-        new, old = self._view.of_directory(change.new), self._view.of_directory(change.old)
+        new, old = self._view.both_of(change)
         if os.geteuid() not in (0, old.uid):
             return  # its times are the kernel's affair; others cannot be changed
         if changes or new._replace(atime_ns=0) != old._replace(atime_ns=0):

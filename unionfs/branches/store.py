@@ -198,7 +198,8 @@ class Branch:
         with on_failure(f"branch {quoted(self.name)} cannot be read", "check its base and its layer"):
             if os.listdir(self.upper):
                 return False
-            now, before = (_root_attributes(path) for path in (self.upper, lowers[0]))
+            below = os.stat(lowers[0], follow_symlinks=False)
+            now, before = (_root_attributes(path, below) for path in (self.upper, lowers[0]))
             return now == before
 
     def refuse_frozen(self, what: str) -> None:
@@ -306,7 +307,14 @@ def _is_kept(name: bytes) -> bool:
     return b".overlay." not in name and name != b"security.selinux"
 
 
-def _root_attributes(path: str) -> tuple[int, int, int, dict[bytes, bytes]]:
+def may_own(uid: int, gid: int) -> bool:
+    """Whether this user's files can have an owner and group."""
+    user = os.geteuid()
+    return user == 0 or (uid == user and gid in (os.getegid(), *os.getgroups()))
+
+
+def _root_attributes(path: str, below: os.stat_result) -> tuple[int, int, int, dict[bytes, bytes]]:
     st = os.stat(path, follow_symlinks=False)
+    owner = (st.st_uid, st.st_gid) if may_own(below.st_uid, below.st_gid) else (below.st_uid, below.st_gid)
     xattrs = attributes.read_xattrs(os.fsencode(path), _is_kept, attributes.unsupported, follow=False)
-    return st.st_mode, st.st_uid, st.st_gid, xattrs
+    return st.st_mode, *owner, xattrs

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from unionfs.branches.covered import store_in
-from unionfs.branches.store import Branch
+from unionfs.branches.store import Branch, may_own
 from unionfs.core.places import Place
 from unionfs.errors import UserError, quoted, reason
 from unionfs.images.indexed import Copy, Index, opened_index
@@ -78,9 +78,7 @@ class View:
         new, old = change.new, change.old
         if new is None or old is None or not (new.is_directory and old.is_directory):
             return True
-        now, before = self.of_directory(new), self.of_directory(old)
-        if os.geteuid() not in (0, before.uid):
-            return False  # a user's copy of another's directory has another owner, and cannot be committed
+        now, before = self.both_of(change)
         return now._replace(atime_ns=0, mtime_ns=0) != before._replace(atime_ns=0, mtime_ns=0)
 
     @property
@@ -125,6 +123,19 @@ class View:
         """The attributes of a directory. Raises OSError."""
         st = os.stat(self.merge.gate.fd(found.parts[0]))
         return attributes(st, self.xattrs(b"/proc/self/fd/%d/." % self.merge.gate.fd(found.parts[0])))
+
+    def both_of(self, change: Change) -> tuple[FileAttributes, FileAttributes]:
+        """The attributes of a directory that stays, now and before, for comparison.
+
+        An ordinary user's copy of a directory has another owner if that is not to be had, which is no change.
+        Raises OSError.
+        """
+        assert change.new is not None
+        assert change.old is not None
+        now, before = self.of_directory(change.new), self.of_directory(change.old)
+        if not may_own(before.uid, before.gid):
+            now = now._replace(uid=before.uid, gid=before.gid)
+        return now, before
 
     def xattrs(self, where: bytes) -> Mapping[bytes, bytes]:
         """The xattrs as users see them, without this host's labels. Raises OSError."""
