@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 
-from unionfs.branches.beneath import Beneath, inode, rename
+from unionfs.branches.beneath import Beneath, inode, rename, status
 from unionfs.branches.journal import Journal, Move, Setting
 from unionfs.errors import UserError, quoted
 from unionfs.sys import attributes
@@ -77,20 +77,20 @@ class Application:
 
     def _do(self, move: Move) -> None:
         at, name = self._tree.parent(os.fsencode(move.path))
-        number, here = b"%d" % move.number, inode(at, name)
+        number, here = b"%d" % move.number, status(at, name)
         if move.new is None:
             if inode(self._old, number) is None:
-                _expect(move, at, name)
+                _expect(move, here)
                 rename(at, name, self._old, number, RENAME_NOREPLACE)
                 if inode(self._old, number) != move.old:
                     rename(self._old, number, at, name, RENAME_NOREPLACE)
                     raise _changed(move)
             return
-        if here != move.new:
+        if here is None or here.st_ino != move.new:
             if here is None and inode(self._old, number) is not None:
                 rename(*self._staged(move), at, name, RENAME_NOREPLACE)
             else:
-                _expect(move, at, name)
+                _expect(move, here)
                 self._put(move, at, name, number)
         self._mode(move, at, name)
 
@@ -182,15 +182,11 @@ def look(st: os.stat_result) -> list[int] | None:
     return [st.st_size, st.st_mtime_ns, st.st_ctime_ns if st.st_nlink == 1 else 0]
 
 
-def _expect(move: Move, at: int, name: bytes) -> None:
+def _expect(move: Move, here: os.stat_result | None) -> None:
     """Raise ChangedError unless what is at a name is what was there when the commit began."""
-    try:
-        st = os.stat(name, dir_fd=at, follow_symlinks=False)
-    except FileNotFoundError:
-        if move.old is None:
-            return
-        raise _changed(move) from None
-    if st.st_ino != move.old or look(st) != move.seen:
+    if here is None and move.old is None:
+        return
+    if here is None or here.st_ino != move.old or look(here) != move.seen:
         raise _changed(move)
 
 

@@ -13,6 +13,7 @@ from unionfs.branches.beneath import opened
 from unionfs.branches.store import Branch, Store
 from unionfs.branches.view import viewed
 from unionfs.daemon import live
+from unionfs.daemon.caller import CALLER
 from unionfs.daemon.process import mount
 from unionfs.daemon.settle import settle
 from unionfs.daemon.unmount import umount
@@ -79,6 +80,7 @@ def _complete_links(branch: Branch) -> None:
         linked = view.linked
     if not linked:
         return
+    CALLER.needs_own_process()
     complaint = f"the hard links of branch {quoted(branch.name)} cannot be completed"
     merged = _mount(branch, branch.merged, lives_with=os.getpid()).mountpoint
     try:
@@ -118,6 +120,7 @@ def parent_claimed(store: Store, child: str, parent: str) -> Iterator[Branch]:
 @contextmanager
 def mounted(branch: Branch) -> Iterator[str]:
     """A claimed branch, mounted to be changed; yields the mountpoint. Raises UserError."""
+    CALLER.needs_own_process()
     _mount(branch, branch.merged, lives_with=os.getpid())
     try:
         yield branch.merged

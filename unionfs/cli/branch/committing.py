@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,8 @@ def commit(
     from unionfs.branches.commit import commit as apply
     from unionfs.branches.store import Store
 
+    # Many thousand changes are no garbage, however often they are looked through.
+    gc.disable()
     wish = Wish(into, only, leave, dry_run, conflicts or STOP)
     result = apply(Store(root), name, wish)
     if as_json:
