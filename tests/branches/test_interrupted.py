@@ -18,10 +18,12 @@ from unionfs.errors import UserError
 from unionfs.storage import jsonfiles
 
 FILL = """ mkdir -p d/e gone/deep repl; for n in 1 2 3; do echo $n > d/f$n; echo $n > gone/deep/g$n; done;
-echo r > repl/r chmod 0555 d/e; touch -d 2001-01-01 d/f1 d gone
+echo r > repl/r; chmod 0555 d/e; touch -d 2001-01-01 d/f1 d gone; mkdir -p ren/deep; echo a > ren/deep/a
+echo b > ren/deep/b; touch -d 2001-01-01 ren ren/deep
 """
 SCRIPT = """
 echo more >> d/f1; rm d/f2; mkdir -p new/er; echo n > new/er/n; echo x > x; rm -r gone; rm -r repl; mkdir repl
+mv ren d/moved; echo x >> d/moved/deep/a; rm d/moved/deep/b; chmod 0750 d/moved/deep; echo y > d/moved/y
 echo s > repl/s; chmod 0711 d; rm d/f3; mkdir d/f3; chmod u+w d/e; echo e > d/e/e; chmod 0500 d/e
 """
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from unionfs.branches.beneath import Beneath, inode, rename, status
-from unionfs.branches.journal import Journal, Move, Setting
+from unionfs.branches.journal import Journal, Move
 from unionfs.errors import UserError, quoted
 from unionfs.sys import attributes
 from unionfs.sys.calls import RENAME_EXCHANGE, RENAME_NOREPLACE
@@ -52,6 +52,8 @@ class Application:
         self._new = new
         self._old = old
         self._layer = layer
+        # Of a rename two directories of the tree are needed.
+        self._from = Beneath(tree.fd)
 
     def forward(self) -> None:
         """Do all that is not done. Raises ChangedError, OSError."""
@@ -60,7 +62,8 @@ class Application:
             self._do(move)
         for setting in self._journal.settings:
             step(f"set {setting.path}")
-            self._set(setting, setting.new, setting.old)
+            self._set(setting.path, setting.new, setting.old)
+        self._from.close()
         step("all done")
 
     def backward(self) -> None:
@@ -69,8 +72,9 @@ class Application:
             step(f"unmove {move.path}")
             self._take_back(move)
         for setting in self._journal.settings:
-            step(f"unset {setting.path}")
-            self._set(setting, setting.old, setting.new)
+            step(f"unset {setting.former}")
+            self._set(setting.former, setting.old, setting.new)
+        self._from.close()
         step("all taken back")
 
     # -- names --------------------------------------------------------------------------------------------
@@ -78,6 +82,9 @@ class Application:
     def _do(self, move: Move) -> None:
         at, name = self._tree.parent(os.fsencode(move.path))
         number, here = b"%d" % move.number, status(at, name)
+        if move.source is not None:
+            self._rename(move, here, at, name)
+            return
         if move.new is None:
             if inode(self._old, number) is None:
                 _expect(move, here)
@@ -93,6 +100,18 @@ class Application:
                 _expect(move, here)
                 self._put(move, at, name, number)
         self._mode(move, at, name)
+
+    def _rename(self, move: Move, here: os.stat_result | None, at: int, name: bytes) -> None:
+        assert move.source is not None
+        if here is not None and here.st_ino == move.new:
+            return
+        former, old = self._from.parent(os.fsencode(move.source))
+        if here is not None or inode(former, old) != move.new:
+            raise _changed(move)
+        _rename_to_free(former, old, at, name)
+        if inode(at, name) != move.new:
+            _rename_to_free(at, name, former, old)
+            raise _changed(move)
 
     def _staged(self, move: Move) -> tuple[int, bytes]:
         """Where what is put in place is before; afterwards what had its place. Raises OSError."""
@@ -130,8 +149,17 @@ class Application:
 
     def _take_back(self, move: Move) -> None:
         number = b"%d" % move.number
-        at, name = self._tree.parent(os.fsencode(move.path))
+        try:
+            at, name = self._tree.parent(os.fsencode(move.path))
+        except FileNotFoundError:
+            if self._is_renamed_back(move):
+                return
+            raise
         here, old = inode(at, name), inode(self._old, number)
+        if move.source is not None:
+            if here == move.new:
+                _rename_to_free(at, name, *self._from.parent(os.fsencode(move.source)))
+            return
         if move.new is not None and here == move.new:
             if move.old is None or old is not None:
                 _rename_to_free(at, name, *self._staged(move))
@@ -140,12 +168,19 @@ class Application:
         if old is not None and inode(at, name) is None:
             _rename_to_free(self._old, number, at, name)
 
+    def _is_renamed_back(self, move: Move) -> bool:
+        """Whether a path is in a directory that has its former name, so that nothing is done there."""
+        for other in self._journal.moves:
+            if other.source is not None and move.path.startswith(f"{other.path}/"):
+                return inode(*self._from.parent(os.fsencode(other.source))) == other.new
+        return False
+
     # -- attributes of directories ------------------------------------------------------------------------
 
     def _set(
-        self, setting: Setting, new: attributes.FileAttributes, old: attributes.FileAttributes
+        self, path: str, new: attributes.FileAttributes, old: attributes.FileAttributes
     ) -> None:
-        with Owned(self._tree.directory(os.fsencode(setting.path))) as path, Owned(_accessible(path)) as fd:
+        with Owned(self._tree.directory(os.fsencode(path))) as found, Owned(_accessible(found)) as fd:
             for name in old.xattrs:
                 if name not in new.xattrs:
                     with suppress(OSError):

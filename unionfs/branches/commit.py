@@ -20,7 +20,8 @@ from unionfs.branches.ending import discard, end_in_parent, go_on, make_stage, r
 from unionfs.branches.journal import Journal, Move, Setting
 from unionfs.branches.merging import merged
 from unionfs.branches.mounts import in_use, mounted, parent_claimed, unmounted
-from unionfs.branches.plan import Drop, Plan, Planner, Put, hazards
+from unionfs.branches.plan import Drop, Plan, Planner, Put, Rename, hazards
+from unionfs.branches.renaming import renames_directories, with_renames
 from unionfs.branches.selection import Selection, relative
 from unionfs.branches.sharing import Sharing
 from unionfs.branches.staging import Stager
@@ -155,7 +156,11 @@ class _Commit:
 
     def _plan(self, stay: Sequence[bytes]) -> Plan:
         try:
-            return Planner(self._view, self._selection, stay).plan()
+            plan = Planner(self._view, self._selection, stay).plan()
+            is_whole = self._selection.is_all and not stay and self._record.parent is None
+            if is_whole and renames_directories(self._record.base):
+                return with_renames(self._view, plan)
+            return plan
         except OSError as error:
             raise UserError(
                 f"branch {quoted(self._branch.name)} cannot be read: {reason(error)}; nothing was changed."
@@ -163,7 +168,10 @@ class _Commit:
 
     def _fixed(self, plan: Plan) -> None:
         """Refuse to take away what something is mounted on. Raises UserError."""
-        gone = [step.path for step in plan.steps if step.old is not None]
+        gone = [
+            step.source if isinstance(step, Rename) else step.path
+            for step in plan.steps if step.old is not None
+        ]  # fmt: skip
         Fixed(self._record.base, self._store.root).refuse(gone)
 
     def _apply(self, plan: Plan, base: str, inode: int, parent_made: int = 0) -> Journal:
@@ -215,16 +223,26 @@ class _Commit:
         stager = Stager(self._view, new, self._selection.has, base, self._texts, sharing)
         for number, item in enumerate(plan.steps):
             step(f"prepare {os.fsdecode(item.path)}")
+            if isinstance(item, Rename):
+                assert item.old.st is not None
+                path, source = os.fsdecode(item.path), os.fsdecode(item.source)
+                entry.moves.append(Move(path, number, item.old.st.st_ino, None, source=source))
+                continue
             before = self._before(item, tree)
             inode, known = (None, None) if before is None else (before.st_ino, look(before))
             if isinstance(item, Put):
                 staged = stager.put(b"%d" % number, item)
                 mode = staged.mode if staged.is_directory else None
                 path, shared = os.fsdecode(item.path), [*staged.shared]
-                entry.moves.append(Move(path, number, staged.inode, inode, mode, known, staged.own, shared))
+                entry.moves.append(
+                    Move(path, number, staged.inode, inode, mode, known, own=staged.own, shared=shared)
+                )
             else:
                 entry.moves.append(Move(os.fsdecode(item.path), number, None, inode, None, known))
-        entry.settings.extend(Setting(os.fsdecode(item.path), item.new, item.old) for item in plan.sets)
+        for change in plan.sets:
+            path = os.fsdecode(change.path)
+            former = path if change.former is None else os.fsdecode(change.former)
+            entry.settings.append(Setting(path, change.new, change.old, former))
         calls.syncfs(new)
         entry.turns(journal.ON)
         step("prepared")

@@ -152,7 +152,8 @@ def layer_of(store: Store, entry: Journal) -> str | None:
 
 def _accept(branch: Branch, entry: Journal) -> None:
     """Let the branch take what is below it now as what it was made of, where the commit was."""
-    paths = [*(move.path for move in entry.moves), *(setting.path for setting in entry.settings)]
+    paths = [*(move.path for move in entry.moves), *(setting.former for setting in entry.settings)]
+    paths += [move.source for move in entry.moves if move.source is not None]
     with viewed(branch) as view:
         seen.accept(branch, view, paths)
 

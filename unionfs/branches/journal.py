@@ -49,6 +49,8 @@ class Move:
     """The mode of a directory that is put there."""
     seen: list[int] | None = None
     """Size and times of a file that is there before, to see whether it was changed."""
+    source: str | None = None
+    """The former path of a directory that is renamed, None of a put or drop."""
     own: bool = False
     """Whether what is put there is in the branch's layer, at that path; see `sharing`."""
     shared: list[str] = field(default_factory=list)
@@ -62,6 +64,8 @@ class Setting:
     path: str
     new: FileAttributes
     old: FileAttributes
+    former: str
+    """Its path before the commit."""
 
 
 @dataclass(slots=True)
@@ -138,7 +142,8 @@ def write(store: Store, journal: Journal) -> None:
     values["version"] = VERSION
     values["moves"] = [_MOVE(move) for move in journal.moves]
     values["settings"] = [
-        (setting.path, _plain(setting.new), _plain(setting.old)) for setting in journal.settings
+        (setting.path, _plain(setting.new), _plain(setting.old), setting.former)
+        for setting in journal.settings
     ]
     jsonfiles.write(f"{directory(store, journal.id)}/{_FILE}", values)
     mark(store, journal)
@@ -165,7 +170,8 @@ def read(store: Store, id: str) -> Journal | None:
             raise ValueError("it is of another version")
         values["moves"] = [Move(*item) for item in values["moves"]]
         values["settings"] = [
-            Setting(path, _attributes(new), _attributes(old)) for path, new, old in values["settings"]
+            Setting(path, _attributes(new), _attributes(old), former)
+            for path, new, old, former in values["settings"]
         ]
         state = jsonfiles.read(f"{directory(store, id)}/{STATE_FILE}")
         values |= {"state": state["state"], "ended": state["ended"]}

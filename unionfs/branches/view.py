@@ -132,7 +132,11 @@ class View:
         """
         assert change.new is not None
         assert change.old is not None
-        now, before = self.of_directory(change.new), self.of_directory(change.old)
+        return self.compared(change.new, change.old)
+
+    def compared(self, new: Object, old: Object) -> tuple[FileAttributes, FileAttributes]:
+        """As `both_of`, for two directories."""
+        now, before = self.of_directory(new), self.of_directory(old)
         if not may_own(before.uid, before.gid):
             now = now._replace(uid=before.uid, gid=before.gid)
         return now, before
@@ -250,3 +254,13 @@ def kind_of(mode: int) -> str:
         stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symlink", stat.S_IFIFO: "fifo",
         stat.S_IFSOCK: "socket", stat.S_IFCHR: "character device", stat.S_IFBLK: "block device",
     }.get(stat.S_IFMT(mode), "object")  # fmt: skip
+
+
+def path_of(place: Place) -> bytes:
+    """The path of a real directory in its layer."""
+    names = []
+    above: Place | None = place
+    while above is not None and above.name:
+        names.append(above.name)
+        above = above.parent
+    return b"/".join(reversed(names))

@@ -1,4 +1,4 @@
-"""`unionfs --resident`, which the launcher starts: imports what a mount and a commit need, and serves calls."""
+"""`unionfs --resident`, which the launcher starts: imports what mounts and commits need, and serves calls."""
 
 from __future__ import annotations
 
