@@ -48,6 +48,11 @@ class Surroundings:
             return None
         return path[len(self.base.rstrip("/")) :].strip("/")
 
+    def hides(self, path: str) -> bool:
+        """Whether the command sees something else at a path than what the host or the branch has there."""
+        shown = [*self._writable, *([] if self.is_whole else [self.base])]
+        return is_in(path, [*_PRIVATE, _RUN, *self._hide]) and not is_in(path, shown)
+
     def start(self, here: str) -> str:
         """Where a command starts that is called in the directory `here`."""
         if not is_in(here, [self.base]) or (self.is_whole and is_in(here, _OWN)):

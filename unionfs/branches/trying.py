@@ -171,6 +171,8 @@ def _find_command(name: str, workdir: str, merged: str, around: Surroundings) ->
     found = False
     for place in directories:
         path = os.path.normpath(os.path.join(workdir, place, name))
+        if around.hides(path):
+            continue
         inside = around.inside(path)
         where = path if inside is None else os.path.join(merged, inside)
         try:
