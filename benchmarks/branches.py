@@ -1,6 +1,6 @@
 """Branches beside other ways to try something on a copy: `python -m benchmarks.branches [--only NAME]...`.
 
-All work on the same tree of 30,000 files, each on a fresh copy of it:
+All work on the same tree of 30,000 files, each on a copy of it in a new ext4 (which needs root):
 
     unionfs         a branch, `unionfs try`
     cp              `cp -a --reflink=auto`, and back by `rsync -aHAX --delete`
@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 _FILES, _SOURCES, _PACKAGE, _MANY = 30_000, 60, 500, 10_000
+_IMAGE = 4 << 30
 _STEPS = ("create", "true", "C build", "npm install", "diff", "commit", "discard")
 _BUILD = "make -s -j2 && rm -r tree/7 && echo changed >> tree/8/1"
 _NPM = "npm install --silent --offline --no-audit --no-fund --cache kept ./probe-1.0.0.tgz && rm -r kept"
@@ -247,7 +248,6 @@ def _timed(call: Callable[[], None]) -> float | str:
 def _measure(contestant: _Contestant) -> dict[str, float | str]:
     base = contestant.base
     found: dict[str, float | str] = {}
-    contestant.prepare()
     found["create"] = _timed(contestant.create)
     for name, script in (("true", "true"), ("C build", _BUILD), ("npm install", _NPM)):
         found[name] = _timed(lambda script=script: contestant.run(script))  # type: ignore[misc]
@@ -262,25 +262,41 @@ def _measure(contestant: _Contestant) -> dict[str, float | str]:
 
 
 def _measure_discard(contestant: _Contestant) -> float | str:
-    contestant.prepare()
     contestant.create()
     contestant.run(_BUILD)
     return _timed(contestant.discard)
 
 
 @contextmanager
+def _filesystem(area: Path) -> Iterator[Path]:
+    """A new ext4 in a file: where many files were removed lately, new ones take several times as long."""
+    with tempfile.NamedTemporaryFile(dir=area) as image, tempfile.TemporaryDirectory(dir=area) as place:
+        image.truncate(_IMAGE)
+        _call(["mkfs.ext4", "-q", "-F", image.name])
+        _call(["mount", "-o", "loop", image.name, place])
+        try:
+            yield Path(place)
+        finally:
+            subprocess.run(["umount", "-R", "-l", place], check=False)
+
+
+@contextmanager
 def _fresh(template: Path, area: Path, kind: type[_Contestant]) -> Iterator[_Contestant]:
-    place = Path(tempfile.mkdtemp(dir=area))
-    _call(["cp", "-a", template, place / "base"])
-    os.sync()
-    yield kind(place / "base", place)
-    subprocess.run(["umount", "-q", place / "place"], check=False, stderr=subprocess.DEVNULL)
-    shutil.rmtree(place, ignore_errors=True)
+    with _filesystem(area) as place:
+        _call(["cp", "-a", template, place / "base"])
+        os.sync()
+        contestant = kind(place / "base", place)
+        contestant.prepare()
+        os.sync()
+        yield contestant
 
 
 def _many(area: Path) -> dict[str, float]:
     """Seconds of a commit of many changed files, and of `cp -a` of them: medians of three."""
-    found = [_commit_and_copy(Path(tempfile.mkdtemp(dir=area))) for _ in range(3)]
+    found = []
+    for _ in range(3):
+        with _filesystem(area) as place:
+            found.append(_commit_and_copy(place))
     commits, copies = zip(*found, strict=True)
     return {"commit": statistics.median(commits), "cp -a": statistics.median(copies)}
 
@@ -301,7 +317,6 @@ def _commit_and_copy(place: Path) -> tuple[float, float]:
         began = time.perf_counter()
         _call(words)
         times.append(time.perf_counter() - began)
-    shutil.rmtree(place)
     return times[1], times[0]
 
 

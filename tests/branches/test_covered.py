@@ -12,6 +12,9 @@ import pytest
 from tests.branches.branching import Branching, differing, tree
 from tests.branches.test_users import User, someone
 from tests.mount.cli_calls import refused
+from unionfs.branches.surroundings import Surroundings
+from unionfs.errors import UserError
+from unionfs.sys.fds import Owned
 
 __all__ = ["someone"]
 
@@ -82,6 +85,16 @@ def test_an_ordinary_user_tries_the_whole_system(someone: User) -> None:
     done = someone.unionfs("try", "--keep", "-n", "sys", "-D", "/", "--", "sh", "-ec", script)
     assert done.stdout.split()[1:] == ["/", "/etc/hosts"]
     assert someone.unionfs("branch", "ls").stdout == ""
+
+
+def test_a_symlink_where_the_command_s_own_trees_belong(area: Path) -> None:
+    """A former command may have put it there; bubblewrap would make directories where it leads."""
+    for name in ("proc", "sys", "dev", "run"):
+        (area / "tree" / name).mkdir(parents=True)
+    (area / "tree/tmp").symlink_to("/etc")
+    around = Surroundings("/", str(area / "storage"), (), ())
+    with Owned(os.open(area / "tree", os.O_PATH)) as root, pytest.raises(UserError, match="/tmp is a mount"):
+        around.check(root)
 
 
 def test_a_mountpoint_is_not_taken_away(branching: Branching, filesystem: Callable[..., Path]) -> None:

@@ -15,6 +15,7 @@ import unionfs.branches
 from tests.branches.branching import Branching, differing, killed_before, tree
 from tests.mount import cli_calls
 from tests.mount.cli_calls import refused
+from tests.mount.launcher_calls import end_residents, need_launcher, residents
 from tests.mount.run_calls import Containers, Terminal
 from tests.support import areas, mounting
 
@@ -118,6 +119,15 @@ class TestTry:
         assert (values["command"][-1], values["exit_code"]) == ("cat new; echo 2 >> new", 0)
         filled.commit()
         assert (filled.base / "new").read_text() == "1\n2\n"
+
+    def test_the_resident_mounts(self, filled: Branching) -> None:
+        need_launcher()
+        end_residents()
+        assert filled.unionfs("try", "-n", "x", "--", "cat", "a").stdout == "a\n"
+        assert len(residents()) == 1
+        done = filled.unionfs("try", "--discard", "--", "sh", "-c", "echo > n")
+        assert (done.returncode, len(residents())) == (0, 1)
+        refused(filled.unionfs("try", "-D", filled.base / "none", "--", "true"), "cannot be used")
 
     def test_no_network(self, filled: Branching) -> None:
         script = "cat /proc/net/dev | tail -n +3 | cut -d: -f1"

@@ -132,8 +132,9 @@ def _keep(store: Store, entry: Journal) -> None:
     entry.turns(journal.DONE)
     journal.mark(store, entry)
     step("ended")
-    kept = [found for id in store.commit_ids() if (found := journal.read(store, id)) is not None]
-    branches = {branch.record().created for branch in store.branches()} | {other.made for other in kept}
+    others = [journal.read(store, id) for id in store.commit_ids() if id != entry.id]
+    kept = [other for other in others if other is not None]
+    branches = store.made() | {other.made for other in (entry, *kept)}
     for other in kept:
         is_former = other.id < entry.id and other.base == entry.base
         # Without its parent it cannot be undone.

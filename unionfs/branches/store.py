@@ -66,6 +66,14 @@ class Store:
             return [self.branch(name) for name in sorted(os.listdir(self.path)) if is_name(name, "branch")]
         return []
 
+    def made(self) -> set[int]:
+        """When the branches were made: of each another moment."""
+        found = set()
+        for branch in self.branches():
+            with suppress(UserError):
+                found.add(branch.record().created)
+        return found
+
     def children(self, name: str) -> list[str]:
         """The names of the branches that lie over a branch."""
         found = []
@@ -234,7 +242,10 @@ class Branch:
 
     def _refuse_pending(self, what: str) -> None:
         """Refuse a branch whose commit was interrupted: its layer may lack what is in place already."""
-        made = self.record().created
+        try:
+            made = self.record().created
+        except UserError:
+            return  # a damaged one can be discarded
         for id in self.store.commit_ids():
             with suppress(OSError, ValueError, KeyError, TypeError):
                 state = jsonfiles.read(f"{self.store.commits}/{id}/{STATE_FILE}")

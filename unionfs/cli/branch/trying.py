@@ -31,6 +31,7 @@ Examples:
   unionfs try -- ./configure --prefix=/usr
   unionfs try -n agent -D ~/project --net none -- agent "fix the login page"
   unionfs try --commit -- sed -i s/old/new/ *.txt
+  unionfs try -D / -n nginx -- apt-get install nginx
 """,
 )
 @click.option("-n", "--name", metavar="NAME", help="The branch's name; an existing one goes on.")
@@ -59,7 +60,8 @@ def try_(
 
     The branch is at DIR's own path, so all paths mean the same. The rest of the system is read-only for the
     command, except private /tmp, /var/tmp, /run and /dev; it has the capabilities and the system call
-    filter of `unionfs run`. Without a terminal, or with --keep, the branch stays, and how to go on is
+    filter of `unionfs run`. With -D / the branch is the whole system; what is mounted below DIR is listed,
+    and read-only. Without a terminal, or with --keep, the branch stays, and how to go on is
     printed. A new branch without changes is removed.
 
     The exit code is the command's; 128 plus the signal's number if a signal ended it; 126 or 127 if it
