@@ -81,10 +81,23 @@ def test_an_ordinary_user_s_home(someone: User) -> None:
 
 
 def test_an_ordinary_user_tries_the_whole_system(someone: User) -> None:
-    script = "id -u; ! touch /etc/x /proc/x /sys/x 2>/dev/null; touch /tmp/x; pwd; ls /etc/hosts"
-    done = someone.unionfs("try", "--keep", "-n", "sys", "-D", "/", "--", "sh", "-ec", script)
-    assert done.stdout.split()[1:] == ["/", "/etc/hosts"]
+    hosts = Path("/etc/hosts").read_bytes()
+    script = "id -u; ! touch /proc/x /sys/x 2>/dev/null; touch /tmp/x; pwd; stat -c %u /etc /etc/hosts"
+    done = someone.unionfs("try", "-n", "sys", "-D", "/", "--", "sh", "-ec", script)
+    assert done.stdout.split() == ["0", "/", "0", "0"]
     assert someone.unionfs("branch", "ls").stdout == ""
+    script = "install -D -o root -m 0750 /bin/true /usr/local/lib/x/true; rm -r /etc/apt; echo >> /etc/hosts"
+    done = someone.unionfs("try", "--keep", "-n", "sys", "-D", "/", "--", "sh", "-ec", script)
+    lines = someone.unionfs("branch", "diff", "sys").stdout.splitlines()
+    assert {"A usr/local/lib/x/", "A usr/local/lib/x/true", "D etc/apt/"} <= {*lines}, lines
+    done = someone.host.run(
+        "env", f"UNIONFS_ROOT={someone.root}", *someone.host.command, "branch", "commit", "sys"
+    )
+    assert done.returncode == 1
+    assert "everything was put back" in done.stderr or "nothing was changed" in done.stderr
+    assert Path("/etc/hosts").read_bytes() == hosts
+    assert Path("/etc/apt").is_dir()
+    assert not Path("/usr/local/lib/x").exists()
 
 
 def test_a_symlink_where_the_command_s_own_trees_belong(area: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from unionfs.branches import seen
 from unionfs.branches.beneath import opened
+from unionfs.branches.record import WHOLE, Record
 from unionfs.branches.store import Branch, Store
 from unionfs.branches.view import viewed
 from unionfs.daemon import live
@@ -51,7 +52,7 @@ def _mount(branch: Branch, mountpoint: str, *, lives_with: int | None) -> MountS
             seen.look(branch, view)
     settings = settle(
         mountpoint, lowers=branch.lowers(), upper=branch.upper, work=branch.work,
-        options=["userxattr"] if record.userxattr else [], source=f"branch-{branch.name}",
+        options=_options(record), source=f"branch-{branch.name}",
     )  # fmt: skip
     if lives_with is not None:
         settings = replace(settings, lives_with=(lives_with, start_time(lives_with) or 0))
@@ -59,6 +60,14 @@ def _mount(branch: Branch, mountpoint: str, *, lives_with: int | None) -> MountS
     branch.save(replace(record, session=time.time_ns()))
     mount(settings)
     return settings
+
+
+def _options(record: Record) -> list[str]:
+    options = ["userxattr"] if record.userxattr else []
+    if record.base == WHOLE and os.geteuid() != 0:
+        # The command is uid 0 of a user namespace, in which this user's id is the only one.
+        options += [f"squash_to_uid={os.geteuid()}", f"squash_to_gid={os.getegid()}"]
+    return options
 
 
 def create(store: Store, name: str, base: str, parent: str | None = None) -> Branch:

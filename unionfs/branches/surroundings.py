@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 
 from unionfs.branches.covered import mounted_below, store_in
+from unionfs.branches.record import WHOLE
 from unionfs.containers import bubblewrap
 from unionfs.errors import UserError, quoted
 from unionfs.sys.openat2 import RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, openat2
@@ -31,7 +32,7 @@ class Surroundings:
             if not os.path.lexists(path):
                 raise UserError(f"{quoted(path)} does not exist, so it cannot be hidden or writable.")
         self.base = base
-        self.is_whole = base == "/"
+        self.is_whole = base == WHOLE
         self._hide = [os.path.abspath(path) for path in hide]
         self._writable = [os.path.abspath(path) for path in writable]
         own = [*_KERNEL_TREES, *([*_PRIVATE, _RUN] if self.is_whole else [])]

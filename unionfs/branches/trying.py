@@ -159,6 +159,8 @@ class _Try:
             words += ["--cap-drop", "ALL"]
             for name in self._confinement.capabilities:
                 words += ["--cap-add", name]
+        elif self._around.is_whole:
+            words += ["--unshare-user", "--uid", "0", "--gid", "0"]
         if len(fds) > 1:
             words += ["--seccomp", str(fds[1])]
         words += ["--args", str(fds[0]), "--chdir", self._workdir, "--"]
