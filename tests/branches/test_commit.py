@@ -87,6 +87,22 @@ def test_the_tree_is_that_of_the_command(branching: Branching, area: Path, scrip
     assert differing(shown, tree(branching.base, links=False)) == {}
 
 
+def test_what_is_still_written_to_is_copied(branching: Branching) -> None:
+    """A file that a process has open in the branch's mount, which was detached, is not the base's file."""
+    (branching.base / "a").write_text("base\n")
+    place = Path(branching.says("branch", "create", "--base", branching.base, "br").strip())
+    with (place / "a").open("w") as held:
+        held.write("branch\n")
+        held.flush()
+        os.fsync(held.fileno())
+        branching.says("umount", "--lazy", place)
+        branching.commit()
+        held.write("later\n")
+        held.flush()
+        os.fsync(held.fileno())
+        assert (branching.base / "a").read_text() == "branch\n"
+
+
 def test_a_renamed_directory_is_renamed(branching: Branching) -> None:
     """It is the same directory afterwards, with the same files, whatever its size; undo renames it back."""
     fill(branching.base)

@@ -19,7 +19,7 @@ from unionfs.branches.covered import Fixed
 from unionfs.branches.ending import discard, end_in_parent, go_on, make_stage, recover
 from unionfs.branches.journal import Journal, Move, Setting
 from unionfs.branches.merging import merged
-from unionfs.branches.mounts import in_use, mounted, parent_claimed, unmounted
+from unionfs.branches.mounts import has_daemon, in_use, mounted, parent_claimed, unmounted
 from unionfs.branches.plan import Drop, Plan, Planner, Put, Rename, hazards
 from unionfs.branches.renaming import renames_directories, with_renames
 from unionfs.branches.selection import Selection, relative
@@ -217,9 +217,7 @@ class _Commit:
         resources.callback(os.close, new)
         resources.callback(os.close, old)
         base = self._view.merge.roots[-1].layer if self._record.parent is None else None
-        sharing = None
-        if not entry.inside and not entry.keep and base is not None and _same_mount(self._branch.upper, new):
-            sharing = Sharing(self._view, entry)
+        sharing = Sharing(self._view, entry) if base is not None and self._may_share(entry, new) else None
         stager = Stager(self._view, new, self._selection.has, base, self._texts, sharing)
         for number, item in enumerate(plan.steps):
             step(f"prepare {os.fsdecode(item.path)}")
@@ -248,6 +246,12 @@ class _Commit:
         step("prepared")
         journal.write(self._store, entry)
         return new, old
+
+    def _may_share(self, entry: Journal, new: int) -> bool:
+        """Whether files of the layer may become those of the base: nothing else may still write to them."""
+        if entry.inside or entry.keep or has_daemon(self._branch):
+            return False
+        return _same_mount(self._branch.upper, new)
 
     def _before(self, item: Put | Drop, tree: beneath.Beneath) -> os.stat_result | None:
         """What is at a path before the commit; a mounted parent shows other numbers than its layers have."""

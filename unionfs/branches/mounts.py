@@ -31,6 +31,11 @@ def mount_of(branch: Branch) -> live.LiveMount | None:
     return next((entry for entry in known if entry.mounts()), None)
 
 
+def has_daemon(branch: Branch) -> bool:
+    """Whether a daemon still serves it, if only for another mount namespace or to open files."""
+    return any(entry.settings.upper == branch.upper and entry.is_alive() for entry in live.entries())
+
+
 def mount_branch(
     branch: Branch, mountpoint: str | None = None, *, lives_with: int | None = None
 ) -> MountSettings:
