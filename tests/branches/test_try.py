@@ -15,7 +15,7 @@ import unionfs.branches
 from tests.branches.branching import Branching, differing, killed_before, tree
 from tests.mount import cli_calls
 from tests.mount.cli_calls import refused
-from tests.mount.launcher_calls import end_residents, need_launcher, residents
+from tests.mount.launcher_calls import LAUNCHER, end_residents, need_launcher, residents
 from tests.mount.run_calls import Containers, Terminal
 from tests.support import areas, mounting
 
@@ -266,6 +266,28 @@ class TestBranches:
             assert process.returncode == 0, output
         assert sorted(os.listdir(filled.base)) == ["sub"]
         assert len(os.listdir(filled.base / "sub")) == 150
+
+    def test_the_installed_command_commits(self, filled: Branching) -> None:
+        """By the resident; to a branch, which has to be mounted, in a process of its own."""
+        need_launcher()
+
+        def commit(*words: str) -> cli_calls.Done:
+            environment = {"UNIONFS_ROOT": str(filled.root), "UNIONFS_RESIDENT_SECONDS": "60"}
+            program = str(LAUNCHER.parent / "unionfs")
+            return cli_calls.call((program, "branch", "commit"), *words, cwd=filled.base, env=environment)
+
+        filled.tries("echo 1 > one; rm a", "first")
+        filled.tries("mv one two", "second", "--from", "first")
+        for name, target in (("second", "branch first"), ("first", str(filled.base))):
+            done = commit(name)
+            assert (done.returncode, done.stdout, done.stderr) == (0, f"committed {name} to {target}\n", "")
+        assert sorted(os.listdir(filled.base)) == ["b", "c", "sub", "two"]
+        assert len(residents()) == 1
+        filled.tries("echo branch >> b")
+        (filled.base / "b").write_text("base\n")
+        done = commit("br")
+        assert (done.returncode, done.stdout) == (3, "conflict: b (changed below since)\n")
+        refused(commit("none"), "there is no branch none")
 
     def test_names_and_records(self, filled: Branching) -> None:
         refused(filled.unionfs("branch", "create", "--base", filled.base / "none", "br"), "cannot be used")

@@ -111,7 +111,8 @@ def give_back(entry: Journal, layer: Beneath | None, new: int) -> None:
         for path in _shared(move):
             staged = b"%d" % move.number + path[len(os.fsencode(move.path)) :]
             at, name = layer.parent(path)
-            with suppress(FileExistsError):
+            # It is there already, or somebody has removed it from the base meanwhile.
+            with suppress(FileExistsError, FileNotFoundError):
                 os.link(staged, name, src_dir_fd=new, dst_dir_fd=at, follow_symlinks=False)
     for directory, (atime, mtime) in entry.times.items():
         with Owned(layer.directory(os.fsencode(directory))) as fd:
