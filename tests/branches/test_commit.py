@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -28,6 +29,10 @@ SCRIPTS = {
     "docs/page/in",
     "to-file": "rm -r src; echo file > src; rm docs/link; echo plain > docs/link",
     "renamed": "mv src sources; mv docs/page docs/paper; mv sources/deep lib/deep; echo x >> lib/deep/er/f1",
+    "renamed-deep": "mv src lib/moved; echo x >> lib/moved/deep/er/f1; rm lib/moved/deep/er/f2; chmod 0700 "
+    "lib/moved/deep; mkdir lib/moved/n; echo n > lib/moved/n/n; mv lib/moved/deep/er/f3 lib/moved/up; rm -r "
+    "empty; mkdir src; echo again > src/file1; mv docs papers; rm -r lib/moved/deep/er; "
+    "mkdir lib/moved/deep/er",
     "exchanged": "mv src t; mv lib src; mv t lib; echo z > src/z; rm lib/file4",
     "attributes": "chmod 0700 docs src/file2; chown 1:2 src/file4 lib; touch -d 1999-01-01 src/file5 empty",
     "xattrs": "setfattr -n user.note -v new docs/page; setfattr -x user.dir docs; setfattr -n user.d "
@@ -54,7 +59,7 @@ def fill(directory: Path) -> None:
 PLAIN = ("new", "attributes", "xattrs", "acls", "sparse", "devices", "set-id", "names")
 """These have nothing to do with each other, and are also done at once."""
 ALL = {"at once": "; ".join(SCRIPTS[name] for name in PLAIN), **SCRIPTS}
-QUICK = ("at once", "replaced", "renamed")
+QUICK = ("at once", "replaced", "renamed", "renamed-deep")
 
 
 @pytest.mark.parametrize(
@@ -80,3 +85,38 @@ def test_the_tree_is_that_of_the_command(branching: Branching, area: Path, scrip
     assert differing(shown, branching.shown()) == {}
     assert branching.commit().conflicts == []
     assert differing(shown, tree(branching.base, links=False)) == {}
+
+
+def test_what_is_still_written_to_is_copied(branching: Branching) -> None:
+    """A file that a process has open in the branch's mount, which was detached, is not the base's file."""
+    (branching.base / "a").write_text("base\n")
+    place = Path(branching.says("branch", "create", "--base", branching.base, "br").strip())
+    with (place / "a").open("w") as held:
+        held.write("branch\n")
+        held.flush()
+        os.fsync(held.fileno())
+        branching.says("umount", "--lazy", place)
+        branching.commit()
+        held.write("later\n")
+        held.flush()
+        os.fsync(held.fileno())
+        assert (branching.base / "a").read_text() == "branch\n"
+
+
+def test_a_renamed_directory_is_renamed(branching: Branching) -> None:
+    """It is the same directory afterwards, with the same files, whatever its size; undo renames it back."""
+    fill(branching.base)
+    old = {path: os.stat(branching.base / path).st_ino for path in ("src", "src/file3", "src/deep", "docs")}
+    branching.tries("mv src sources; echo x >> sources/deep/er/f1; mkdir new; mv docs new/docs")
+    assert "R src -> sources/" in branching.says("branch", "diff", "br")
+    shown = branching.shown()
+    branching.commit()
+    assert differing(shown, tree(branching.base, links=False)) == {}
+    for path in ("src", "src/file3", "src/deep"):
+        assert os.stat(branching.base / path.replace("src", "sources")).st_ino == old[path], path
+    (branching.base / "sources/file5").write_text("later\n")
+    (branching.base / "sources/later").write_text("later\n")
+    branching.says("branch", "undo")
+    assert (branching.base / "src/later").exists()
+    assert (branching.base / "src/file5").read_text() == "later\n"
+    assert {path: os.stat(branching.base / path).st_ino for path in old} == old

@@ -18,10 +18,12 @@ from unionfs.errors import UserError
 from unionfs.storage import jsonfiles
 
 FILL = """ mkdir -p d/e gone/deep repl; for n in 1 2 3; do echo $n > d/f$n; echo $n > gone/deep/g$n; done;
-echo r > repl/r chmod 0555 d/e; touch -d 2001-01-01 d/f1 d gone
+echo r > repl/r; chmod 0555 d/e; touch -d 2001-01-01 d/f1 d gone; mkdir -p ren/deep; echo a > ren/deep/a
+echo b > ren/deep/b; touch -d 2001-01-01 ren ren/deep
 """
 SCRIPT = """
 echo more >> d/f1; rm d/f2; mkdir -p new/er; echo n > new/er/n; echo x > x; rm -r gone; rm -r repl; mkdir repl
+mv ren d/moved; echo x >> d/moved/deep/a; rm d/moved/deep/b; chmod 0750 d/moved/deep; echo y > d/moved/y
 echo s > repl/s; chmod 0711 d; rm d/f3; mkdir d/f3; chmod u+w d/e; echo e > d/e/e; chmod 0500 d/e
 """
 
@@ -154,3 +156,49 @@ class TestOnAnotherFilesystem:
         jsonfiles.write(f"{branch.path}/branch.json", values)
         if os.path.exists(f"{branch.path}/seen.json"):
             os.unlink(f"{branch.path}/seen.json")
+
+
+class TestToAParent:
+    """A commit to another branch, which is mounted meanwhile."""
+
+    @pytest.fixture
+    def nested(self, branching: Branching) -> Branching:
+        assert os.system(f"cd {branching.base} && sh -ec '{FILL}'") == 0
+        branching.tries("echo parent >> d/f1; echo p > p; mv d/f3 d/f4; ln d/f4 d/f5", "parent")
+        branching.tries("echo child >> d/f1; rm p d/f5; mv d e; rm -r gone; echo n > repl/n; chmod 0711 repl",
+                        "child", "--from", "parent")  # fmt: skip
+        return branching
+
+    def test_is_undone(self, nested: Branching) -> None:
+        shown = nested.shown("child")
+        assert nested.says("branch", "commit", "child") == "committed child to branch parent\n"
+        assert differing(shown, nested.shown("parent")) == {}
+        assert nested.says("branch", "undo") == "undid the commit of child to branch parent\n"
+        assert nested.stored() == ["branches/child", "branches/parent"]
+        assert differing(shown, nested.shown("child")) == {}
+        nested.commit("child")
+        nested.tries("echo later >> repl/n", "parent")
+        with pytest.raises(UserError, match="repl/n was changed in branch parent since"):
+            undo(nested.store)
+        assert nested.shown("parent")[b"repl/n"] != shown[b"repl/n"]
+        assert not [path for path in nested.shown("parent") if b".unionfs" in path]
+        nested.says("branch", "discard", "parent")
+        with pytest.raises(UserError, match="is gone or has another name"):
+            undo(nested.store)
+        nested.tries("echo x > x", "other")
+        nested.commit("other")
+        assert len(nested.stored()) == 1
+
+    @pytest.mark.slow
+    def test_an_undo_killed_at_every_step(self, nested: Branching) -> None:
+        shown = nested.shown("child")
+        nested.commit("child")
+        steps = steps_of(lambda: undo(nested.store))
+        assert {"undo", "stage back", "given back", "branch back"} <= {*steps}
+        for index, step in enumerate(steps):
+            nested.commit("child")
+            assert differing(shown, nested.shown("parent")) == {}, step
+            killed_at(index, lambda: undo(nested.store))
+            assert undo(nested.store).branch == "child", step
+            assert nested.stored() == ["branches/child", "branches/parent"], step
+            assert differing(shown, nested.shown("child")) == {}, step

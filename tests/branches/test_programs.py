@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,20 @@ hello: $(patsubst %.c,%.o,$(wildcard *.c))
 """
 
 
+def make_npm_package(base: Path) -> None:
+    """A package of npm with 40 files and a program, as a tar archive."""
+    values = {"name": "probe", "version": "1.0.0", "bin": {"probe": "./cli.js"}, "main": "index.js"}
+    program = "#!/usr/bin/env node\nconsole.log(6)\n"
+    files = {"package/package.json": json.dumps(values), "package/cli.js": program}
+    files |= {f"package/lib/{number}/index.js": f"module.exports = {number}\n" for number in range(40)}
+    with tarfile.open(base / "probe-1.0.0.tgz", "w:gz") as archive:
+        for name, text in files.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = len(text), 500_000_000
+            archive.addfile(member, io.BytesIO(text.encode()))
+    (base / "package.json").write_text('{"name": "site", "version": "1.0.0", "private": true}\n')
+
+
 @pytest.fixture
 def project(branching: Branching) -> Branching:
     """A repository with two branches, 500 files, a program's source and a wheel."""
@@ -38,6 +55,7 @@ def project(branching: Branching) -> Branching:
     (base / "other.c").write_text("int other(void) { return 0; }\n")
     (base / "Makefile").write_text(MAKEFILE)
     make_wheel(base, "probe")
+    make_npm_package(base)
     script = """
     export GIT_AUTHOR_DATE=2001-01-01T00:00:00Z GIT_COMMITTER_DATE=2001-01-01T00:00:00Z
     git init -q -b main .; git config user.name n; git config user.email e@example.org; git config gc.auto 0
@@ -64,6 +82,9 @@ def test_they_make_what_they_make_directly(project: Branching, area: Path) -> No
         "pip": f"{pip} --target site probe-1.0-py3-none-any.whl",
         "rm": "rm -rf tree/[0-4]",
     }
+    if shutil.which("npm") is not None:
+        npm = "npm install --silent --offline --no-audit --no-fund --cache kept"
+        scripts["npm"] = f"{npm} ./probe-1.0.0.tgz; node_modules/.bin/probe; rm -r kept"
     if shutil.which("make") is None or shutil.which("gcc") is None:
         pytest.skip("make or gcc is not installed")
     direct = area / "direct"
@@ -73,7 +94,7 @@ def test_they_make_what_they_make_directly(project: Branching, area: Path) -> No
         words = ["try", "-q", "--rw", sys.prefix, "--commit", "-n", name]
         done = project.unionfs(*words, "--", "sh", "-ec", script)
         assert (done.returncode, done.stderr) == (0, ""), (name, done)
-        subprocess.run(["sh", "-ec", script], cwd=direct, check=True)
+        subprocess.run(["sh", "-ec", script], cwd=direct, check=True, stdout=subprocess.DEVNULL)
         assert differing(comparable(direct), comparable(project.base)) == {}, name
     assert subprocess.run([project.base / "out/bin/hi"], check=False).returncode == 0
     subprocess.run(["git", "fsck", "--strict"], cwd=project.base, check=True, capture_output=True)

@@ -15,6 +15,7 @@ import unionfs.branches
 from tests.branches.branching import Branching, differing, killed_before, tree
 from tests.mount import cli_calls
 from tests.mount.cli_calls import refused
+from tests.mount.launcher_calls import LAUNCHER, end_residents, need_launcher, residents
 from tests.mount.run_calls import Containers, Terminal
 from tests.support import areas, mounting
 
@@ -80,6 +81,10 @@ class TestTry:
         assert code("sh", "-c", "kill -TERM $$") == 128 + signal.SIGTERM
         assert code("no-such-command") == 127
         assert code("./a") == 126
+        program = filled.area / "program"  # which may be in /tmp
+        program.write_text("#!/bin/sh\nexit 5\n")
+        program.chmod(0o755)
+        assert code(str(program)) == (127 if str(program).startswith("/tmp/") else 5)
         assert filled.stored() == []
 
     def test_a_signal_reaches_the_command(self, filled: Branching) -> None:
@@ -114,6 +119,15 @@ class TestTry:
         assert (values["command"][-1], values["exit_code"]) == ("cat new; echo 2 >> new", 0)
         filled.commit()
         assert (filled.base / "new").read_text() == "1\n2\n"
+
+    def test_the_resident_mounts(self, filled: Branching) -> None:
+        need_launcher()
+        end_residents()
+        assert filled.unionfs("try", "-n", "x", "--", "cat", "a").stdout == "a\n"
+        assert len(residents()) == 1
+        done = filled.unionfs("try", "--discard", "--", "sh", "-c", "echo > n")
+        assert (done.returncode, len(residents())) == (0, 1)
+        refused(filled.unionfs("try", "-D", filled.base / "none", "--", "true"), "cannot be used")
 
     def test_no_network(self, filled: Branching) -> None:
         script = "cat /proc/net/dev | tail -n +3 | cut -d: -f1"
@@ -253,9 +267,33 @@ class TestBranches:
         assert sorted(os.listdir(filled.base)) == ["sub"]
         assert len(os.listdir(filled.base / "sub")) == 150
 
+    def test_the_installed_command_commits(self, filled: Branching) -> None:
+        """By the resident; to a branch, which has to be mounted, in a process of its own."""
+        need_launcher()
+
+        def commit(*words: str) -> cli_calls.Done:
+            environment = {"UNIONFS_ROOT": str(filled.root), "UNIONFS_RESIDENT_SECONDS": "60"}
+            program = str(LAUNCHER.parent / "unionfs")
+            return cli_calls.call((program, "branch", "commit"), *words, cwd=filled.base, env=environment)
+
+        filled.tries("echo 1 > one; rm a", "first")
+        filled.tries("mv one two", "second", "--from", "first")
+        for name, target in (("second", "branch first"), ("first", str(filled.base))):
+            done = commit(name)
+            assert (done.returncode, done.stdout, done.stderr) == (0, f"committed {name} to {target}\n", "")
+        assert sorted(os.listdir(filled.base)) == ["b", "c", "sub", "two"]
+        assert len(residents()) == 1
+        filled.tries("echo branch >> b")
+        (filled.base / "b").write_text("base\n")
+        done = commit("br")
+        assert (done.returncode, done.stdout) == (3, "conflict: b (changed below since)\n")
+        refused(commit("none"), "there is no branch none")
+
     def test_names_and_records(self, filled: Branching) -> None:
         refused(filled.unionfs("branch", "create", "--base", filled.base / "none", "br"), "cannot be used")
-        refused(filled.unionfs("branch", "create", "--base", filled.area, "br"), "overlap")
+        storage = filled.root / "branches"
+        storage.mkdir(parents=True, mode=0o700, exist_ok=True)
+        refused(filled.unionfs("branch", "create", "--base", storage, "br"), "is in the storage root")
         refused(filled.unionfs("branch", "create", "--base", filled.base, "../br"), "invalid branch name")
         refused(filled.unionfs("branch", "diff", "none"), "there is no branch none")
         refused(filled.unionfs("branch", "undo"), "no commit to undo")

@@ -24,9 +24,8 @@ from tests.unit.union_support import (
     whiteout,
     without_bundles,
 )
-from unionfs.sys.attributes import OWNER
+from unionfs.sys.attributes import OWNER, unsupported
 from unionfs.union.changes import Changes
-from unionfs.union.xattrs import unsupported
 
 __all__ = ["open_union"]
 

@@ -6,7 +6,7 @@ import os
 import stat
 from contextlib import suppress
 
-from unionfs.branches.beneath import Beneath
+from unionfs.branches.beneath import Beneath, status
 from unionfs.branches.journal import Journal
 from unionfs.sys.fds import Owned, open_for_listing
 
@@ -22,10 +22,19 @@ def states(entry: Journal, tree: Beneath) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for move in entry.moves:
         found[move.path] = []
+        if move.source is not None:
+            # What is in it goes back with it; what was changed there has moves of its own.
+            found[move.source] = _numbers(status(*tree.parent(os.fsencode(move.source))))
+            found[move.path] = _numbers(status(*tree.parent(os.fsencode(move.path))))
+            continue
         with suppress(FileNotFoundError):
             at, name = tree.parent(os.fsencode(move.path))
             _look(found, move.path, at, name)
     return found
+
+
+def _numbers(st: os.stat_result | None) -> list[int]:
+    return [] if st is None else [st.st_ino, st.st_mode, st.st_uid, st.st_gid]
 
 
 def _look(found: dict[str, list[int]], path: str, at: int, name: bytes) -> None:
@@ -34,7 +43,7 @@ def _look(found: dict[str, list[int]], path: str, at: int, name: bytes) -> None:
         numbers = [st.st_ino, st.st_mode, st.st_uid, st.st_gid]
         found[path] = [*numbers, st.st_size, st.st_mtime_ns, st.st_ctime_ns]
         return
-    found[path] = [st.st_ino, st.st_mode, st.st_uid, st.st_gid]
+    found[path] = _numbers(st)
     with Owned(os.open(name, os.O_PATH | _DIRECTORY, dir_fd=at)) as fd:
         with Owned(open_for_listing(fd)) as listing:
             names = sorted(os.listdir(listing))

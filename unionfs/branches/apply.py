@@ -12,13 +12,12 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 
-from unionfs.branches.beneath import Beneath, inode, rename
-from unionfs.branches.journal import Journal, Move, Setting
+from unionfs.branches.beneath import Beneath, inode, rename, status
+from unionfs.branches.journal import Journal, Move
 from unionfs.errors import UserError, quoted
 from unionfs.sys import attributes
 from unionfs.sys.calls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from unionfs.sys.fds import Owned, open_for_listing
-from unionfs.union.xattrs import unsupported
 
 _NO_FLAGS = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -44,11 +43,17 @@ class ChangedError(UserError):
 class Application:
     """A journal, its tree, and fds of `new` and `old`."""
 
-    def __init__(self, journal: Journal, tree: Beneath, new: int, old: int) -> None:
+    def __init__(
+        self, journal: Journal, tree: Beneath, new: int, old: int, layer: Beneath | None
+    ) -> None:
+        """`layer`: that of the branch, unless it is gone."""
         self._journal = journal
         self._tree = tree
         self._new = new
         self._old = old
+        self._layer = layer
+        # Of a rename two directories of the tree are needed.
+        self._from = Beneath(tree.fd)
 
     def forward(self) -> None:
         """Do all that is not done. Raises ChangedError, OSError."""
@@ -57,7 +62,8 @@ class Application:
             self._do(move)
         for setting in self._journal.settings:
             step(f"set {setting.path}")
-            self._set(setting, setting.new, setting.old)
+            self._set(setting.path, setting.new, setting.old)
+        self._from.close()
         step("all done")
 
     def backward(self) -> None:
@@ -66,46 +72,71 @@ class Application:
             step(f"unmove {move.path}")
             self._take_back(move)
         for setting in self._journal.settings:
-            step(f"unset {setting.path}")
-            self._set(setting, setting.old, setting.new)
+            step(f"unset {setting.former}")
+            self._set(setting.former, setting.old, setting.new)
+        self._from.close()
         step("all taken back")
 
     # -- names --------------------------------------------------------------------------------------------
 
     def _do(self, move: Move) -> None:
         at, name = self._tree.parent(os.fsencode(move.path))
-        number, here = b"%d" % move.number, inode(at, name)
+        number, here = b"%d" % move.number, status(at, name)
+        if move.source is not None:
+            self._rename(move, here, at, name)
+            return
         if move.new is None:
             if inode(self._old, number) is None:
-                _expect(move, at, name)
+                _expect(move, here)
                 rename(at, name, self._old, number, RENAME_NOREPLACE)
                 if inode(self._old, number) != move.old:
                     rename(self._old, number, at, name, RENAME_NOREPLACE)
                     raise _changed(move)
             return
-        if here != move.new:
+        if here is None or here.st_ino != move.new:
             if here is None and inode(self._old, number) is not None:
-                rename(self._new, number, at, name, RENAME_NOREPLACE)
+                rename(*self._staged(move), at, name, RENAME_NOREPLACE)
             else:
-                _expect(move, at, name)
+                _expect(move, here)
                 self._put(move, at, name, number)
         self._mode(move, at, name)
 
+    def _rename(self, move: Move, here: os.stat_result | None, at: int, name: bytes) -> None:
+        assert move.source is not None
+        if here is not None and here.st_ino == move.new:
+            return
+        former, old = self._from.parent(os.fsencode(move.source))
+        if here is not None or inode(former, old) != move.new:
+            raise _changed(move)
+        _rename_to_free(former, old, at, name)
+        if inode(at, name) != move.new:
+            _rename_to_free(at, name, former, old)
+            raise _changed(move)
+
+    def _staged(self, move: Move) -> tuple[int, bytes]:
+        """Where what is put in place is before; afterwards what had its place. Raises OSError."""
+        if not move.own:
+            return self._new, b"%d" % move.number
+        if self._layer is None:
+            raise FileNotFoundError(errno.ENOENT, "its branch is gone", move.path)
+        return self._layer.parent(os.fsencode(move.path))
+
     def _put(self, move: Move, at: int, name: bytes, number: bytes) -> None:
+        staged = self._staged(move)
         if move.old is None:
-            _rename_to_free(self._new, number, at, name)
+            _rename_to_free(*staged, at, name)
             return
         try:
-            rename(self._new, number, at, name, RENAME_EXCHANGE)
+            rename(*staged, at, name, RENAME_EXCHANGE)
         except OSError as error:
             if error.errno not in _NO_FLAGS:
                 raise
             _rename_to_free(at, name, self._old, number)
             step(f"between {move.path}")
-            _rename_to_free(self._new, number, at, name)
+            _rename_to_free(*staged, at, name)
             return
-        if inode(self._new, number) != move.old:
-            rename(self._new, number, at, name, RENAME_EXCHANGE)
+        if inode(*staged) != move.old:
+            rename(*staged, at, name, RENAME_EXCHANGE)
             raise _changed(move)
 
     def _mode(self, move: Move, at: int, name: bytes) -> None:
@@ -118,27 +149,43 @@ class Application:
 
     def _take_back(self, move: Move) -> None:
         number = b"%d" % move.number
-        at, name = self._tree.parent(os.fsencode(move.path))
+        try:
+            at, name = self._tree.parent(os.fsencode(move.path))
+        except FileNotFoundError:
+            if self._is_renamed_back(move):
+                return
+            raise
         here, old = inode(at, name), inode(self._old, number)
+        if move.source is not None:
+            if here == move.new:
+                _rename_to_free(at, name, *self._from.parent(os.fsencode(move.source)))
+            return
         if move.new is not None and here == move.new:
             if move.old is None or old is not None:
-                _rename_to_free(at, name, self._new, number)
+                _rename_to_free(at, name, *self._staged(move))
             else:
-                rename(self._new, number, at, name, RENAME_EXCHANGE)
+                rename(*self._staged(move), at, name, RENAME_EXCHANGE)
         if old is not None and inode(at, name) is None:
             _rename_to_free(self._old, number, at, name)
+
+    def _is_renamed_back(self, move: Move) -> bool:
+        """Whether a path is in a directory that has its former name, so that nothing is done there."""
+        for other in self._journal.moves:
+            if other.source is not None and move.path.startswith(f"{other.path}/"):
+                return inode(*self._from.parent(os.fsencode(other.source))) == other.new
+        return False
 
     # -- attributes of directories ------------------------------------------------------------------------
 
     def _set(
-        self, setting: Setting, new: attributes.FileAttributes, old: attributes.FileAttributes
+        self, path: str, new: attributes.FileAttributes, old: attributes.FileAttributes
     ) -> None:
-        with Owned(self._tree.directory(os.fsencode(setting.path))) as path, Owned(_accessible(path)) as fd:
+        with Owned(self._tree.directory(os.fsencode(path))) as found, Owned(_accessible(found)) as fd:
             for name in old.xattrs:
                 if name not in new.xattrs:
                     with suppress(OSError):
                         os.removexattr(fd, name)
-            attributes.write(fd, None, new, unsupported)
+            attributes.write(fd, None, new, attributes.unsupported)
 
 
 def _accessible(path: int) -> int:
@@ -170,15 +217,11 @@ def look(st: os.stat_result) -> list[int] | None:
     return [st.st_size, st.st_mtime_ns, st.st_ctime_ns if st.st_nlink == 1 else 0]
 
 
-def _expect(move: Move, at: int, name: bytes) -> None:
+def _expect(move: Move, here: os.stat_result | None) -> None:
     """Raise ChangedError unless what is at a name is what was there when the commit began."""
-    try:
-        st = os.stat(name, dir_fd=at, follow_symlinks=False)
-    except FileNotFoundError:
-        if move.old is None:
-            return
-        raise _changed(move) from None
-    if st.st_ino != move.old or look(st) != move.seen:
+    if here is None and move.old is None:
+        return
+    if here is None or here.st_ino != move.old or look(here) != move.seen:
         raise _changed(move)
 
 

@@ -97,12 +97,18 @@ def opened(base: str, inode: int) -> Iterator[Beneath]:
             tree.close()
 
 
-def inode(at: int, name: bytes) -> int | None:
-    """The inode number of a name, None if there is none. Raises OSError."""
+def status(at: int, name: bytes) -> os.stat_result | None:
+    """The attributes of a name, None if there is none. Raises OSError."""
     try:
-        return os.stat(name, dir_fd=at, follow_symlinks=False).st_ino
+        return os.stat(name, dir_fd=at, follow_symlinks=False)
     except FileNotFoundError:
         return None
+
+
+def inode(at: int, name: bytes) -> int | None:
+    """The inode number of a name, None if there is none. Raises OSError."""
+    found = status(at, name)
+    return None if found is None else found.st_ino
 
 
 def rename(old_at: int, old: bytes, new_at: int, new: bytes, flags: int = 0) -> None:

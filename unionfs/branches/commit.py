@@ -15,12 +15,15 @@ from dataclasses import dataclass, field
 
 from unionfs.branches import beneath, journal, seen
 from unionfs.branches.apply import look, step
-from unionfs.branches.ending import discard, go_on, make_stage, recover
+from unionfs.branches.covered import Fixed
+from unionfs.branches.ending import discard, end_in_parent, go_on, make_stage, recover
 from unionfs.branches.journal import Journal, Move, Setting
 from unionfs.branches.merging import merged
-from unionfs.branches.mounts import in_use, parent_mounted, unmounted
-from unionfs.branches.plan import Drop, Plan, Planner, Put, hazards
+from unionfs.branches.mounts import has_daemon, in_use, mounted, parent_claimed, unmounted
+from unionfs.branches.plan import Drop, Plan, Planner, Put, Rename, hazards
+from unionfs.branches.renaming import renames_directories, with_renames
 from unionfs.branches.selection import Selection, relative
+from unionfs.branches.sharing import Sharing
 from unionfs.branches.staging import Stager
 from unionfs.branches.store import Branch, Store
 from unionfs.branches.view import View, viewed
@@ -79,8 +82,7 @@ def commit(store: Store, name: str, wish: Wish) -> Result:
         branch = store.branch(name)
         done = finished.get(name) or (None if branch.exists() else _committed(store, name))
         if done is not None and not (branch.exists() and branch.record().created != done.made):
-            target = done.base if done.parent is None else f"branch {done.parent}"
-            return Result(target, done=True, went_on=True, undo=not done.inside)
+            return Result(done.target, done=True, went_on=True, undo=done.can_undo)
         branch = store.existing(name)
         with branch.claimed("committed"), ExitStack() as resources:
             branch.refuse_frozen("be committed")
@@ -94,26 +96,23 @@ def commit(store: Store, name: str, wish: Wish) -> Result:
                     "committed to what lies below it."
                 )
             view = resources.enter_context(viewed(branch))
-            return _Commit(store, branch, view, wish, resources).run()
+            return _Commit(store, branch, view, wish).run()
 
 
 def _committed(store: Store, name: str) -> Journal | None:
     """The last commit, if it was of that branch."""
-    for id in reversed(list(journal.ids(store))):
+    for id in reversed(store.commit_ids()):
         entry = journal.read(store, id)
         return entry if entry is not None and entry.branch == name else None
     return None
 
 
 class _Commit:
-    def __init__(
-        self, store: Store, branch: Branch, view: View, wish: Wish, resources: ExitStack
-    ) -> None:
+    def __init__(self, store: Store, branch: Branch, view: View, wish: Wish) -> None:
         self._store = store
         self._branch = branch
         self._view = view
         self._wish = wish
-        self._resources = resources
         self._record = branch.record()
         self._texts: dict[bytes, bytes] = {}
         base = self._record.base
@@ -133,42 +132,68 @@ class _Commit:
         result.conflicts = [(item.what, item.path) for item in conflicts]
         stay = [item.path for item in conflicts] if wish.conflicts == THEIRS else []
         plan = self._plan(stay)
+        if record.parent is None:
+            self._fixed(plan)
         result.skipped = plan.skipped
         result.changes = [
             (change.kind, path) for path, change in in_order(self._view.root) if self._selection.has(path)
         ]
+        if self._view.root_differs and self._selection.has(b"/"):
+            result.changes.insert(0, ("C", b"/."))
         result.hazards = [*hazards(self._view, plan), *in_use(self._branch, record.base)]
         if wish.dry_run or (conflicts and wish.conflicts in (STOP, MERGE)):
             return result
-        self._apply(plan, result)
+        if record.parent is None:
+            result.undo = self._apply(plan, record.base, record.base_inode).can_undo
+        else:
+            with parent_claimed(self._store, self._branch.name, record.parent) as parent:
+                with mounted(parent) as place:
+                    entry = self._apply(plan, place, os.stat(place).st_ino, parent.record().created)
+                end_in_parent(self._store, entry, parent)
+            result.undo = True
+        result.done = True
         return result
 
     def _plan(self, stay: Sequence[bytes]) -> Plan:
         try:
-            return Planner(self._view, self._selection, stay).plan()
+            plan = Planner(self._view, self._selection, stay).plan()
+            is_whole = self._selection.is_all and not stay and self._record.parent is None
+            if is_whole and renames_directories(self._record.base):
+                return with_renames(self._view, plan)
+            return plan
         except OSError as error:
             raise UserError(
                 f"branch {quoted(self._branch.name)} cannot be read: {reason(error)}; nothing was changed."
             ) from error
 
-    def _apply(self, plan: Plan, result: Result) -> None:
+    def _fixed(self, plan: Plan) -> None:
+        """Refuse to take away what something is mounted on. Raises UserError."""
+        gone = [
+            step.source if isinstance(step, Rename) else step.path
+            for step in plan.steps if step.old is not None
+        ]  # fmt: skip
+        Fixed(self._record.base, self._store.root).refuse(gone)
+
+    def _apply(self, plan: Plan, base: str, inode: int, parent_made: int = 0) -> Journal:
+        """Do a plan in a tree, the base or the mounted parent. Raises UserError."""
+        with ExitStack() as resources:
+            return self._apply_to(resources, plan, base, inode, parent_made)
+
+    def _apply_to(
+        self, resources: ExitStack, plan: Plan, base: str, inode: int, parent_made: int
+    ) -> Journal:
         record, partial = self._record, not self._selection.is_all or bool(plan.skipped)
-        base, inode = record.base, record.base_inode
-        if record.parent is not None:
-            mounted = parent_mounted(self._store, self._branch.name, record.parent)
-            base = self._resources.enter_context(mounted)
-            inode = os.stat(base).st_ino
-        tree = self._resources.enter_context(beneath.opened(base, inode))
+        tree = resources.enter_context(beneath.opened(base, inode))
         lowest = self._view.merge.roots[-1].layer.root_fd
         if record.parent is None and not os.path.sameopenfile(lowest, tree.fd):
             raise UserError(f"the base {quoted(base)} was replaced meanwhile; nothing was changed.")
         inside = not _same_mount(self._store.commits, tree.fd)
         entry = Journal(
             journal.new_id(), self._branch.name, record.created, record.parent, base, inode, inside,
-            keep=partial, command=list(record.command),
+            keep=partial, parent_made=parent_made, command=list(record.command),
         )  # fmt: skip
         try:
-            prepared = self._prepare(entry, tree, plan)
+            prepared = self._prepare(resources, entry, tree, plan)
         except OSError as error:
             discard(self._store, entry, tree)
             raise UserError(
@@ -179,35 +204,54 @@ class _Commit:
             discard(self._store, entry, tree)
             raise
         go_on(self._store, entry, tree, prepared)
-        result.done, result.undo = True, not inside and record.parent is None
+        return entry
 
-    def _prepare(self, entry: Journal, tree: beneath.Beneath, plan: Plan) -> tuple[int, int]:
+    def _prepare(
+        self, resources: ExitStack, entry: Journal, tree: beneath.Beneath, plan: Plan
+    ) -> tuple[int, int]:
         """Make everything new, and write the journal. Returns fds of `new` and `old`. Raises OSError."""
         os.mkdir(journal.directory(self._store, entry.id), 0o700)
         journal.write(self._store, entry)
         step("begun")
         new, old = make_stage(self._store, entry, tree)
-        self._resources.callback(os.close, new)
-        self._resources.callback(os.close, old)
+        resources.callback(os.close, new)
+        resources.callback(os.close, old)
         base = self._view.merge.roots[-1].layer if self._record.parent is None else None
-        stager = Stager(self._view, new, self._selection.has, base, self._texts)
+        sharing = Sharing(self._view, entry) if base is not None and self._may_share(entry, new) else None
+        stager = Stager(self._view, new, self._selection.has, base, self._texts, sharing)
         for number, item in enumerate(plan.steps):
             step(f"prepare {os.fsdecode(item.path)}")
+            if isinstance(item, Rename):
+                assert item.old.st is not None
+                path, source = os.fsdecode(item.path), os.fsdecode(item.source)
+                entry.moves.append(Move(path, number, item.old.st.st_ino, None, source=source))
+                continue
             before = self._before(item, tree)
             inode, known = (None, None) if before is None else (before.st_ino, look(before))
             if isinstance(item, Put):
                 staged = stager.put(b"%d" % number, item)
                 mode = staged.mode if staged.is_directory else None
-                entry.moves.append(Move(os.fsdecode(item.path), number, staged.inode, inode, mode, known))
+                path, shared = os.fsdecode(item.path), [*staged.shared]
+                entry.moves.append(
+                    Move(path, number, staged.inode, inode, mode, known, own=staged.own, shared=shared)
+                )
             else:
                 entry.moves.append(Move(os.fsdecode(item.path), number, None, inode, None, known))
-        entry.settings.extend(Setting(os.fsdecode(item.path), item.new, item.old) for item in plan.sets)
+        for change in plan.sets:
+            path = os.fsdecode(change.path)
+            former = path if change.former is None else os.fsdecode(change.former)
+            entry.settings.append(Setting(path, change.new, change.old, former))
         calls.syncfs(new)
         entry.turns(journal.ON)
         step("prepared")
         journal.write(self._store, entry)
         return new, old
 
+    def _may_share(self, entry: Journal, new: int) -> bool:
+        """Whether files of the layer may become those of the base: nothing else may still write to them."""
+        if entry.inside or entry.keep or has_daemon(self._branch):
+            return False
+        return _same_mount(self._branch.upper, new)
 
     def _before(self, item: Put | Drop, tree: beneath.Beneath) -> os.stat_result | None:
         """What is at a path before the commit; a mounted parent shows other numbers than its layers have."""

@@ -9,8 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from unionfs.branches.view import View, kind_of
-from unionfs.core.places import Place
+from unionfs.branches.view import View, kind_of, path_of
 from unionfs.sys.attributes import FileAttributes
 from unionfs.sys.fds import Owned
 from unionfs.union.diff import Change, Object, in_order
@@ -85,6 +84,8 @@ class Describer:
     def differences(self) -> list[Difference]:
         """All of them, sorted by path. Raises OSError."""
         found = []
+        if self._view.root_differs and (item := self.difference(b".", self._view.root)) is not None:
+            found.append(item)
         for path, change in in_order(self._view.root):
             item = self.difference(path[1:], change)
             if item is not None:
@@ -96,6 +97,8 @@ class Describer:
         new, old = self._side(change, change.new), self._side(change, change.old)
         if new is None or old is None:
             return Difference("D" if new is None else "A", path, new, old, change=change)
+        if new.kind == old.kind == "directory":
+            new = Side(self._view.both_of(change)[0], 0)
         what = tuple(self._what(change, new, old))
         if not what or (what == ("times",) and new.kind == "directory"):
             return None
@@ -244,7 +247,7 @@ class Describer:
         if item.new.kind == "directory":
             if len(new.parts) < 2:
                 return None
-            other = removed.get(_path_of(new.parts[1]))
+            other = removed.get(path_of(new.parts[1]))
             return other if other is not None and other.path not in gone else None
         if item.new.kind != "file":
             return None
@@ -261,13 +264,3 @@ def _look(side: Side) -> tuple[int, int, int]:
 def _comes_along(item: Difference) -> bool:
     """Whether something below a renamed directory is as it was."""
     return item.kind == "A" and item.change.new is not None and not item.change.new.parts[0].layer.is_upper
-
-
-def _path_of(place: Place) -> bytes:
-    """The path of a real directory in its layer."""
-    names = []
-    above: Place | None = place
-    while above is not None and above.name:
-        names.append(above.name)
-        above = above.parent
-    return b"/".join(reversed(names))

@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
-from unionfs.branches import beneath, journal, seen
+from unionfs.branches import beneath, journal, seen, sharing
 from unionfs.branches.after import states
 from unionfs.branches.apply import Application, ChangedError, step
 from unionfs.branches.journal import Journal
-from unionfs.branches.mounts import parent_mounted
+from unionfs.branches.mounts import mounted, parent_claimed
 from unionfs.branches.store import Branch, Store
 from unionfs.branches.view import viewed
 from unionfs.errors import UserError, quoted, reason
@@ -63,13 +63,16 @@ def discard(store: Store, entry: Journal, tree: beneath.Beneath) -> None:
 
 
 def go_on(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple[int, int]) -> None:
-    """Apply a journal, and end the commit; on an error take everything back. Raises UserError."""
-    application = Application(entry, tree, *prepared)
+    """Apply a journal, and end the commit; on an error take everything back. Raises UserError.
+
+    A commit to a parent still needs `end_in_parent`, when that is unmounted.
+    """
     try:
-        application.forward()
+        with sharing.opened(layer_of(store, entry)) as layer:
+            Application(entry, tree, *prepared, layer).forward()
     except (OSError, ChangedError) as error:
         entry.turns(journal.BACK)
-        journal.write(store, entry)
+        journal.mark(store, entry)
         go_back(store, entry, tree, prepared)
         if isinstance(error, ChangedError):
             raise
@@ -79,14 +82,33 @@ def go_on(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple[i
             "put back."
         ) from error
     step("applied")
+    with sharing.opened(layer_of(store, entry)) as layer:
+        sharing.let_go(entry, layer)
+    step("let go")
     calls.syncfs(tree.fd)
-    entry.is_applied({} if entry.inside else states(entry, tree))
-    journal.write(store, entry)
+    entry.is_applied(states(entry, tree) if entry.can_undo else {})
+    journal.write_after(store, entry)
     step("ending")
-    end(store, entry, tree)
+    if entry.parent is None:
+        _end(store, entry, tree)
 
 
-def end(store: Store, entry: Journal, tree: beneath.Beneath) -> None:
+def end_in_parent(store: Store, entry: Journal, parent: Branch) -> None:
+    """End a commit to a parent, which is claimed and not mounted: what it replaced leaves the layer."""
+    with Owned(os.open(parent.upper, _DIRECTORY)) as layer, suppress(FileNotFoundError), _times_kept(layer):
+        os.rename(entry.stage, _kept_stage(store, entry), src_dir_fd=layer)
+    step("stage moved")
+    branch = store.branch(entry.branch)
+    if branch.exists() and branch.record().created == entry.made and entry.keep:
+        _accept(branch, entry)
+    _keep(store, entry)
+
+
+def _kept_stage(store: Store, entry: Journal) -> bytes:
+    return os.fsencode(f"{journal.directory(store, entry.id)}/stage")
+
+
+def _end(store: Store, entry: Journal, tree: beneath.Beneath) -> None:
     """Keep what `undo` needs, or remove it, and end the branch. All is in place."""
     branch = store.branch(entry.branch)
     is_there = branch.exists() and branch.record().created == entry.made
@@ -98,21 +120,41 @@ def end(store: Store, entry: Journal, tree: beneath.Beneath) -> None:
         step("branch removed")
         discard(store, entry, tree)
         return
-    if is_there and not entry.keep:
+    _keep(store, entry)
+
+
+def _keep(store: Store, entry: Journal) -> None:
+    """Keep what `undo` needs, instead of that of an earlier commit to the same tree."""
+    branch = store.branch(entry.branch)
+    if branch.exists() and branch.record().created == entry.made and not entry.keep:
         os.rename(branch.path, f"{journal.directory(store, entry.id)}/branch")
         step("branch moved")
     entry.turns(journal.DONE)
-    journal.write(store, entry)
+    journal.mark(store, entry)
     step("ended")
-    for id in list(journal.ids(store)):
-        other = journal.read(store, id) if id < entry.id else None
-        if other is not None and other.base == entry.base:
-            journal.forget(store, id)
+    others = [journal.read(store, id) for id in store.commit_ids() if id != entry.id]
+    kept = [other for other in others if other is not None]
+    branches = store.made() | {other.made for other in (entry, *kept)}
+    for other in kept:
+        is_former = other.id < entry.id and other.base == entry.base
+        # Without its parent it cannot be undone.
+        if is_former or (other.parent is not None and other.parent_made not in branches):
+            journal.forget(store, other.id)
+
+
+def layer_of(store: Store, entry: Journal) -> str | None:
+    """The layer of a journal's branch, which is with the commit or in its place; None if it is gone."""
+    kept = f"{journal.directory(store, entry.id)}/branch"
+    if os.path.isdir(kept):
+        return f"{kept}/upper"
+    branch = store.branch(entry.branch)
+    return branch.upper if branch.exists() and branch.record().created == entry.made else None
 
 
 def _accept(branch: Branch, entry: Journal) -> None:
     """Let the branch take what is below it now as what it was made of, where the commit was."""
-    paths = [*(move.path for move in entry.moves), *(setting.path for setting in entry.settings)]
+    paths = [*(move.path for move in entry.moves), *(setting.former for setting in entry.settings)]
+    paths += [move.source for move in entry.moves if move.source is not None]
     with viewed(branch) as view:
         seen.accept(branch, view, paths)
 
@@ -120,7 +162,10 @@ def _accept(branch: Branch, entry: Journal) -> None:
 def go_back(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple[int, int]) -> None:
     """Take a commit back, and forget it. Raises UserError if that fails; then the next command goes on."""
     try:
-        Application(entry, tree, *prepared).backward()
+        with sharing.opened(layer_of(store, entry)) as layer:
+            Application(entry, tree, *prepared, layer).backward()
+            sharing.give_back(entry, layer, prepared[0])
+        step("given back")
     except OSError as error:
         raise UserError(
             f"the commit of branch {quoted(entry.branch)} cannot be taken back: {reason(error)}; its files "
@@ -153,12 +198,12 @@ def recover(store: Store, name: str | None = None) -> dict[str, Journal]:
     raises UserError if it is of the branch `name`.
     """
     finished: dict[str, Journal] = {}
-    for id in list(journal.ids(store)):
+    for id in store.commit_ids():
         try:
             entry = journal.read(store, id)
             if entry is None:
                 journal.forget(store, id)
-            elif entry.state != journal.DONE and _finish(store, entry):
+            elif entry.state != journal.DONE and finish(store, entry):
                 finished[entry.branch] = entry
         except (UserError, OSError) as error:
             if entry is not None and entry.branch != name:
@@ -172,17 +217,41 @@ def recover(store: Store, name: str | None = None) -> dict[str, Journal]:
     return finished
 
 
-def _finish(store: Store, entry: Journal) -> bool:
+def finish(store: Store, entry: Journal) -> bool:
     """Bring a commit to its end, forward or back. Returns whether it is done. Raises UserError, OSError."""
+    if entry.parent is None:
+        return _settle(store, entry)
+    with parent_claimed(store, entry.branch, entry.parent) as parent:
+        if parent.record().created != entry.parent_made:
+            raise UserError(
+                f"the branch that {quoted(entry.branch)} was committed to is gone, and another has its name "
+                f"{quoted(entry.parent)}; move {quoted(journal.directory(store, entry.id))} away."
+            )
+        done = entry.state == journal.ENDING
+        if not done:
+            # After an undo it is there.
+            with (
+                Owned(os.open(parent.upper, _DIRECTORY)) as layer, suppress(FileNotFoundError),
+                _times_kept(layer),
+            ):  # fmt: skip
+                os.rename(_kept_stage(store, entry), entry.stage, dst_dir_fd=layer)
+            step("stage back")
+            with mounted(parent):
+                done = _settle(store, entry)
+        if done:
+            end_in_parent(store, entry, parent)
+        return done
+
+
+def _settle(store: Store, entry: Journal) -> bool:
+    """Do or take back what is not done, on the tree that is there. Returns whether it is done."""
     with ExitStack() as resources:
-        if entry.parent is not None:
-            resources.enter_context(parent_mounted(store, entry.branch, entry.parent))
         tree = resources.enter_context(beneath.opened(entry.base, entry.inode))
         if entry.state == journal.NEW:
             discard(store, entry, tree)
             return False
         if entry.state == journal.ENDING:
-            end(store, entry, tree)
+            _end(store, entry, tree)
             return True
         prepared = make_stage(store, entry, tree)
         for fd in prepared:

@@ -1,8 +1,11 @@
 """The journal of a commit, from which it goes on or back after its process was killed.
 
-    ROOT/commits/ID/journal.json    what is done, and how far it is
+    ROOT/commits/ID/journal.json    what is done
+    ROOT/commits/ID/state.json      how far it is
+    ROOT/commits/ID/after.json      what is there after it, to see whether that was changed since
     ROOT/commits/ID/new, old        what is put in place, and what had its place, if they can be here
     BASE/.unionfs-ID/new, old       else there, on the base's filesystem
+    ROOT/commits/ID/stage           after a commit to a parent: that directory, taken from the parent's layer
     ROOT/commits/ID/branch          the branch, after its commit, for `undo`
 
 Until the state is `on` nothing has changed in the base; then the commit goes on, or `back` after an error.
@@ -13,19 +16,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any
 
-from unionfs.branches.store import Store
+from unionfs.branches.store import STATE_FILE, Store
 from unionfs.errors import UserError, quoted
 from unionfs.storage import jsonfiles
 from unionfs.sys.attributes import FileAttributes
 from unionfs.sys.trees import remove_path
 
 _FILE = "journal.json"
-VERSION = 1
+_AFTER = "after.json"
+VERSION = 2
 PREFIX = b".unionfs-"
 NEW, ON, BACK, ENDING, DONE = "new", "on", "back", "ending", "done"
 
@@ -45,6 +49,12 @@ class Move:
     """The mode of a directory that is put there."""
     seen: list[int] | None = None
     """Size and times of a file that is there before, to see whether it was changed."""
+    source: str | None = None
+    """The former path of a directory that is renamed, None of a put or drop."""
+    own: bool = False
+    """Whether what is put there is in the branch's layer, at that path; see `sharing`."""
+    shared: list[str] = field(default_factory=list)
+    """Files below a directory that is put there which the layer has, too, by their paths below it."""
 
 
 @dataclass(slots=True)
@@ -54,6 +64,8 @@ class Setting:
     path: str
     new: FileAttributes
     old: FileAttributes
+    former: str
+    """Its path before the commit."""
 
 
 @dataclass(slots=True)
@@ -72,6 +84,8 @@ class Journal:
     """Whether its directory is in the base."""
     keep: bool
     """Whether the branch stays."""
+    parent_made: int = 0
+    """When the parent was made."""
     command: list[str] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
     settings: list[Setting] = field(default_factory=list)
@@ -79,6 +93,8 @@ class Journal:
     ended: int = 0
     after: dict[str, list[int]] = field(default_factory=dict)
     """After it: what is at each path, to see whether that was changed since."""
+    times: dict[str, list[int]] = field(default_factory=dict)
+    """Of the layer's directories whose files are shared: atime and mtime, to be set when these come back."""
 
     def turns(self, state: str) -> None:
         """It goes into another state."""
@@ -89,9 +105,24 @@ class Journal:
         self.state, self.after, self.ended = ENDING, after, time.time_ns()
 
     @property
+    def can_undo(self) -> bool:
+        """Whether what it replaces is kept."""
+        return self.parent is not None or not self.inside
+
+    @property
+    def target(self) -> str:
+        """What it changes: the base, or `branch NAME`."""
+        return self.base if self.parent is None else f"branch {self.parent}"
+
+    @property
     def stage(self) -> bytes:
         """The name of its directory in the base."""
         return PREFIX + self.id.encode()
+
+
+_MOVE = attrgetter(*(item.name for item in fields(Move)))
+_STATE_FIELDS = ("branch", "made", "state", "ended")
+_KEPT = [item.name for item in fields(Journal) if item.name not in ("after", "state", "ended")]
 
 
 def new_id() -> str:
@@ -105,12 +136,29 @@ def directory(store: Store, id: str) -> str:
 
 
 def write(store: Store, journal: Journal) -> None:
-    """Raises OSError."""
-    values = asdict(journal)
+    """Write all but the state, and then the state. Raises OSError."""
+    # Not `asdict`, which copies each of many thousand moves deeply.
+    values = {name: getattr(journal, name) for name in _KEPT}
     values["version"] = VERSION
-    for setting, item in zip(journal.settings, values["settings"], strict=True):
-        item["new"], item["old"] = _plain(setting.new), _plain(setting.old)
+    values["moves"] = [_MOVE(move) for move in journal.moves]
+    values["settings"] = [
+        (setting.path, _plain(setting.new), _plain(setting.old), setting.former)
+        for setting in journal.settings
+    ]
     jsonfiles.write(f"{directory(store, journal.id)}/{_FILE}", values)
+    mark(store, journal)
+
+
+def write_after(store: Store, journal: Journal) -> None:
+    """Write what is in place after it, and then the state. Raises OSError."""
+    jsonfiles.write(f"{directory(store, journal.id)}/{_AFTER}", journal.after)
+    mark(store, journal)
+
+
+def mark(store: Store, journal: Journal) -> None:
+    """Write the state alone. Raises OSError."""
+    values = {name: getattr(journal, name) for name in _STATE_FIELDS}
+    jsonfiles.write(f"{directory(store, journal.id)}/{STATE_FILE}", values)
 
 
 def read(store: Store, id: str) -> Journal | None:
@@ -120,11 +168,15 @@ def read(store: Store, id: str) -> Journal | None:
         values = jsonfiles.read(path)
         if values.pop("version") != VERSION:
             raise ValueError("it is of another version")
-        values["moves"] = [Move(**item) for item in values["moves"]]
+        values["moves"] = [Move(*item) for item in values["moves"]]
         values["settings"] = [
-            Setting(item["path"], _attributes(item["new"]), _attributes(item["old"]))
-            for item in values["settings"]
+            Setting(path, _attributes(new), _attributes(old), former)
+            for path, new, old, former in values["settings"]
         ]
+        state = jsonfiles.read(f"{directory(store, id)}/{STATE_FILE}")
+        values |= {"state": state["state"], "ended": state["ended"]}
+        with suppress(FileNotFoundError):
+            values["after"] = jsonfiles.read(f"{directory(store, id)}/{_AFTER}")
         return Journal(**values)
     except FileNotFoundError:
         return None
@@ -133,12 +185,6 @@ def read(store: Store, id: str) -> Journal | None:
             f"the journal {quoted(path)} cannot be read ({error}), so its commit can neither go on nor back; "
             "what was replaced is beside it in `old`. Move its directory away."
         ) from error
-
-
-def ids(store: Store) -> Iterator[str]:
-    """The commits of a store, the oldest first."""
-    with suppress(FileNotFoundError):
-        yield from sorted(name for name in os.listdir(store.commits) if name.isdigit())
 
 
 def forget(store: Store, id: str) -> None:

@@ -10,9 +10,11 @@ from dataclasses import replace
 
 from unionfs.branches import seen
 from unionfs.branches.beneath import opened
+from unionfs.branches.record import WHOLE, Record
 from unionfs.branches.store import Branch, Store
 from unionfs.branches.view import viewed
 from unionfs.daemon import live
+from unionfs.daemon.caller import CALLER
 from unionfs.daemon.process import mount
 from unionfs.daemon.settle import settle
 from unionfs.daemon.unmount import umount
@@ -29,18 +31,23 @@ def mount_of(branch: Branch) -> live.LiveMount | None:
     return next((entry for entry in known if entry.mounts()), None)
 
 
+def has_daemon(branch: Branch) -> bool:
+    """Whether a daemon still serves it, if only for another mount namespace or to open files."""
+    return any(entry.settings.upper == branch.upper and entry.is_alive() for entry in live.entries())
+
+
 def mount_branch(
-    branch: Branch, mountpoint: str | None = None, *, with_this_process: bool = False
+    branch: Branch, mountpoint: str | None = None, *, lives_with: int | None = None
 ) -> MountSettings:
     """Mount a branch, by default below the store. Raises UserError.
 
-    Signals are blocked afterwards. `with_this_process`: its end ends the mount.
+    Signals are blocked afterwards. `lives_with`: a process, whose end ends the mount.
     """
     branch.refuse_frozen("be mounted")
-    return _mount(branch, mountpoint or branch.merged, with_this_process=with_this_process)
+    return _mount(branch, mountpoint or branch.merged, lives_with=lives_with)
 
 
-def _mount(branch: Branch, mountpoint: str, *, with_this_process: bool) -> MountSettings:
+def _mount(branch: Branch, mountpoint: str, *, lives_with: int | None) -> MountSettings:
     record = branch.record()
     # A base that was replaced has nothing to do with the branch.
     with opened(record.base, record.base_inode):
@@ -50,15 +57,22 @@ def _mount(branch: Branch, mountpoint: str, *, with_this_process: bool) -> Mount
             seen.look(branch, view)
     settings = settle(
         mountpoint, lowers=branch.lowers(), upper=branch.upper, work=branch.work,
-        options=["userxattr"] if record.userxattr else [], source=f"branch-{branch.name}",
+        options=_options(record), source=f"branch-{branch.name}",
     )  # fmt: skip
-    me = os.getpid()
-    if with_this_process:
-        settings = replace(settings, lives_with=(me, start_time(me) or 0))
+    if lives_with is not None:
+        settings = replace(settings, lives_with=(lives_with, start_time(lives_with) or 0))
     # What the base changes from now on may come after the branch's copy.
     branch.save(replace(record, session=time.time_ns()))
     mount(settings)
     return settings
+
+
+def _options(record: Record) -> list[str]:
+    options = ["userxattr"] if record.userxattr else []
+    if record.base == WHOLE and os.geteuid() != 0:
+        # The command is uid 0 of a user namespace, in which this user's id is the only one.
+        options += [f"squash_to_uid={os.geteuid()}", f"squash_to_gid={os.getegid()}"]
+    return options
 
 
 def create(store: Store, name: str, base: str, parent: str | None = None) -> Branch:
@@ -80,8 +94,9 @@ def _complete_links(branch: Branch) -> None:
         linked = view.linked
     if not linked:
         return
+    CALLER.needs_own_process()
     complaint = f"the hard links of branch {quoted(branch.name)} cannot be completed"
-    merged = _mount(branch, branch.merged, with_this_process=True).mountpoint
+    merged = _mount(branch, branch.merged, lives_with=os.getpid()).mountpoint
     try:
         with on_failure(complaint, "try again"):
             for name in linked:
@@ -101,28 +116,35 @@ def unmounted(branch: Branch) -> None:
 
 
 @contextmanager
-def parent_mounted(store: Store, child: str, parent: str) -> Iterator[str]:
-    """The parent of the branch `child`, mounted to take its changes; yields the mountpoint. Raises
-    UserError.
+def parent_claimed(store: Store, child: str, parent: str) -> Iterator[Branch]:
+    """The parent of the branch `child`, claimed to be changed. Raises UserError, also if others lie over
+    it.
     """
     below = store.existing(parent)
     if others := [name for name in store.children(parent) if name != child]:
         names = ", ".join(quoted(name) for name in others)
         raise UserError(
-            f"branch {quoted(child)} cannot be committed to {quoted(parent)}, since others lie over that, "
-            f"too ({names}), and would change; commit or discard those first."
+            f"branch {quoted(parent)} cannot be changed by a commit of {quoted(child)}, since others lie "
+            f"over that, too ({names}), and would change; commit or discard those first."
         )
     with below.claimed("changed"):
-        _mount(below, below.merged, with_this_process=True)
-        try:
-            yield below.merged
-        finally:
-            if mounted_at(below.merged) is not None:
-                try:
-                    umount(below.merged)
-                except UserError:
-                    with suppress(UserError):
-                        umount(below.merged, lazy=True)
+        yield below
+
+
+@contextmanager
+def mounted(branch: Branch) -> Iterator[str]:
+    """A claimed branch, mounted to be changed; yields the mountpoint. Raises UserError."""
+    CALLER.needs_own_process()
+    _mount(branch, branch.merged, lives_with=os.getpid())
+    try:
+        yield branch.merged
+    finally:
+        if mounted_at(branch.merged) is not None:
+            try:
+                umount(branch.merged)
+            except UserError:
+                with suppress(UserError):
+                    umount(branch.merged, lazy=True)
 
 
 def in_use(branch: Branch, base: str) -> list[str]:

@@ -4,7 +4,8 @@
 - *drop*: a name is removed, of a directory with everything in it;
 - *set*: a directory that stays gets other attributes.
 
-An object that changes its name by a rename is dropped and put. Nothing is read here but the changes.
+An object that changes its name is dropped and put, unless `renaming` finds that it can be renamed. Nothing
+is read here but the changes.
 """
 
 from __future__ import annotations
@@ -44,19 +45,31 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
+class Rename:
+    """A directory of the base; both paths begin with a slash."""
+
+    path: bytes
+    source: bytes
+    new: Object
+    old: Object
+
+
+@dataclass(frozen=True, slots=True)
 class Set:
     """`path` begins with a slash, or is empty for the root."""
 
     path: bytes
     new: FileAttributes
     old: FileAttributes
+    former: bytes | None = None
+    """Its path before the commit, if that is another."""
 
 
 @dataclass(slots=True)
 class Plan:
     """The operations, in an order in which they can be done."""
 
-    steps: list[Put | Drop] = field(default_factory=list)
+    steps: list[Put | Drop | Rename] = field(default_factory=list)
     sets: list[Set] = field(default_factory=list)
     skipped: list[bytes] = field(default_factory=list)
     """Paths of conflicts that stay as they are."""
@@ -105,7 +118,7 @@ class Planner:
         assert change.old is not None
         if not self._selection.has(path or b"/") or path in self._stay:
             return
-        new, old = self._view.of_directory(change.new), self._view.of_directory(change.old)
+        new, old = self._view.both_of(change)
         if os.geteuid() not in (0, old.uid):
             return  # its times are the kernel's affair; others cannot be changed
         if changes or new._replace(atime_ns=0) != old._replace(atime_ns=0):

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 VERSION = 1
+WHOLE = "/"
+"""The base of a branch that is the whole system."""
 
 
 @dataclass(frozen=True, slots=True)

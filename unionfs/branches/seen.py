@@ -161,7 +161,7 @@ def _is_as_below(view: View, item: Touched) -> bool:
         return False
     if item.old is None or not (new.is_directory and item.old.is_directory) or view.is_replaced(item.change):
         return False
-    now, before = view.of_directory(new), view.of_directory(item.old)
+    now, before = view.both_of(item.change)
     return (now.mode, now.uid, now.gid, now.xattrs) == (before.mode, before.uid, before.gid, before.xattrs)
 
 

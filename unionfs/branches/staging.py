@@ -1,9 +1,9 @@
 """Prepares what a commit puts in place, complete with all attributes, in a directory on the base's
 filesystem.
 
-Objects are copied, not moved: the branch stays as it is until the commit has ended. Data is shared with the
-branch where the filesystem can (reflinks), and holes stay holes. Names that are one file in the branch are
-one file again.
+The branch stays as it is until the commit has ended. A file of its layer gets another name where it can
+(`sharing`); other objects are copied, their data is shared where the filesystem can (reflinks), and holes
+stay holes. Names that are one file in the branch are one file again.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from unionfs.branches.plan import Put
+from unionfs.branches.sharing import Sharing
 from unionfs.branches.view import Entry, View
 from unionfs.core.places import Layer, Place
 from unionfs.sys import attributes
 from unionfs.sys.fds import Owned
 from unionfs.union.diff import Object
 from unionfs.union.filedata import clone, copy_data
-from unionfs.union.xattrs import unsupported
 
 _SMALL = 256 * 1024
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -35,8 +35,12 @@ class Staged(NamedTuple):
 
     inode: int
     is_directory: bool
-    mode: int
+    mode: int = 0
     """As st_mode. A directory lacks these permission bits until it is in place, if they exclude its owner."""
+    own: bool = False
+    """Whether it is in the branch's layer, and stays there until it is put in place."""
+    shared: Sequence[str] = ()
+    """Files below a directory that the layer has, too, by their paths below it."""
 
 
 @dataclass(slots=True)
@@ -59,22 +63,30 @@ class Stager:
         has: Callable[[bytes], bool],
         base: Layer | None,
         texts: Mapping[bytes, bytes],
+        sharing: Sharing | None,
     ) -> None:
         """`has`: which paths below a new directory are meant. `base`: the layer that is changed, if any.
 
-        `texts`: the contents of files that were merged.
+        `texts`: the contents of files that were merged. `sharing`: what gives the layer's own files, if they
+        may be used.
         """
         self._view = view
         self._at = at
         self._has = has
         self._base = base
         self._texts = texts
+        self._sharing = sharing
+        self._shared: list[str] = []
         self._links: dict[int, bytes] = {}
         self._never_clones: set[int] = set()
 
     def put(self, name: bytes, step: Put) -> Staged:
         """Copy the object of one step, with a directory everything in it, to `name`. Raises OSError."""
+        self._shared = []
         if not step.new.is_directory:
+            inode = self._own(step.path, step.new)
+            if inode is not None:
+                return Staged(inode, False, own=True)
             self._object(self._at, name, step.above.parts, step.path, step.new, name)
             st = os.stat(name, dir_fd=self._at, follow_symlinks=False)
             return Staged(st.st_ino, False, st.st_mode)
@@ -92,7 +104,8 @@ class Stager:
         finally:
             for level in levels:
                 os.close(level.fd)
-        return Staged(os.stat(name, dir_fd=self._at, follow_symlinks=False).st_ino, True, mode)
+        inode = os.stat(name, dir_fd=self._at, follow_symlinks=False).st_ino
+        return Staged(inode, True, mode, shared=self._shared)
 
     def _level(self, at: int, name: bytes, path: bytes, found: Object) -> _Level:
         names = self._view.names(found)
@@ -127,13 +140,17 @@ class Stager:
         if is_top and os.geteuid() != 0:
             # Its owner needs them to rename it to another directory (rename(2)).
             new = new._replace(mode=mode | _ACCESS)
-        attributes.write(level.fd, None, new, unsupported)
+        attributes.write(level.fd, None, new, attributes.unsupported)
         return mode
 
     def _object(
         self, at: int, name: bytes, above: list[Place], path: bytes, found: Object, staged: bytes
     ) -> None:
         """Copy a non-directory; `staged`: its path below the directory of all."""
+        sharing = self._sharing if at != self._at else None
+        if sharing and self._own(path, found) is not None and sharing.link(path, found, at, name):
+            self._shared.append(os.fsdecode(staged.partition(b"/")[2]))
+            return
         with self._view.entry(path.rpartition(b"/")[2], found) as entry:
             st = entry.st
             key = hash((st.st_dev, st.st_ino)) if st.st_nlink > 1 else 0
@@ -147,15 +164,21 @@ class Stager:
             if stat.S_ISREG(st.st_mode):
                 with Owned(os.open(name, _NEW, 0o600, dir_fd=at)) as target:
                     self._data(above, path, found, entry, target)
-                    attributes.write(target, None, new, unsupported)
+                    attributes.write(target, None, new, attributes.unsupported)
             else:
                 if stat.S_ISLNK(st.st_mode):
                     os.symlink(os.readlink(b"", dir_fd=entry.fd), name, dir_fd=at)
                 else:
                     os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=at)
-                attributes.write(at, name, new, unsupported)
+                attributes.write(at, name, new, attributes.unsupported)
             if key:
                 self._links[key] = staged
+
+    def _own(self, path: bytes, found: Object) -> int | None:
+        """The inode number of a file that can be taken from the layer."""
+        if self._sharing is None or path in self._texts:
+            return None
+        return self._sharing.inode(path, found)
 
     def _linked(self, at: int, name: bytes, path: bytes, found: Object) -> bool:
         """Take the base's own file, as a rename does, if it has other names, which may stay."""

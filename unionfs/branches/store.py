@@ -16,11 +16,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import secrets
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
+from unionfs.branches.covered import hide_store, refuse_inside
 from unionfs.branches.record import Record
 from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.settings.names import check_name, is_name
@@ -31,9 +31,10 @@ from unionfs.sys import attributes, filelocks
 from unionfs.sys.capabilities import may_use_trusted_xattrs
 from unionfs.sys.fds import Owned
 from unionfs.sys.trees import remove_path
-from unionfs.union.xattrs import unsupported
 
 _RECORD = "branch.json"
+STATE_FILE = "state.json"
+"""In the directory of a commit: how far it is; see `journal`."""
 _POLL_SECONDS = 0.02
 _DOOMED = ".removed-"
 
@@ -62,8 +63,16 @@ class Store:
         """All branches, sorted by name. Raises UserError."""
         self.check()
         with suppress(FileNotFoundError):
-            return [self.branch(name) for name in sorted(os.listdir(self.path)) if is_name(name)]
+            return [self.branch(name) for name in sorted(os.listdir(self.path)) if is_name(name, "branch")]
         return []
+
+    def made(self) -> set[int]:
+        """When the branches were made: of each another moment."""
+        found = set()
+        for branch in self.branches():
+            with suppress(UserError):
+                found.add(branch.record().created)
+        return found
 
     def children(self, name: str) -> list[str]:
         """The names of the branches that lie over a branch."""
@@ -84,6 +93,12 @@ class Store:
             else:
                 check_directory(path)
 
+    def commit_ids(self) -> list[str]:
+        """The commits that are kept or go on, the oldest first."""
+        with suppress(FileNotFoundError):
+            return sorted(name for name in os.listdir(self.commits) if name.isdigit())
+        return []
+
     def create(self, name: str, base: str, parent: str | None = None) -> Branch:
         """Make an empty branch over the directory `base`, or over the branch `parent`. Raises UserError."""
         branch = self.branch(name)
@@ -94,7 +109,7 @@ class Store:
             base = below.record().base
         real = _base(base)
         with Owned(real[1]) as fd:
-            self._refuse_own(real[0])
+            refuse_inside(real[0], self.root)
             st = os.fstat(fd)
             userxattr = not may_use_trusted_xattrs()
             record = Record(real[0], st.st_ino, time.time_ns(), os.geteuid(), parent, userxattr=userxattr)
@@ -107,12 +122,13 @@ class Store:
 
     def _put(self, branch: Branch, record: Record, below: int) -> None:
         """Make the directory of a branch, and give it its name; `below`: an fd of the root below."""
-        new = f"{self.path}/.new-{secrets.token_hex(8)}"
+        new = f"{self.path}/.new-{os.urandom(8).hex()}"
         os.mkdir(new, 0o700)
         try:
             for part in ("work", "merged"):
                 os.mkdir(f"{new}/{part}", 0o700)
             _make_root(f"{new}/upper", below)
+            hide_store(f"{new}/upper", record.base, self.root, userxattr=record.userxattr)
             jsonfiles.write(f"{new}/{_RECORD}", record.to_json(), sync=False)
             os.rename(new, branch.path)
         except OSError as error:
@@ -123,15 +139,6 @@ class Store:
                     f"`unionfs branch discard {quoted(branch.name)}`."
                 ) from error
             raise
-
-    def _refuse_own(self, base: str) -> None:
-        root = os.path.realpath(self.root)
-        for outer, inner in ((base, root), (root, base)):
-            if f"{inner}/".startswith(f"{outer.rstrip('/')}/"):
-                raise UserError(
-                    f"the base {quoted(base)} and the storage root {quoted(root)}, where branches are kept, "
-                    "overlap; give a storage root elsewhere by --root or UNIONFS_ROOT."
-                )
 
     @contextmanager
     def committing(self) -> Iterator[None]:
@@ -193,6 +200,16 @@ class Branch:
             record = below.record()
         return (*found, record.base)
 
+    def is_untouched(self) -> bool:
+        """Whether nothing was written to it: false also if that takes a closer look. Raises UserError."""
+        lowers = self.lowers()
+        with on_failure(f"branch {quoted(self.name)} cannot be read", "check its base and its layer"):
+            if os.listdir(self.upper):
+                return False
+            below = os.stat(lowers[0], follow_symlinks=False)
+            now, before = (_root_attributes(path, below) for path in (self.upper, lowers[0]))
+            return now == before
+
     def refuse_frozen(self, what: str) -> None:
         """Raise UserError if other branches lie over it; `what` as in "be removed"."""
         if children := self.store.children(self.name):
@@ -220,7 +237,23 @@ class Branch:
                     f"branch {quoted(self.name)} is in use by another command, so it cannot be {what}; wait "
                     "for that to end."
                 ) from error
+            self._refuse_pending(what)
             yield
+
+    def _refuse_pending(self, what: str) -> None:
+        """Refuse a branch whose commit was interrupted: its layer may lack what is in place already."""
+        try:
+            made = self.record().created
+        except UserError:
+            return  # a damaged one can be discarded
+        for id in self.store.commit_ids():
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                state = jsonfiles.read(f"{self.store.commits}/{id}/{STATE_FILE}")
+                if (state["branch"], state["made"]) == (self.name, made) and state["state"] in ("on", "back"):
+                    raise UserError(
+                        f"a commit of branch {quoted(self.name)} was interrupted, so it cannot be {what}; "
+                        f"`unionfs branch commit {quoted(self.name)}` goes on with it."
+                    )
 
     def rename(self, name: str) -> None:
         """Give it another name. Raises UserError, also if it has children, which name it."""
@@ -243,7 +276,7 @@ class Branch:
         self.refuse_frozen("be removed")
         refuse_locked(self.path, complaint)
         sweep(self.store.path)
-        doomed = f"{self.store.path}/{_DOOMED}{secrets.token_hex(8)}"
+        doomed = f"{self.store.path}/{_DOOMED}{os.urandom(8).hex()}"
         with on_failure(complaint, "check the permissions"):
             os.rename(self.path, doomed)
         remove_all(doomed, f"branch {quoted(self.name)} is removed, but not all of its files")
@@ -271,13 +304,28 @@ def _make_root(path: str, below: int) -> None:
     os.mkdir(path, 0o700)
     st = os.fstat(below)
 
-    def kept(name: bytes) -> bool:
-        return b".overlay." not in name and name != b"security.selinux"
-
     def failed(name: bytes, error: OSError) -> None:
         if name != attributes.OWNER or error.errno != errno.EPERM:
-            unsupported(name, error)
+            attributes.unsupported(name, error)
 
-    xattrs = attributes.read_xattrs(below, kept, failed)
+    xattrs = attributes.read_xattrs(below, _is_kept, failed)
     with Owned(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
         attributes.write(fd, None, attributes.attributes(st, xattrs), failed)
+
+
+def _is_kept(name: bytes) -> bool:
+    """Whether the root of an upper gets this xattr of the root below."""
+    return b".overlay." not in name and name != b"security.selinux"
+
+
+def may_own(uid: int, gid: int) -> bool:
+    """Whether this user's files can have an owner and group."""
+    user = os.geteuid()
+    return user == 0 or (uid == user and gid in (os.getegid(), *os.getgroups()))
+
+
+def _root_attributes(path: str, below: os.stat_result) -> tuple[int, int, int, dict[bytes, bytes]]:
+    st = os.stat(path, follow_symlinks=False)
+    owner = (st.st_uid, st.st_gid) if may_own(below.st_uid, below.st_gid) else (below.st_uid, below.st_gid)
+    xattrs = attributes.read_xattrs(os.fsencode(path), _is_kept, attributes.unsupported, follow=False)
+    return st.st_mode, *owner, xattrs

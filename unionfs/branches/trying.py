@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
-from unionfs.branches.mounts import mount_branch
+from unionfs.branches.attaching import attach
 from unionfs.branches.store import Branch, Store
+from unionfs.branches.surroundings import Surroundings
 from unionfs.containers import bubblewrap
 from unionfs.containers.confinement import settle_confinement
 from unionfs.containers.process import Command, CommandError, hold_signals
@@ -25,12 +26,9 @@ from unionfs.errors import UserError, on_failure, quoted
 from unionfs.sys import guardian
 from unionfs.sys.calls import syncfs
 from unionfs.sys.fds import Owned, directory
-from unionfs.sys.mountinfo import mounted_at, read_mountinfo
+from unionfs.sys.mountinfo import mounted_at
 from unionfs.sys.openat2 import RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, openat2
 
-_PRIVATE = ("/tmp", "/var/tmp")
-_RUN = "/run"
-_KERNEL_TREES = ("/proc", "/sys", "/dev")
 _NOT_FOUND = 127
 _NOT_EXECUTABLE = 126
 
@@ -40,8 +38,8 @@ class Wish:
     """The options of `unionfs try`."""
 
     command: Sequence[str]
-    workdir: str
-    """Where the command starts, as an absolute path; below the base it is the branch's."""
+    here: str
+    """Where the command starts if that is in the base, as an absolute path; else in the base."""
     own_network: bool = False
     hide: Sequence[str] = ()
     """Paths that are empty for the command."""
@@ -68,19 +66,17 @@ class _Try:
         self._wish = wish
         self._program = program
         self._complain = complain
-        self._base = branch.record().base
+        base = branch.record().base
+        self._around = Surroundings(base, branch.store.root, wish.hide, wish.writable)
+        self._workdir = self._around.start(wish.here)
         self._confinement = settle_confinement((), (), (), privileged=False)
-        self._below = _mounted_below(self._base)
-        for path in (*wish.hide, *wish.writable):
-            if not os.path.lexists(path):
-                raise UserError(f"{quoted(path)} does not exist, so it cannot be hidden or writable.")
 
     def run(self) -> int:
         branch = self._branch
-        for path in self._below:
+        for path in self._around.below:
             self._complain(f"{quoted(path)} is another filesystem below the base; it is read-only here.")
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        merged = mount_branch(branch, with_this_process=True).mountpoint
+        merged = attach(branch)
         hold_signals()
         try:
             self._check(merged)
@@ -128,17 +124,18 @@ class _Try:
 
     def _check(self, merged: str) -> None:
         """Refuse a directory or a command that is not there, before anything is started. Raises UserError."""
-        inside = _inside(self._wish.workdir, self._base)
+        inside = self._around.inside(self._workdir)
         way = RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
         with Owned(os.open(merged, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as root:
+            self._around.check(root)
             if inside is not None:
                 # A former command may have put a symlink there, which would be followed outside.
                 with on_failure(
-                    f"the directory {quoted(self._wish.workdir)} cannot be used in branch "
+                    f"the directory {quoted(self._workdir)} cannot be used in branch "
                     f"{quoted(self._branch.name)}", "start from another one",
                 ):  # fmt: skip
                     os.close(openat2(root, os.fsencode(inside or "."), os.O_PATH | os.O_DIRECTORY, way))
-            _find_command(self._wish.command[0], self._wish.workdir, merged, self._base)
+            _find_command(self._wish.command[0], self._workdir, merged, self._around)
 
     def _started(self, merged: str) -> Command:
         confinement = self._confinement
@@ -155,70 +152,30 @@ class _Try:
             )
 
     def _arguments(self, merged: str, fds: Sequence[int]) -> list[str]:
-        words = ["--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "--ro-bind-try", "/sys", "/sys"]
-        words += bubblewrap.protected(by_root=os.geteuid() == 0)
-        for path in _PRIVATE:
-            if os.path.isdir(path) and not os.path.islink(path):
-                words += ["--perms", "1777", "--tmpfs", path]
-        words += _without_services()
-        for path in self._wish.writable:
-            words += ["--bind", path, path]
-        words += ["--bind", merged, self._base]
-        for path in self._below:
-            words += ["--ro-bind", path, path]
-        for path in self._wish.hide:
-            if os.path.isdir(path):
-                words += ["--tmpfs", path, "--remount-ro", path]
-            else:
-                words += ["--dev-bind", os.devnull, path]
-        words += ["--unshare-pid", "--unshare-ipc", "--unshare-cgroup-try"]
+        words = [*self._around.arguments(merged), "--unshare-pid", "--unshare-ipc", "--unshare-cgroup-try"]
         if self._wish.own_network:
             words.append("--unshare-net")
         if os.geteuid() == 0:
             words += ["--cap-drop", "ALL"]
             for name in self._confinement.capabilities:
                 words += ["--cap-add", name]
+        elif self._around.is_whole:
+            words += ["--unshare-user", "--uid", "0", "--gid", "0"]
         if len(fds) > 1:
             words += ["--seccomp", str(fds[1])]
-        words += ["--args", str(fds[0]), "--chdir", self._wish.workdir, "--"]
+        words += ["--args", str(fds[0]), "--chdir", self._workdir, "--"]
         return [*words, *self._wish.command]
 
 
-def _without_services() -> list[str]:
-    """Hide /run: a service of the host that has its socket there would act outside for the command."""
-    if not os.path.isdir(_RUN) or os.path.islink(_RUN):
-        return []
-    words = ["--tmpfs", _RUN]
-    names = os.path.realpath("/etc/resolv.conf")
-    if names.startswith(f"{_RUN}/") and os.path.exists(names):
-        words += ["--ro-bind", names, names]
-    return words
-
-
-def _mounted_below(base: str) -> list[str]:
-    """The outermost filesystems mounted below a base; they are not part of a branch."""
-    found: list[str] = []
-    for path in sorted({entry.mountpoint for entry in read_mountinfo()}):
-        if path.startswith(base.rstrip("/") + "/") and not any(path.startswith(f"{one}/") for one in found):
-            found.append(path)
-    return [path for path in found if not path.startswith(_KERNEL_TREES)]
-
-
-def _inside(path: str, base: str) -> str | None:
-    """A path relative to the base, empty for the base itself; None if it is outside."""
-    if path == base:
-        return ""
-    below = base.rstrip("/") + "/"
-    return path[len(below) :] if path.startswith(below) else None
-
-
-def _find_command(name: str, workdir: str, merged: str, base: str) -> None:
+def _find_command(name: str, workdir: str, merged: str, around: Surroundings) -> None:
     """Raise CommandError for a command that is not there, or not executable, where it will be looked for."""
     directories = [workdir] if "/" in name else os.environ.get("PATH", bubblewrap.PATH).split(":")
     found = False
     for place in directories:
         path = os.path.normpath(os.path.join(workdir, place, name))
-        inside = _inside(path, base)
+        if around.hides(path):
+            continue
+        inside = around.inside(path)
         where = path if inside is None else os.path.join(merged, inside)
         try:
             # Whether a symlink in the branch leads to something is left to the command.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 
 from unionfs.branches import beneath, journal
 from unionfs.branches.after import states
 from unionfs.branches.apply import step
-from unionfs.branches.ending import go_back, make_stage, recover
+from unionfs.branches.ending import finish, recover
 from unionfs.branches.journal import Journal
+from unionfs.branches.mounts import mounted, parent_claimed
 from unionfs.branches.store import Store
 from unionfs.errors import UserError, on_failure, quoted
 
@@ -23,7 +23,7 @@ def undo(store: Store) -> Journal:
         recover(store)
         if pending is not None and journal.read(store, pending.id) is None:
             return pending
-        entries = [journal.read(store, id) for id in journal.ids(store)]
+        entries = [journal.read(store, id) for id in store.commit_ids()]
         done = [entry for entry in entries if entry is not None and entry.state == journal.DONE]
         if not done:
             raise UserError(
@@ -35,21 +35,34 @@ def undo(store: Store) -> Journal:
         with ExitStack() as resources, on_failure(
             f"the commit of branch {quoted(last.branch)} cannot be undone", "check the base and the store"
         ):
-            tree = resources.enter_context(beneath.opened(last.base, last.inode))
-            _refuse_changed(last, tree)
-            prepared = make_stage(store, last, tree)
-            for fd in prepared:
-                resources.callback(os.close, fd)
+            if last.parent is not None:
+                _refuse_changed_parent(store, last)
+            else:
+                _refuse_changed(last, resources.enter_context(beneath.opened(last.base, last.inode)))
             last.turns(journal.BACK)
             step("undo")
-            journal.write(store, last)
-            go_back(store, last, tree, prepared)
+            journal.mark(store, last)
+            finish(store, last)
         return last
+
+
+def _refuse_changed_parent(store: Store, last: Journal) -> None:
+    parent = store.branch(str(last.parent))
+    if not parent.exists() or parent.record().created != last.parent_made:
+        raise UserError(
+            f"the commit of branch {quoted(last.branch)} cannot be undone, since branch "
+            f"{quoted(parent.name)}, to which it went, is gone or has another name."
+        )
+    with (
+        parent_claimed(store, last.branch, parent.name), mounted(parent) as merged,
+        beneath.opened(merged, last.inode) as tree,
+    ):  # fmt: skip
+        _refuse_changed(last, tree)
 
 
 def _interrupted(store: Store) -> Journal | None:
     """An undo that was killed, which `recover` goes on with."""
-    for id in journal.ids(store):
+    for id in store.commit_ids():
         entry = journal.read(store, id)
         if entry is not None and entry.state == journal.BACK and entry.ended:
             return entry
@@ -64,6 +77,6 @@ def _refuse_changed(last: Journal, tree: beneath.Beneath) -> None:
         raise UserError(
             f"the commit of branch {quoted(last.branch)} cannot be undone: "
             f"{quoted(changed[0][1:])}{more} was "
-            f"changed in {quoted(last.base)} since; the former files are in "
+            f"changed in {quoted(last.target)} since; the former files are in "
             f"{quoted('commits/' + last.id)} of the store."
         )

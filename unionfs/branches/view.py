@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from unionfs.branches.store import Branch
+from unionfs.branches.covered import store_in
+from unionfs.branches.store import Branch, may_own
 from unionfs.core.places import Place
 from unionfs.errors import UserError, quoted, reason
 from unionfs.images.indexed import Copy, Index, opened_index
@@ -45,14 +46,50 @@ class Entry:
 class View:
     """The two trees of one branch."""
 
-    def __init__(self, merge: Merge, root: Change, index: Index | None) -> None:
+    def __init__(
+        self, merge: Merge, root: Change, index: Index | None, hidden: Sequence[str] | None = None
+    ) -> None:
+        """`hidden`: the way to a directory that the branch hides, whose changes do not count."""
         self.merge = merge
         self.root = root
+        if hidden:
+            self._leave_out([os.fsencode(name) for name in hidden])
         self._index = index
         #: The paths of lowers' names that show a copy of the index, with a leading slash.
         self.linked: list[bytes] = []
         if index is not None and self._lacks_names(index):
             self._find_linked(index)
+
+    def _leave_out(self, names: Sequence[bytes]) -> None:
+        """Forget the change of the directory at the end of a way, and those on it that are none by that."""
+        way = [self.root]
+        for name in names:
+            below = next((child for child in way[-1].children if child.name == name), None)
+            if below is None:
+                return
+            way.append(below)
+        for change, parent in zip(reversed(way[1:]), reversed(way[:-1]), strict=True):
+            is_end = change is way[-1]
+            if is_end or (not change.children and not self._differs(change)):
+                parent.children.remove(change)
+
+    def _differs(self, change: Change) -> bool:
+        """Whether a directory has other attributes than the one below, besides times. Raises OSError."""
+        new, old = change.new, change.old
+        if new is None or old is None or not (new.is_directory and old.is_directory):
+            return True
+        now, before = self.both_of(change)
+        return now._replace(atime_ns=0, mtime_ns=0) != before._replace(atime_ns=0, mtime_ns=0)
+
+    @property
+    def root_differs(self) -> bool:
+        """Whether the root has other attributes than the one below, besides times. Raises OSError."""
+        return self._differs(self.root)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the branch changes nothing. Raises OSError."""
+        return not self.root.children and not self.root_differs
 
     # -- objects ------------------------------------------------------------------------------------------
 
@@ -86,6 +123,23 @@ class View:
         """The attributes of a directory. Raises OSError."""
         st = os.stat(self.merge.gate.fd(found.parts[0]))
         return attributes(st, self.xattrs(b"/proc/self/fd/%d/." % self.merge.gate.fd(found.parts[0])))
+
+    def both_of(self, change: Change) -> tuple[FileAttributes, FileAttributes]:
+        """The attributes of a directory that stays, now and before, for comparison.
+
+        An ordinary user's copy of a directory has another owner if that is not to be had, which is no change.
+        Raises OSError.
+        """
+        assert change.new is not None
+        assert change.old is not None
+        return self.compared(change.new, change.old)
+
+    def compared(self, new: Object, old: Object) -> tuple[FileAttributes, FileAttributes]:
+        """As `both_of`, for two directories."""
+        now, before = self.of_directory(new), self.of_directory(old)
+        if not may_own(before.uid, before.gid):
+            now = now._replace(uid=before.uid, gid=before.gid)
+        return now, before
 
     def xattrs(self, where: bytes) -> Mapping[bytes, bytes]:
         """The xattrs as users see them, without this host's labels. Raises OSError."""
@@ -184,7 +238,7 @@ def viewed(branch: Branch) -> Iterator[View]:
         try:
             merge, root = resources.enter_context(compared(branch.upper, branch.lowers(), markers))
             index = resources.enter_context(opened_index(branch.work, merge))
-            view = View(merge, root, index)
+            view = View(merge, root, index, store_in(record.base, branch.store.root))
         except OSError as error:
             at = f"{quoted(os.fsdecode(error.filename))}: " if error.filename else ""
             raise UserError(
@@ -200,3 +254,13 @@ def kind_of(mode: int) -> str:
         stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symlink", stat.S_IFIFO: "fifo",
         stat.S_IFSOCK: "socket", stat.S_IFCHR: "character device", stat.S_IFBLK: "block device",
     }.get(stat.S_IFMT(mode), "object")  # fmt: skip
+
+
+def path_of(place: Place) -> bytes:
+    """The path of a real directory in its layer."""
+    names = []
+    above: Place | None = place
+    while above is not None and above.name:
+        names.append(above.name)
+        above = above.parent
+    return b"/".join(reversed(names))

@@ -1,4 +1,4 @@
-"""`unionfs --resident`, which the launcher starts: imports what a mount needs, and serves calls."""
+"""`unionfs --resident`, which the launcher starts: imports what mounts and commits need, and serves calls."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from unionfs.daemon.resident import reside
 
 _NEEDED = (
     "unionfs.cli.fuse_unionfs", "unionfs.cli.main", "unionfs.cli.mount", "unionfs.daemon.service",
+    "unionfs.cli.branch.making", "unionfs.cli.branch.committing", "unionfs.branches.commit",
 )  # fmt: skip
 _SYSLOG = "/dev/log"
 

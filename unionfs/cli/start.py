@@ -1,4 +1,4 @@
-"""The command `unionfs` as it is installed: it hands mounting to the launcher, which saves most imports.
+"""The command `unionfs` as it is installed: it hands what imports most to the launcher, which saves that.
 
 The launcher comes back, as `unionfs --launched-as PROGRAM`, with what must run in a process of its own.
 """
@@ -46,7 +46,7 @@ def main() -> None:
             leave(run_program(program, arguments))
         case arguments:
             program = os.path.basename(sys.argv[0])
-            if arguments[:1] == ["mount"]:
+            if arguments[:1] == ["mount"] or arguments[:2] == ["branch", "commit"]:
                 _launch("unionfs", arguments)
             elif program.startswith("mount."):
                 _launch(program, arguments)

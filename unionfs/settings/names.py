@@ -1,4 +1,4 @@
-"""Names of volumes and containers: Docker's rule, and names of anonymous volumes."""
+"""Names of volumes and containers: Docker's rule; of branches; and names of anonymous volumes."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ import re
 
 from unionfs.errors import UserError, quoted
 
-# Docker's RestrictedNamePattern (daemon/names): at least two characters.
-_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
+_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")
+# Docker's RestrictedNamePattern (daemon/names) wants two characters; branches are nobody's but ours.
+_SHORTEST = {"branch": 1}
+_SHORTEST_OF_DOCKER = 2
 _LONGEST = 255  # NAME_MAX: the name becomes a directory name
 
 
-def is_name(text: str) -> bool:
-    """Return whether this is a valid name of a volume or container."""
-    return _NAME.fullmatch(text) is not None and len(text) <= _LONGEST
+def is_name(text: str, kind: str = "volume") -> bool:
+    """Return whether this is a valid name of a volume, container or branch."""
+    shortest = _SHORTEST.get(kind, _SHORTEST_OF_DOCKER)
+    return _NAME.fullmatch(text) is not None and shortest <= len(text) <= _LONGEST
 
 
 def check_name(text: str, kind: str = "volume") -> str:
     """Return the name itself. Raises UserError if it is not a valid name for `kind`."""
-    if is_name(text):
+    if is_name(text, kind):
         return text
     if len(text) > _LONGEST:
         raise UserError(
@@ -28,9 +31,10 @@ def check_name(text: str, kind: str = "volume") -> str:
     cure = ""
     if kind == "volume" and "/" in text:
         cure = "; to use a host directory, write its absolute path or ./NAME"
+    least = "at least two characters, " if kind not in _SHORTEST else ""
     raise UserError(
-        f"invalid {kind} name {text!r}: a name has at least two characters, a letter or "
-        f"digit first and then letters, digits, `_`, `.` and `-`{cure}."
+        f"invalid {kind} name {text!r}: a name has {least}a letter or digit first and then letters, digits, "
+        f"`_`, `.` and `-`{cure}."
     )
 
 

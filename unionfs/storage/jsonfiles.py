@@ -32,7 +32,8 @@ def write(path: str, values: object, *, sync: bool = True) -> None:
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with open(fd, "w", encoding="ascii") as out:
-            json.dump(values, out)
+            # Not `dump`, which is not the compiled encoder.
+            out.write(json.dumps(values))
             if sync:
                 out.flush()
                 os.fsync(fd)

@@ -32,7 +32,6 @@ from unionfs.union.layers import LayerStack
 from unionfs.union.listing import real_names
 from unionfs.union.merge import Found, Merge
 from unionfs.union.permissions import shown_names
-from unionfs.union.xattrs import unsupported
 
 log = logging.getLogger(__name__)
 
@@ -212,7 +211,7 @@ def _refused(name: bytes, error: OSError) -> None:
     """An ordinary user gets the attributes that are permitted; sshfs refuses an owner by EACCES."""
     permitted = (errno.EPERM, errno.EACCES) if name == attributes.OWNER else (errno.EPERM,)
     if error.errno not in permitted or os.geteuid() == 0:
-        unsupported(name, error)
+        attributes.unsupported(name, error)
 
 
 def _leave_out(what: str, error: OSError) -> None:

@@ -38,6 +38,18 @@ def attributes(status: os.stat_result, xattrs: Mapping[bytes, bytes]) -> FileAtt
     )
 
 
+def unsupported(name: bytes, error: OSError) -> None:
+    """Raise the error of an attribute that cannot be set. Skips xattrs that the filesystem does not support,
+    as overlayfs does (copy_up.c), except ACLs and ``security.*``, which grant or deny rights.
+    """
+    if (
+        error.errno != errno.EOPNOTSUPP
+        or name == OWNER
+        or name.startswith((b"security.", b"system.posix_acl_"))
+    ):
+        raise error
+
+
 def read_xattrs(
     place: int | bytes, wanted: Callable[[bytes], bool], failed: Failed, *, follow: bool = True
 ) -> dict[bytes, bytes]:

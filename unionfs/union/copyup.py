@@ -22,7 +22,7 @@ from unionfs.sys import attributes
 from unionfs.sys.fds import Owned
 from unionfs.union.tree import Union
 from unionfs.union.work import Temporary
-from unionfs.union.xattrs import copied_xattrs, unsupported
+from unionfs.union.xattrs import copied_xattrs
 
 _PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -45,7 +45,7 @@ Tell = Callable[[Effects], None]
 def _unless_owner(name: bytes, error: OSError) -> None:
     """As `unsupported`, but keeps an owner that cannot be set."""
     if name != attributes.OWNER or error.errno not in (errno.EPERM, errno.EINVAL):
-        unsupported(name, error)
+        attributes.unsupported(name, error)
 
 
 class CopyUp:
@@ -125,7 +125,8 @@ class CopyUp:
             shown, kind = union.shown(node, st, source), stat.S_IFMT(st.st_mode)
             new = permissions.of_copy(shown, kind, xattrs, node.layer.permissions, union.markers)
             special = kind not in (stat.S_IFREG, stat.S_IFDIR)
-            attributes.write(at, name, new, _unless_owner if special else unsupported, owner=special)
+            failed = _unless_owner if special else attributes.unsupported
+            attributes.write(at, name, new, failed, owner=special)
             return
         if owners is not None:
             st, xattrs = owners.copied(st, xattrs, node.layer)
@@ -133,7 +134,7 @@ class CopyUp:
         if owner and owners is not None and owners.squashes:
             with Owned(os.dup(at) if name is None else os.open(name, _PATH, dir_fd=at)) as fd:
                 st, owner = owners.give(fd, st), False
-        attributes.write(at, name, attributes.attributes(st, xattrs), unsupported, owner=owner)
+        attributes.write(at, name, attributes.attributes(st, xattrs), attributes.unsupported, owner=owner)
 
     def put(self, node: Node, temporary: Temporary, fd: int, origin: Stored) -> os.stat_result:
         """Put the copy of a node (``fd``: an fd of the copy) into the upper. Returns its attributes.

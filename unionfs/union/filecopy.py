@@ -26,7 +26,7 @@ from unionfs.union.flags import read_flags
 from unionfs.union.lowerdata import LowerData
 from unionfs.union.setids import SET_IDS
 from unionfs.union.tree import Union
-from unionfs.union.xattrs import CAPABILITY, copied_xattrs, unsupported
+from unionfs.union.xattrs import CAPABILITY, copied_xattrs
 
 #: Up to this size (bytes) a file is copied at once if no sync is needed, and its holes are searched only if
 #: it has some.
@@ -169,7 +169,7 @@ class FileCopy:
             new = self._permissions.of_copy(
                 shown, stat.S_IFREG, xattrs, self.node.layer.permissions, union.markers
             )
-            attributes.write(target, None, new, unsupported, owner=False)
+            attributes.write(target, None, new, attributes.unsupported, owner=False)
             return
         if owners is not None:
             xattrs = copied_xattrs(union.markers, union.gate.rights, self._object)
@@ -187,7 +187,7 @@ class FileCopy:
         if xattrs is None:
             xattrs = copied_xattrs(union.markers, union.gate.rights, self._object)
         new = attributes.attributes(st, xattrs)._replace(mode=mode)
-        attributes.write(target, None, new, unsupported, owner=owner)
+        attributes.write(target, None, new, attributes.unsupported, owner=owner)
         self._no_capability = CAPABILITY not in xattrs
 
     def finish(self, *, keep: bool = False) -> OpenFile | None:

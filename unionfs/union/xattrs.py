@@ -8,7 +8,7 @@ from typing import Final
 
 from unionfs.core.places import Place
 from unionfs.core.state import State
-from unionfs.sys.attributes import OWNER, read_xattrs
+from unionfs.sys.attributes import read_xattrs
 from unionfs.union.markers import Markers
 from unionfs.union.rights import Rights
 
@@ -38,18 +38,6 @@ def copied_xattrs(
             raise error
 
     return read_xattrs(place, lambda name: not markers.is_private(name), failed) | denied
-
-
-def unsupported(name: bytes, error: OSError) -> None:
-    """Raise the error of an attribute that cannot be set. Skips xattrs that the filesystem does not support,
-    as overlayfs does, except ACLs and ``security.*``, which grant or deny rights.
-    """
-    if (
-        error.errno != errno.EOPNOTSUPP
-        or name == OWNER
-        or name.startswith((b"security.", b"system.posix_acl_"))
-    ):
-        raise error
 
 
 def existed_before(state: State | None, path: bytes, name: bytes, unique: int) -> bool | None:

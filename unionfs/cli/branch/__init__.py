@@ -29,5 +29,5 @@ def branch() -> None:
     """Manage branches: named copy-on-write views of a directory, to be committed or discarded.
 
     Root's branches are in /var/lib/unionfs, a user's in $XDG_DATA_HOME/unionfs (~/.local/share/unionfs);
-    --root or UNIONFS_ROOT names another directory. It must not overlap the base.
+    --root or UNIONFS_ROOT names another directory. It may be in the base, which then hides it.
     """

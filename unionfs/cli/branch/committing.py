@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,8 @@ def commit(
     from unionfs.branches.commit import commit as apply
     from unionfs.branches.store import Store
 
+    # Many thousand changes are no garbage, however often they are looked through.
+    gc.disable()
     wish = Wish(into, only, leave, dry_run, conflicts or STOP)
     result = apply(Store(root), name, wish)
     if as_json:
@@ -103,14 +106,16 @@ def report(name: str, result: Result, *, dry_run: bool = False) -> None:
 @json_option
 def undo(root: str | None, as_json: bool) -> None:
     """Undo the last commit; its branch is there again. Only while nothing that it changed has changed
-    since, and only if base and store are on one filesystem.
+    since; of a commit to a base only if that and the store are on one filesystem.
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.store import Store
     from unionfs.branches.undo import undo as take_back
 
-    entry = take_back(Store(root))
+    store = Store(root)
+    entry = take_back(store)
     if as_json:
-        print_json({"name": entry.branch, "base": entry.base})
+        base = entry.base if entry.parent is None else store.branch(entry.parent).record().base
+        print_json({"name": entry.branch, "base": base, "parent": entry.parent})
     else:
-        print(f"undid the commit of {entry.branch} to {entry.base}")
+        print(f"undid the commit of {entry.branch} to {entry.target}")

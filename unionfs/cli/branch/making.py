@@ -57,17 +57,24 @@ def create(
 
 
 @click.command(epilog="Example: unionfs branch mount fix /mnt")
+@click.option("--lives-with", type=int, metavar="PID", hidden=True,
+              help="The process that has claimed the branch, whose end ends the mount.")  # fmt: skip
 @root_option
 @json_option
 @click.argument("name", shell_complete=complete_branches)
 @click.argument("mountpoint", required=False)
-def mount(root: str | None, as_json: bool, name: str, mountpoint: str | None) -> None:
+def mount(
+    lives_with: int | None, root: str | None, as_json: bool, name: str, mountpoint: str | None
+) -> None:
     """Mount the branch NAME at MOUNTPOINT, by default below the store, and print where."""
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.mounts import mount_branch
     from unionfs.branches.store import Store
 
     branch = Store(root).existing(name)
+    if lives_with is not None:
+        mount_branch(branch, mountpoint, lives_with=lives_with)
+        return
     with branch.claimed("mounted"):
         _show(name, branch.upper, mount_branch(branch, mountpoint).mountpoint, as_json)
 
@@ -127,7 +134,7 @@ def _remove(root: str | None, name: str, *, with_changes: bool) -> None:
         unmounted(branch)
         if not with_changes and os.path.isdir(branch.record().base):
             with viewed(branch) as view:
-                if view.root.children:
+                if not view.is_empty:
                     raise UserError(
                         f"branch {quoted(name)} has changes; commit it, or remove it with them by `unionfs "
                         f"branch discard {quoted(name)}`."

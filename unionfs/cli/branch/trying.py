@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,7 @@ Examples:
   unionfs try -- ./configure --prefix=/usr
   unionfs try -n agent -D ~/project --net none -- agent "fix the login page"
   unionfs try --commit -- sed -i s/old/new/ *.txt
+  unionfs try -D / -n nginx -- apt-get install nginx
 """,
 )
 @click.option("-n", "--name", metavar="NAME", help="The branch's name; an existing one goes on.")
@@ -60,7 +60,8 @@ def try_(
 
     The branch is at DIR's own path, so all paths mean the same. The rest of the system is read-only for the
     command, except private /tmp, /var/tmp, /run and /dev; it has the capabilities and the system call
-    filter of `unionfs run`. Without a terminal, or with --keep, the branch stays, and how to go on is
+    filter of `unionfs run`. With -D / the branch is the whole system; what is mounted below DIR is listed,
+    and read-only. Without a terminal, or with --keep, the branch stays, and how to go on is
     printed. A new branch without changes is removed.
 
     The exit code is the command's; 128 plus the signal's number if a signal ended it; 126 or 127 if it
@@ -93,9 +94,6 @@ def shell(root: str | None, name: str) -> int:
 
 def _branch(store: Store, name: str | None, base: str | None, parent: str | None) -> tuple[bool, Branch]:
     """The branch to use, and whether it is new."""
-    # For start-up time: --help and completion do not need it.
-    from unionfs.branches.mounts import create
-
     if base is not None and parent is not None:
         raise click.UsageError("give either -D or --from")
     if name is not None and (branch := store.branch(name)).exists():
@@ -109,7 +107,13 @@ def _branch(store: Store, name: str | None, base: str | None, parent: str | None
         if parent is not None and parent != record.parent:
             raise UserError(f"branch {quoted(name)} does not lie over {quoted(parent)}; choose another name.")
         return False, branch
-    return True, create(store, name or f"try-{secrets.token_hex(3)}", base or ".", parent)
+    name = name or f"try-{os.urandom(3).hex()}"
+    if parent is None:
+        return True, store.create(name, base or ".")
+    # For start-up time: a branch over a directory does not need it.
+    from unionfs.branches.mounts import create
+
+    return True, create(store, name, base or ".", parent)
 
 
 def _run(store: Store, branch: Branch, fresh: bool, wish: dict[str, Any]) -> int:
@@ -118,11 +122,8 @@ def _run(store: Store, branch: Branch, fresh: bool, wish: dict[str, Any]) -> int
     from unionfs.branches.trying import Wish, try_on
     from unionfs.containers.process import CommandError
 
-    base = branch.record().base
-    here = os.getcwd()
-    inside = here == base or here.startswith(base.rstrip("/") + "/")
     try:
-        return try_on(store, branch, Wish(workdir=here if inside else base, **wish), tell)
+        return try_on(store, branch, Wish(here=os.getcwd(), **wish), tell)
     except UserError as error:
         if fresh and not os.listdir(branch.upper):
             with suppress(UserError):
@@ -136,16 +137,7 @@ def _afterwards(
     store: Store, branch: Branch, code: int, *, fresh: bool, then: str | None, quiet: bool, report: str | None
 ) -> int:
     """Say what was changed, and do what is wished."""
-    # For start-up time: --help and completion do not need it.
-    from unionfs.branches.view import viewed
-
-    found: list[Difference] = []
-    lines: list[str] = []
-    with viewed(branch) as view:
-        if view.root.children:
-            found, lines = _described(branch, view, code, report)
-        elif report is not None:
-            _write(report, {"name": branch.name, "exit_code": code, "changes": []})
+    found, lines = _described(branch, code, report)
     if not found and fresh:
         branch.remove()
         return code
@@ -154,10 +146,25 @@ def _afterwards(
     return _do(store, branch, code, then or _asked(branch), quiet=quiet)
 
 
-def _described(
-    branch: Branch, view: View, code: int, report: str | None
-) -> tuple[list[Difference], list[str]]:
+def _described(branch: Branch, code: int, report: str | None) -> tuple[list[Difference], list[str]]:
     """The changes, and the lines about them; writes the report."""
+    if branch.is_untouched():
+        if report is not None:
+            _write(report, {"name": branch.name, "exit_code": code, "changes": []})
+        return [], []
+    # For start-up time: commands that change nothing do not need it.
+    from unionfs.branches.view import viewed
+
+    with viewed(branch) as view:
+        found, lines = _changes(branch, view)
+    if report is not None:
+        values = [item.to_json() for item in found]
+        _write(report, {"name": branch.name, "exit_code": code, "changes": values})
+    return found, lines
+
+
+def _changes(branch: Branch, view: View) -> tuple[list[Difference], list[str]]:
+    """The changes, which are remembered, and the lines about them."""
     # For start-up time: commands that change nothing do not need it.
     from unionfs.branches import seen
     from unionfs.branches.describe import Describer
@@ -173,11 +180,7 @@ def _described(
     lines = [*rendered(describer, shown[:_MOST_LINES], None)]
     if len(shown) > _MOST_LINES:
         lines.append(f"and {len(shown) - _MOST_LINES} more")
-    lines += [*hidden(len(found) - len(shown)), f"branch {branch.name}: {total(found)}"]
-    if report is not None:
-        values = [item.to_json() for item in found]
-        _write(report, {"name": branch.name, "exit_code": code, "changes": values})
-    return found, lines
+    return found, [*lines, *hidden(len(found) - len(shown)), f"branch {branch.name}: {total(found)}"]
 
 
 def _write(path: str, values: object) -> None:

@@ -1,0 +1,124 @@
+"""Files of a branch's layer that a commit puts in place as they are, instead of a copy of each.
+
+A file changes places with the one that it replaces; in a directory that is put in place as a whole it gets
+another name, and loses that in the layer when all is in place. `undo`, or an error, gives everything back.
+That needs one filesystem, and a file that the layer alone has: one name, all of its data, and no marker but
+where it was copied from, which is removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from unionfs.branches.beneath import Beneath
+from unionfs.branches.journal import Journal, Move
+from unionfs.branches.view import View
+from unionfs.sys.fds import Owned
+from unionfs.union.diff import Object
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_CHANGEABLE = stat.S_IWUSR | stat.S_IXUSR
+_NOT_POSSIBLE = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP)
+
+
+class Sharing:
+    """The files of the layer of one branch."""
+
+    def __init__(self, view: View, entry: Journal) -> None:
+        self._view = view
+        self._entry = entry
+        self._above = b""
+        self._directory: os.stat_result | None = None
+
+    def inode(self, path: bytes, found: Object) -> int | None:
+        """Make a file fit for its new place. Returns its inode number, None if it must be copied.
+
+        `path` begins with a slash. Raises OSError.
+        """
+        st, place = found.st, found.parts[0]
+        if st is None or not stat.S_ISREG(st.st_mode) or st.st_nlink != 1 or not place.layer.is_upper:
+            return None
+        above, _, name = path.rpartition(b"/")
+        directory = self._view.merge.gate.fd(place)
+        if above != self._above or self._directory is None:
+            self._above, self._directory = above, os.stat(directory)
+        if os.geteuid() != 0 and self._directory.st_mode & _CHANGEABLE != _CHANGEABLE:
+            return None
+        where = b"/proc/self/fd/%d/%b" % (directory, name)
+        xattrs = map(os.fsencode, os.listxattr(where, follow_symlinks=False))
+        private = [item for item in xattrs if b".overlay." in item]
+        if any(item != self._view.merge.markers.origin for item in private):
+            return None
+        try:
+            for item in private:
+                os.removexattr(where, item, follow_symlinks=False)
+        except PermissionError:
+            return None
+        self._entry.times[os.fsdecode(above)] = [self._directory.st_atime_ns, self._directory.st_mtime_ns]
+        return st.st_ino
+
+    def link(self, path: bytes, found: Object, at: int, name: bytes) -> bool:
+        """Let `name` be the file at `path`, too. Returns False if it must be copied. Raises OSError."""
+        directory = self._view.merge.gate.fd(found.parts[0])
+        try:
+            os.link(
+                path.rpartition(b"/")[2], name, src_dir_fd=directory, dst_dir_fd=at, follow_symlinks=False
+            )
+        except OSError as error:
+            if error.errno in _NOT_POSSIBLE:
+                return False
+            raise
+        return True
+
+
+@contextmanager
+def opened(layer: str | None) -> Iterator[Beneath | None]:
+    """A layer, None if it is gone. Raises OSError."""
+    if layer is None:
+        yield None
+        return
+    with Owned(os.open(layer, _DIRECTORY)) as fd:
+        found = Beneath(fd)
+        try:
+            yield found
+        finally:
+            found.close()
+
+
+def let_go(entry: Journal, layer: Beneath | None) -> None:
+    """Remove the layer's names of what has another one now. Raises OSError."""
+    if layer is None:
+        return
+    for path in (path for move in entry.moves for path in _shared(move)):
+        # A user may lack rights on a directory of the layer; then the file has that name, too.
+        with suppress(FileNotFoundError, PermissionError):
+            at, name = layer.parent(path)
+            os.unlink(name, dir_fd=at)
+
+
+def give_back(entry: Journal, layer: Beneath | None, new: int) -> None:
+    """Give the layer these names again, and its directories their times; `new`: an fd of where they are.
+
+    Raises OSError.
+    """
+    if layer is None:
+        return
+    for move in entry.moves:
+        for path in _shared(move):
+            staged = b"%d" % move.number + path[len(os.fsencode(move.path)) :]
+            at, name = layer.parent(path)
+            # It is there already, or somebody has removed it from the base meanwhile.
+            with suppress(FileExistsError, FileNotFoundError):
+                os.link(staged, name, src_dir_fd=new, dst_dir_fd=at, follow_symlinks=False)
+    for directory, (atime, mtime) in entry.times.items():
+        with Owned(layer.directory(os.fsencode(directory))) as fd:
+            os.utime(b"/proc/self/fd/%d" % fd, ns=(atime, mtime))
+
+
+def _shared(move: Move) -> list[bytes]:
+    """The paths of a move's shared files, each with a slash before it."""
+    return [os.fsencode(f"{move.path}/{below}") for below in move.shared]

@@ -1,0 +1,65 @@
+"""The launcher for commands that mount along the way: what mounts for them has everything imported.
+
+See launcher/fuse-unionfs.c and `resident`.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from unionfs.errors import UserError
+
+NAME = "fuse-unionfs"
+_SETTING = "UNIONFS_RESIDENT_SECONDS"
+_FORWARDED = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+_POLL_SECONDS = 0.05
+
+
+def find() -> str | None:
+    """The launcher of this installation; None if there is none, or the user wants no resident."""
+    if os.environ.get(_SETTING) == "0":
+        return None
+    for program in (os.path.realpath(sys.argv[0]), sys.executable):
+        path = os.path.join(os.path.dirname(program), NAME)
+        if os.access(path, os.X_OK):
+            return path
+    return None
+
+
+def hand_over(launcher: str, arguments: Sequence[str]) -> None:
+    """Run `unionfs ARGUMENT...` by the launcher, whose answer is the mount or one sentence.
+
+    Signals that come meanwhile interrupt it, and are blocked afterwards. Raises UserError.
+    """
+    errors = os.memfd_create("stderr", os.MFD_CLOEXEC)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
+    try:
+        with subprocess.Popen(
+            ["unionfs", *arguments], executable=launcher, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=errors,
+        ) as process:  # fmt: skip
+            _wait(process)
+        text = os.fsdecode(os.pread(errors, 1 << 16, 0)).strip()
+        if process.returncode != 0:
+            raise UserError(text.removeprefix("unionfs: ") or "the mount failed without a word; try again.")
+        if text:
+            print(text, file=sys.stderr)
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        raise
+    finally:
+        os.close(errors)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> None:
+    told = False
+    with os.fdopen(os.pidfd_open(process.pid), "rb", buffering=0) as ended:
+        while not select.select([ended], [], [], _POLL_SECONDS)[0]:
+            if not told and signal.sigpending() & _FORWARDED:
+                process.terminate()
+                told = True
