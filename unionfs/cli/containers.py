@@ -18,7 +18,6 @@ from unionfs.cli.storage_options import storage_options
 from unionfs.errors import UserError, on_failure, quoted
 
 
-
 def parse_environment(given: Iterable[str], option: str) -> dict[str, str]:
     """Parse K=V, and K for the caller's value. Raises UserError."""
     values = {}
