@@ -54,10 +54,17 @@ class Merge(Search):
         self._lowest = len(layers) - 1
         self._lower_names = LowerNames(gate)
         directories = PartSearch(layers[: len(self.roots)], markers, named, gate)
+        self._directories = directories
         self._data = DataSearch(markers, named, gate, directories)
         super().__init__(
             gate, markers, named, self._lower_names, directories, lowest=len(self.roots) - 1
         )
+
+    def has_layers(self, layers: Sequence[Layer]) -> None:
+        """Set the layers, topmost first. The lowest one stays, and their indices are in order."""
+        self.roots[:] = self.named.roots(layers)
+        self._directories.has_layers(layers[: len(self.roots)])
+        self.forget_names()
 
     def lower_data(
         self, parts: Sequence[Place], place: Place, name: bytes, where: bytes | int

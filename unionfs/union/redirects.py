@@ -40,6 +40,10 @@ class PartSearch:
         self._gate = gate
         self._lowest = len(layers) - 1
 
+    def has_layers(self, layers: Sequence[Layer]) -> None:
+        """Set the layers, topmost first."""
+        self._layers = layers
+
     def parts(
         self, above: list[Place], part: Place, name: bytes, st: os.stat_result, below: list[Place]
     ) -> list[Place]:
@@ -122,7 +126,7 @@ class PartSearch:
         On the way, a whiteout, an opaque directory or a non-directory hides the layers further down, and a
         redirect applies to them.
         """
-        for layer in self._layers[index + 1 :]:
+        for layer in [layer for layer in self._layers if layer.index > index]:
             place = layer.root
             goes_on = True
             below = steps

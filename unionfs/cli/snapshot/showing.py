@@ -1,0 +1,47 @@
+"""`unionfs snapshot ls` and `diff`."""
+
+from __future__ import annotations
+
+import click
+
+from unionfs.cli.branch.common import json_option, print_json
+from unionfs.cli.completing import complete_mountpoints
+from unionfs.cli.finding import find_mount
+from unionfs.cli.run import moment, print_table
+from unionfs.errors import quoted
+
+
+@click.command(epilog="Example: unionfs snapshot ls --json /mnt")
+@json_option
+@click.argument("mountpoint", shell_complete=complete_mountpoints)
+def ls(as_json: bool, mountpoint: str) -> None:
+    """List the snapshots of the mount at MOUNTPOINT: name, time, the one below it, and where its layer is.
+
+    `*` marks those that the mount lies on. With --json, `lowers` is what a mount of a snapshot has as lowers, for
+    kernel overlayfs, too.
+    """
+    # For start-up time: --help and completion do not need it.
+    from unionfs.branches.snapshots import shown
+
+    found = [{**one, "created": moment(one["created"])} for one in shown(find_mount(mountpoint))]
+    if as_json:
+        print_json(found)
+    elif found:
+        rows = [
+            (
+                one["name"] + (" *" if one["current"] else ""), one["created"].replace("T", " ")[:19],
+                one["parent"] or "-", quoted(one["layer"]),
+            )
+            for one in found
+        ]  # fmt: skip
+        print_table(("NAME", "MADE", "OVER", "LAYER"), rows)
+
+
+@click.command(epilog="Example: unionfs snapshot diff /mnt before-upgrade")
+@json_option
+@click.argument("mountpoint", shell_complete=complete_mountpoints)
+@click.argument("name")
+@click.argument("other", required=False)
+def diff(as_json: bool, mountpoint: str, name: str, other: str | None) -> None:
+    """Show what changed from the snapshot NAME to OTHER, by default to the present state."""
+    raise NotImplementedError
