@@ -222,11 +222,11 @@ class Stacking:
             elif node.use is not None and node.use.of_upper:
                 node.use.lies_below()
         union.files.kept.clear()
+        self._drop_index_aside()  # before names are counted
         written = {moved.node for moved in self._moved}
         for node in stacking.linked(union.nodes):
             self._relink(node, new if node in written else former)
         union.has_index(self._index)
-        self._drop_index_aside()
 
     def _relink(self, node: Node, layer: Layer) -> None:
         """Go on with an object that has several hard links."""

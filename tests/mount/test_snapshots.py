@@ -1,0 +1,285 @@
+"""`unionfs snapshot`: what a snapshot has, what programs see, and what is left after a kill.
+
+The expected trees are copies that cp(1) made at that moment, and what kernel overlayfs shows of the layers.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.mount.cli_calls import refused, succeed, unionfs
+from tests.support import mounting
+from tests.support.live_lowers import Shown, fill, shown
+from tests.support.mounting import Mount, kernel_mounted, mounted
+
+_SESSIONS = ("direct-hybrid", "direct-passthrough", "direct-cached")
+
+
+class Snapshots:
+    """A union with two lowers and some changes, and its snapshots."""
+
+    def __init__(self, area: Path, mount: Mount) -> None:
+        self.area = area
+        self.mount = mount
+        self.union = mount.mountpoint
+
+    def take(self, name: str) -> dict[str, Any]:
+        found = json.loads(succeed(unionfs("snapshot", "create", "--json", self.union, name)))
+        assert isinstance(found, dict)
+        return found
+
+    def restore(self, name: str) -> None:
+        succeed(unionfs("snapshot", "restore", self.union, name))
+
+    def listed(self) -> dict[str, dict[str, Any]]:
+        return {one["name"]: one for one in json.loads(succeed(unionfs("snapshot", "ls", "--json", self.union)))}
+
+    def copy(self, name: str) -> Path:
+        """A copy of what the union shows now."""
+        target = self.area / f"copy-{name}"
+        subprocess.run(["cp", "-a", str(self.union), str(target)], check=True)
+        return target
+
+    def kernels(self, name: str) -> Shown:
+        """What kernel overlayfs shows of a snapshot."""
+        lowers = [Path(path) for path in self.listed()[name]["lowers"]]
+        at = self.area / "kernel"
+        at.mkdir(exist_ok=True)
+        with kernel_mounted(at, lowers=lowers) as mount:
+            return shown(mount.mountpoint)
+
+    def ours(self, name: str) -> Shown:
+        """What a mount of it by unionfs shows."""
+        at = self.area / "elsewhere"
+        at.mkdir(exist_ok=True)
+        words = [word for path in self.listed()[name]["lowers"] for word in ("-l", path)]
+        succeed(unionfs("mount", *words, at))
+        try:
+            return shown(at)
+        finally:
+            succeed(unionfs("umount", at))
+
+
+def _change(root: Path) -> None:
+    """Changes of all kinds."""
+    (root / "d/f1").write_text("changed\n")
+    (root / "d/f2").unlink()
+    (root / "d/f3").chmod(0o600)
+    os.setxattr(root / "d/f3", "user.x", b"y")
+    os.rename(root / "d/f4", root / "d/renamed")
+    os.rename(root / "d/sub", root / "d/sub2")
+    (root / "d/sub2/deep/g1").write_text("in a renamed directory\n")
+    shutil.rmtree(root / "e")
+    (root / "e").mkdir()
+    (root / "e/opaque").write_text("new\n")
+    os.link(root / "d/f5", root / "d/f5-linked")
+    (root / "new").mkdir(mode=0o750)
+    (root / "new/file").write_text("new\n")
+    (root / "new/fifo").unlink(missing_ok=True)
+    os.mkfifo(root / "new/fifo")
+    (root / "link").unlink()
+    (root / "link").symlink_to("elsewhere")
+
+
+@pytest.fixture(params=_SESSIONS)
+def made(request: pytest.FixtureRequest, kernel_overlay: None, area: Path) -> Iterator[Snapshots]:
+    if reason := mounting.session_reason(request.param):
+        pytest.skip(reason)
+    lowers = [area / "top", area / "bottom"]
+    for lower, text in zip(lowers, ("top", "bottom"), strict=True):
+        lower.mkdir()
+        fill(lower, text)
+    os.link(lowers[0] / "d/f10", lowers[0] / "d/f10-linked")
+    os.link(lowers[0] / "d/f10", lowers[0] / "e/f10-linked")
+    (area / "upper").mkdir()
+    (area / "work").mkdir()
+    with mounted(area, lowers=lowers, upper=area / "upper", work=area / "work", session=request.param) as mount:
+        yield Snapshots(area, mount)
+
+
+def test_contents(made: Snapshots) -> None:
+    """A snapshot has what the union showed, wherever it is mounted; the union goes on with the same inodes."""
+    _change(made.union)
+    before = shown(made.union)
+    numbers = {path: (made.union / path).lstat().st_ino for path in before}
+    made.copy("first")
+    first = made.take("first")
+    assert first["open_files"] == 0
+    assert first["files"] == []
+    assert shown(made.union) == before
+    assert {path: (made.union / path).lstat().st_ino for path in before} == numbers
+    (made.union / "d/f1").write_text("changed again\n")
+    (made.union / "d/f6").write_text("only now\n")
+    (made.union / "d/renamed").unlink()
+    os.rename(made.union / "d/sub2", made.union / "d/sub3")
+    shutil.rmtree(made.union / "new")
+    changed = [path for path in numbers if (made.union / path).exists() and not path.startswith("new")]
+    assert {path: (made.union / path).lstat().st_ino for path in changed} == {
+        path: numbers[path] for path in changed
+    }
+    after = shown(made.union)
+    made.take("second")
+    assert shown(made.union) == after
+    copied = shown(made.area / "copy-first")
+    assert made.ours("first") == copied == before
+    assert made.kernels("first") == before
+    assert made.ours("second") == made.kernels("second") == after
+
+
+def test_restore(made: Snapshots) -> None:
+    """What a snapshot has shows again at once, also names that the kernel knew not to exist, and the other way."""
+    _change(made.union)
+    before = shown(made.union)
+    made.take("first")
+    (made.union / "d/f1").write_text("changed again\n")
+    shutil.rmtree(made.union / "d/sub2")
+    (made.union / "d/sub2").mkdir()
+    (made.union / "d/sub2/later").write_text("later\n")
+    (made.union / "later").write_text("later\n")
+    os.rename(made.union / "new", made.union / "newer")
+    assert not (made.union / "new").exists()
+    after = shown(made.union)
+    made.take("second")
+    (made.union / "later").write_text("dropped\n")
+    with (made.union / "later").open("r+") as dropped, (made.union / "d/f7").open() as stays:
+        made.restore("first")
+        assert shown(made.union) == before
+        assert not (made.union / "later").exists()
+        assert dropped.read() == "dropped\n"
+        dropped.write("and more\n")
+        dropped.seek(0)
+        assert dropped.read() == "dropped\nand more\n"
+        assert stays.read() == "top 7\n"
+    made.restore("second")
+    assert shown(made.union) == after
+    (made.union / "d/f1").write_text("on the second\n")
+    assert made.ours("first") == before
+    made.restore("first")
+    assert shown(made.union) == before
+    assert {name for name, one in made.listed().items() if one["current"]} == {"first"}
+
+
+def test_programs_go_on(made: Snapshots) -> None:
+    """Open files, mappings, removed files and the working directory go on in the union, and not in the snapshot."""
+    (made.union / "new").mkdir()
+    files = {name: made.union / f"new/{name}" for name in ("written", "mapped", "closed", "removed", "read")}
+    for path in files.values():
+        path.write_bytes(b"before" * 1000)
+    other = made.union / "d/f5-linked"
+    os.link(made.union / "d/f5", other)
+    written = files["written"].open("r+b", buffering=0)
+    with files["mapped"].open("r+b") as file, files["closed"].open("r+b") as closed:
+        mapping, outlives = mmap.mmap(file.fileno(), 6000), mmap.mmap(closed.fileno(), 6000)
+        closed.close()
+        removed = files["removed"].open("r+b", buffering=0)
+        files["removed"].unlink()
+        nameless = os.open(made.union / "new", os.O_TMPFILE | os.O_RDWR, 0o600)
+        os.write(nameless, b"before")
+        linked = (made.union / "d/f5").open("r+b", buffering=0)
+        reader = files["read"].open("rb", buffering=0)
+        here = os.open(made.union / "new", os.O_RDONLY | os.O_DIRECTORY)
+        mapping.flush()
+        outlives.flush()
+        os.sync()
+        before = shown(made.union)
+        made.take("first")
+        written.write(b"AFTER")
+        mapping[:5] = outlives[:5] = b"AFTER"
+        removed.write(b"AFTER")
+        linked.write(b"AFTER")
+        os.pwrite(nameless, b"AFTER", 0)
+        os.link(f"/proc/self/fd/{nameless}", made.union / "new/named", src_dir_fd=here, follow_symlinks=True)
+        (made.union / "new/through-fd").unlink(missing_ok=True)
+        os.close(os.open("through-fd", os.O_CREAT | os.O_WRONLY, dir_fd=here))
+        mapping.flush()
+        outlives.flush()
+        for name in ("written", "mapped", "closed"):
+            assert files[name].read_bytes() == b"AFTERe" + b"before" * 999, name
+        removed.seek(0)
+        assert removed.read() == b"AFTERe" + b"before" * 999
+        assert (made.union / "new/named").read_bytes() == b"AFTERe"
+        assert other.read_bytes() == b"AFTER" + b"top 5\n"[5:]
+        assert other.stat().st_ino == (made.union / "d/f5").stat().st_ino
+        assert os.fstat(written.fileno()).st_ino == files["written"].stat().st_ino
+        assert (made.union / "new/through-fd").exists()
+        assert reader.read() == b"before" * 1000
+        mapping.close()
+        outlives.close()
+        for one in (written, removed, linked, reader):
+            one.close()
+        os.close(nameless)
+        os.close(here)
+    assert made.ours("first") == made.kernels("first") == before
+
+
+def test_no_byte_is_lost(made: Snapshots) -> None:
+    """Writers go on over snapshots: each line of each is there once, in order; each snapshot has a beginning of them."""
+    stop, counts = threading.Event(), [0] * 4
+
+    def write(number: int) -> None:
+        with (made.union / f"log{number}").open("wb", buffering=0) as file:
+            while not stop.is_set():
+                file.write(b"%08d\n" % counts[number])
+                counts[number] += 1
+                if number % 2:
+                    file.close()
+                    file = (made.union / f"log{number}").open("ab", buffering=0)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(len(counts))]
+    for thread in threads:
+        thread.start()
+    for number in range(5):
+        time.sleep(0.05)
+        made.take(f"while{number}")
+    stop.set()
+    for thread in threads:
+        thread.join()
+    for number, count in enumerate(counts):
+        assert (made.union / f"log{number}").read_bytes() == b"".join(b"%08d\n" % one for one in range(count))
+        whole = (made.union / f"log{number}").read_bytes()
+        for one in range(5):
+            lowers = made.listed()[f"while{one}"]["lowers"]
+            at = next((Path(path) / f"log{number}" for path in lowers if (Path(path) / f"log{number}").exists()), None)
+            assert at is not None
+            kept = at.read_bytes()
+            if made.mount.session != "direct-cached":
+                assert whole.startswith(kept)
+            for start in range(0, len(kept), mmap.PAGESIZE):  # the kernel writes pages back in any order
+                page = kept[start : start + mmap.PAGESIZE].rstrip(b"\0")
+                assert whole[start:].startswith(page)
+
+
+def test_hard_links_of_a_lower(made: Snapshots) -> None:
+    """A copy in the index, some of whose names are only in a lower, has all names in the snapshot."""
+    (made.union / "d/f10").write_text("changed by one name\n")
+    before = shown(made.union)
+    made.take("first")
+    assert shown(made.union) == before
+    (made.union / "e/f10-linked").write_text("changed by another\n")
+    for name in ("d/f10", "d/f10-linked", "e/f10-linked"):
+        assert (made.union / name).read_text() == "changed by another\n"
+        assert (made.union / name).stat().st_nlink == 3
+    assert made.ours("first") == made.kernels("first") == before
+    made.restore("first")
+    assert shown(made.union) == before
+
+
+def test_bad_input(made: Snapshots) -> None:
+    made.take("first")
+    refused(unionfs("snapshot", "create", made.union, "first"), "first", "already")
+    refused(unionfs("snapshot", "create", made.union, "a/b"), "a/b")
+    refused(unionfs("snapshot", "create", made.area), "not an active unionfs mount")
+    refused(unionfs("snapshot", "restore", made.union, "second"), "no snapshot second")
+    refused(unionfs("snapshot", "restore", made.union, ".."), "..")
+    assert set(made.listed()) == {"first"}
