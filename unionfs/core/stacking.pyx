@@ -20,6 +20,16 @@ def mapped(NodeTable nodes not None):
     return found
 
 
+def nameless(NodeTable nodes not None, Layer layer not None):
+    """The nodes of a layer's objects that have no name."""
+    cdef Node node
+    found = []
+    for node in nodes.by_id.nodes():
+        if node.unlinked and node.place is not None and node.place.layer is layer:
+            found.append(node)
+    return found
+
+
 def unlink(NodeTable nodes not None, Node node not None):
     """Forget which objects a node is: the next lookup of one of them makes another node."""
     for key in nodes.inodes_of.pop(node.id, ()):

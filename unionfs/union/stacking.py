@@ -213,13 +213,13 @@ class Stacking:
         union, former, new = self._union, self._former, self._union.require_upper()
         for moved in self._moved:
             moved.node.lies_in(moved.names[0][1])
+        for node in stacking.nameless(union.nodes, former):
+            node.lies_in(new.root)
         for handle in self._handles:
             node = handle.node
             if node.place is None or node.place.layer is not former or node.successor is not None:
                 continue
-            if node.unlinked:
-                node.lies_in(Place(new, new.root, b""))
-            elif node.use is not None and node.use.of_upper:
+            if not node.unlinked and node.use is not None and node.use.of_upper:
                 node.use.lies_below()
         union.files.kept.clear()
         self._drop_index_aside()  # before names are counted
