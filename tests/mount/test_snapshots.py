@@ -283,3 +283,67 @@ def test_bad_input(made: Snapshots) -> None:
     refused(unionfs("snapshot", "restore", made.union, "second"), "no snapshot second")
     refused(unionfs("snapshot", "restore", made.union, ".."), "..")
     assert set(made.listed()) == {"first"}
+
+
+@pytest.fixture
+def hybrid(kernel_overlay: None, area: Path) -> Iterator[Snapshots]:
+    """The same on the session that is the default here."""
+    lowers = [area / "top", area / "bottom"]
+    for lower, text in zip(lowers, ("top", "bottom"), strict=True):
+        lower.mkdir()
+        fill(lower, text)
+    for name in ("upper", "work"):
+        (area / name).mkdir()
+    with mounted(area, lowers=lowers, upper=area / "upper", work=area / "work", session="direct") as mount:
+        yield Snapshots(area, mount)
+
+
+def test_removal_joins_layers(hybrid: Snapshots) -> None:
+    """Each of the snapshots that are left has what it had, here and on kernel overlayfs, when others are removed."""
+    trees: dict[str, Shown] = {}
+
+    def take(name: str) -> None:
+        trees[name] = shown(hybrid.union)
+        hybrid.take(name)
+
+    _change(hybrid.union)
+    take("s1")
+    root = hybrid.union
+    (root / "d/f1").unlink()
+    (root / "d/f3").chmod(0o640)
+    (root / "d/f8").write_text("changed\n")
+    os.rename(root / "d/sub2", root / "e/sub4")
+    (root / "e/sub4/deep/g2").unlink()
+    shutil.rmtree(root / "vanishes")
+    os.link(root / "d/f5", root / "d/f5-third")
+    take("s2")
+    (root / "vanishes").mkdir()
+    (root / "vanishes/again").write_text("x")
+    os.rename(root / "e/sub4", root / "sub5")
+    (root / "d/f8").unlink()
+    (root / "d/f8").mkdir()
+    (root / "d/f1").write_text("back\n")
+    (root / "d/f12").chown(1, 2) if hasattr(root, "chown") else os.chown(root / "d/f12", 1, 2)
+    take("s3")
+    (root / "sub5/deep/g3").write_text("last\n")
+    os.setxattr(root / "new/file", "user.last", b"1")
+    take("s4")
+    now = trees["now"] = shown(root)
+    succeed(unionfs("snapshot", "rm", "--wait", root, "s2"))
+    assert set(hybrid.listed()) == {"s1", "s3", "s4"}
+    assert shown(root) == now
+    for name in ("s1", "s3", "s4"):
+        assert hybrid.ours(name) == trees[name], name
+        assert hybrid.kernels(name) == trees[name], name
+    succeed(unionfs("snapshot", "rm", "--wait", root, "s1"))
+    for name in ("s3", "s4"):
+        assert hybrid.ours(name) == trees[name], name
+        assert hybrid.kernels(name) == trees[name], name
+    assert len(hybrid.listed()["s4"]["lowers"]) == 4
+    hybrid.restore("s3")
+    assert shown(root) == trees["s3"]
+    succeed(unionfs("snapshot", "rm", "--wait", root, "s4"))
+    assert set(os.listdir(hybrid.area / "upper.snapshots")) == {
+        Path(hybrid.listed()["s3"]["layer"]).name, "record.json", "joining.lock",
+    }  # fmt: skip
+    assert shown(root) == trees["s3"]

@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
-from unionfs.daemon.live import LiveMount
+from unionfs.daemon.live import LiveMount, live_mounts
 from unionfs.daemon.orders import ask_for
 from unionfs.daemon.snapshotting import LACKS_NAMES
-from unionfs.errors import UserError, quoted
+from unionfs.errors import UserError, on_failure, quoted
 from unionfs.settings.names import check_name
-from unionfs.storage.snapshots import Record, base, path_of, read
+from unionfs.storage.snapshots import Record, base, joined, opened, path_of, read
+from unionfs.sys.fds import Owned
+from unionfs.sys.mountinfo import read_mountinfo
+from unionfs.union.joining import join
+from unionfs.union.markers import Markers
 
 _CURE: Final = "try again"
 
@@ -96,3 +101,77 @@ def shown(mount: LiveMount) -> list[dict[str, Any]]:
             "lowers": lowers_of(mount, upper, record, one.id), "files": list(one.files),
         })  # fmt: skip
     return found
+
+
+def remove(mount: LiveMount, names: Sequence[str]) -> bool:
+    """Take the names from snapshots. Returns whether `merge` has something to do. Raises UserError."""
+    upper, record = record_of(mount)
+    for name in names:
+        check_name(name, "snapshot")
+        one = record.named(name, upper)
+        if user := _user_of(mount, upper, record, one.id):
+            raise UserError(f"snapshot {quoted(name)} is in use by the mount at {quoted(user)}; unmount that first.")
+    with on_failure(f"the snapshots of {quoted(upper)} cannot be changed", "check the disk"), opened(upper) as store:
+        with store.locked():
+            record = store.record()
+            for name in names:
+                record = record.with_layer(replace(record.named(name, upper), removed=True))
+            store.save(record)
+    return next(_steps(mount, upper, record), None) is not None
+
+
+def has_to_join(mount: LiveMount) -> bool:
+    """Whether `merge` has something to do. Raises UserError."""
+    upper, record = record_of(mount)
+    return next(_steps(mount, upper, record), None) is not None
+
+
+def merge(mount: LiveMount) -> None:
+    """Join removed layers with those that lie on them, and remove those that nothing lies on. Raises UserError."""
+    upper, _ = record_of(mount)
+    markers = Markers(b"user.overlay." if mount.settings.userxattr else b"trusted.overlay.")
+    complaint, cure = f"the snapshots of {quoted(upper)} cannot be joined", "check the disk, and remove one again"
+    with on_failure(complaint, cure), opened(upper) as store, store.joining() as alone:
+        if not alone:
+            return  # that process does it
+        while (step := next(_steps(mount, upper, record := store.record()), None)) is not None:
+            gone, child = step
+            if child is None:
+                with store.locked():
+                    store.save(store.record().without(gone))
+                continue
+            with Owned(store.make_joint()) as fd:
+                join([path_of(upper, child), *lowers_of(mount, upper, record, gone)], fd, markers)
+            store.put_joint(gone, child)
+    with on_failure(complaint, cure), opened(upper) as store:
+        used = {os.path.basename(path) for path in mount.settings.lowers}
+        with store.locked():
+            waste = [name for name in store.waste() if name not in used]
+        for name in waste:
+            store.discard(name)
+
+
+def _steps(mount: LiveMount, upper: str, record: Record) -> Iterator[tuple[str, str | None]]:
+    """What can be joined: a removed layer and the only one on it, or none. The upper's index knows the layer that the
+    upper lies on, so that one stays until another one lies on it."""
+    for one in record.layers.values():
+        children = record.children(one.id)
+        if not one.removed or one.id == record.head or _user_of(mount, upper, record, one.id):
+            continue
+        if not children:
+            yield one.id, None
+        elif len(children) == 1 and children[0] != record.head:
+            if not _user_of(mount, upper, record, children[0]):
+                yield one.id, children[0]
+
+
+def _user_of(mount: LiveMount, upper: str, record: Record, id_: str) -> str | None:
+    """The mountpoint of another mount that has a layer."""
+    path = path_of(upper, id_)
+    for other in live_mounts():
+        if other.name != mount.name and path in other.settings.lowers:
+            return other.settings.mountpoint
+    for entry in read_mountinfo():
+        if entry.fstype == "overlay" and path in (entry.super_option("lowerdir") or "").split(":"):
+            return entry.mountpoint
+    return None

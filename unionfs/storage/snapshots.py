@@ -31,6 +31,7 @@ from unionfs.sys.trees import remove
 SUFFIX: Final = ".snapshots"
 _RECORD: Final = "record.json"
 _PENDING: Final = "pending.json"
+_JOINING: Final = ".joining"
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MOST: Final = 450
 """Kernel overlayfs takes 500 lowers (fs/overlayfs/params.h, OVL_MAX_STACK)."""
@@ -265,10 +266,43 @@ class Store:
         remove(self.fd, id_.encode())
 
     def waste(self) -> list[str]:
-        """The directories that the record does not name. Raises UserError, OSError."""
+        """The directories that the record does not name, and that no process fills. Call it under :meth:`locked`.
+        Raises UserError, OSError."""
         known = self.record().layers
         with Owned(open_for_listing(self.fd)) as fd, os.scandir(fd) as entries:
-            return [one.name for one in entries if one.is_dir(follow_symlinks=False) and one.name not in known]
+            names = [one.name for one in entries if one.is_dir(follow_symlinks=False) and one.name not in known]
+        with self.joining() as free:
+            return [name for name in names if free or name != _JOINING]
+
+    @contextmanager
+    def joining(self) -> Iterator[bool]:
+        """No other process joins layers within the context; yields False if one does. Raises OSError."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        with Owned(os.open("joining.lock", flags, 0o600, dir_fd=self.fd)) as fd:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+    def make_joint(self) -> int:
+        """A new, empty directory to join layers in, under :meth:`joining`: an O_PATH fd. Raises OSError."""
+        remove(self.fd, _JOINING.encode())
+        os.mkdir(_JOINING, 0o700, dir_fd=self.fd)
+        return os.open(_JOINING, _DIRECTORY, dir_fd=self.fd)
+
+    def put_joint(self, below: str, above: str) -> None:
+        """Let it take the place of two layers, if these still are what they were. Raises UserError, OSError."""
+        with self.locked():
+            record = self.record()
+            one = record.layers.get(above)
+            if one is None or one.parent != below or record.children(below) != [above] or above == record.head:
+                return
+            id_ = f"{record.last + 1:04d}"
+            remove(self.fd, id_.encode())
+            os.rename(_JOINING, id_, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            self.save(joined(record, below, above, id_))
 
     def discard(self, name: str) -> None:
         """Remove a directory with all below it. Raises OSError."""
@@ -284,6 +318,26 @@ class Store:
 
     def _path(self, name: str) -> str:
         return f"/proc/self/fd/{self.fd}/{name}"
+
+
+@contextmanager
+def opened(upper: str) -> Iterator[Store]:
+    """The snapshots of an upper. Raises UserError, OSError."""
+    with Owned(os.open(upper, _DIRECTORY)) as fd, Store(fd, upper) as store:
+        if not store.open(make=False):
+            raise UserError(f"upper {quoted(upper)} has no snapshots; `unionfs snapshot create` takes one.")
+        yield store
+
+
+def joined(record: Record, below: str, above: str, id_: str) -> Record:
+    """The record after two layers were joined to the layer `id_`."""
+    layers = {}
+    for one in record.layers.values():
+        if one.id == above:
+            layers[id_] = replace(one, id=id_, parent=record.layers[below].parent)
+        elif one.id != below:
+            layers[one.id] = replace(one, parent=id_) if one.parent == above else one
+    return Record(id_ if record.head == above else record.head, int(id_), layers)
 
 
 def added(record: Record, id_: str, name: str | None) -> Record:

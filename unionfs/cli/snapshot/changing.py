@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from typing import TYPE_CHECKING
+
 import click
 
 from unionfs.cli.branch.common import json_option, print_json, tell
@@ -9,6 +13,9 @@ from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount
 from unionfs.cli.run import moment
 from unionfs.errors import quoted
+
+if TYPE_CHECKING:
+    from unionfs.daemon.live import LiveMount
 
 
 @click.command(epilog="Example: unionfs snapshot create /mnt before-upgrade")
@@ -21,17 +28,20 @@ def create(as_json: bool, mountpoint: str, name: str | None) -> None:
     Programs go on, also with open files. Of a file that is open for writing the snapshot has a copy.
     """
     # For start-up time: --help and completion do not need it.
-    from unionfs.branches.snapshots import take
+    from unionfs.branches.snapshots import has_to_join, take
 
-    taken = take(find_mount(mountpoint), name)
+    mount = find_mount(mountpoint)
+    taken = take(mount, name)
     if as_json:
         keys = "name", "layer", "seconds", "open_files", "files"
         print_json({**{key: taken[key] for key in keys}, "created": moment(taken["created"])})
-        return
-    print(taken["name"])
-    for one in taken["files"]:
+    else:
+        print(taken["name"])
+    for one in [] if as_json else taken["files"]:
         why = "may be written through a mapping" if one["state"] == "mapped" else "was written while it was copied"
         tell(f"{quoted(one['path'])} {why}: its copy in the snapshot may be of no single moment.")
+    if has_to_join(mount):
+        join_layers(mount, wait=False)
 
 
 @click.command(epilog="Example: unionfs snapshot restore /mnt before-upgrade")
@@ -53,9 +63,44 @@ def restore(as_json: bool, mountpoint: str, name: str) -> None:
 
 
 @click.command(epilog="Example: unionfs snapshot rm /mnt before-upgrade")
+@click.option("--wait", is_flag=True, help="Return when the layers are joined.")
 @json_option
 @click.argument("mountpoint", shell_complete=complete_mountpoints)
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
-def rm(as_json: bool, mountpoint: str, names: tuple[str, ...]) -> None:
-    """Remove the snapshots NAME... of the mount at MOUNTPOINT."""
-    raise NotImplementedError
+def rm(wait: bool, as_json: bool, mountpoint: str, names: tuple[str, ...]) -> None:
+    """Remove the snapshots NAME... of the mount at MOUNTPOINT.
+
+    The layer of one that another one lies on is joined with that in the background. The layers that the mount has
+    stay until it is unmounted.
+    """
+    # For start-up time: --help and completion do not need it.
+    from unionfs.branches import snapshots
+
+    mount = find_mount(mountpoint)
+    goes_on = snapshots.remove(mount, names)
+    if as_json:
+        print_json({"removed": list(names), "joins": goes_on})
+    if goes_on:
+        join_layers(mount, wait=wait)
+
+
+def join_layers(mount: LiveMount, *, wait: bool) -> None:
+    """Join removed layers, in the background unless `wait`. Raises UserError."""
+    # For start-up time: --help and completion do not need it.
+    from unionfs.branches.snapshots import merge
+
+    if wait:
+        merge(mount)
+        return
+    sys.stdout.flush()
+    if os.fork():
+        return
+    try:
+        os.setsid()
+        null = os.open("/dev/null", os.O_RDWR)
+        for fd in range(3):
+            os.dup2(null, fd)
+        os.nice(10)
+        merge(mount)
+    finally:
+        os._exit(0)
