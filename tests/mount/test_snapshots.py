@@ -347,3 +347,39 @@ def test_removal_joins_layers(hybrid: Snapshots) -> None:
         Path(hybrid.listed()["s3"]["layer"]).name, "record.json", "joining.lock",
     }  # fmt: skip
     assert shown(root) == trees["s3"]
+
+
+def test_diff(hybrid: Snapshots) -> None:
+    """What changed between two, to the present state, back, and between two that do not lie on each other."""
+
+    def changes(*names: str) -> set[tuple[str, str]]:
+        found = json.loads(succeed(unionfs("snapshot", "diff", "--json", hybrid.union, *names)))
+        return {(one["change"], one["path"]) for one in found}
+
+    root = hybrid.union
+    (root / "d/f1").write_text("first\n")
+    hybrid.take("s1")
+    (root / "d/f2").unlink()
+    (root / "added").mkdir()
+    (root / "added/file").write_text("x\n")
+    (root / "d/f3").chmod(0o600)
+    os.rename(root / "d/sub", root / "d/sub2")
+    hybrid.take("s2")
+    (root / "d/f1").write_text("present\n")
+    (root / "d/f4").write_bytes((root / "d/f4").read_bytes())
+    os.utime(root / "d/f4", ns=(0, (hybrid.area / "top/d/f4").stat().st_mtime_ns))
+    expected = {("D", "d/f2"), ("A", "added"), ("A", "added/file"), ("C", "d/f3"), ("R", "d/sub2")}
+    assert changes("s1", "s2") == expected
+    assert changes("s2") == {("C", "d/f1")}
+    assert changes("s1") == expected | {("C", "d/f1")}
+    # The other way a rename is a removal and an addition with all that is below.
+    opposite = {("A", "d/f2"), ("D", "added"), ("C", "d/f3"), ("D", "d/sub2"), ("A", "d/sub"), ("A", "d/sub/deep")}
+    opposite |= {("A", f"d/sub/deep/g{number}") for number in range(20)}
+    assert changes("s2", "s1") == opposite
+    assert changes("s2", "s2") == set()
+    hybrid.restore("s1")
+    (root / "d/f5").unlink()
+    hybrid.take("s3")
+    assert changes("s2", "s3") == opposite | {("D", "d/f5")}
+    refused(unionfs("snapshot", "diff", root, "s1", "nothing"), "nothing")
+    assert "d/f5" in succeed(unionfs("snapshot", "diff", "--stat", root, "s1"))

@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Final
 
+from unionfs.branches.view import View
 from unionfs.daemon.live import LiveMount, live_mounts
-from unionfs.daemon.orders import ask_for
+from unionfs.daemon.orders import ask_for, give
 from unionfs.daemon.snapshotting import LACKS_NAMES
-from unionfs.errors import UserError, on_failure, quoted
+from unionfs.errors import UserError, on_failure, quoted, reason
+from unionfs.images.indexed import opened_index
 from unionfs.settings.names import check_name
 from unionfs.storage.snapshots import Record, base, joined, opened, path_of, read
 from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import read_mountinfo
+from unionfs.union.diff import between
 from unionfs.union.joining import join
 from unionfs.union.markers import Markers
 
@@ -175,3 +179,33 @@ def _user_of(mount: LiveMount, upper: str, record: Record, id_: str) -> str | No
         if entry.fstype == "overlay" and path in (entry.super_option("lowerdir") or "").split(":"):
             return entry.mountpoint
     return None
+
+
+@contextmanager
+def compared(mount: LiveMount, name: str, other: str | None) -> Iterator[View]:
+    """What changed from a snapshot to another one, None: to the present state. Raises UserError."""
+    upper, record = record_of(mount)
+    before = lowers_of(mount, upper, record, record.named(name, upper).id)
+    if other is None:
+        # What programs have written may be in the page cache of the mount.
+        give(mount, "sync", "compared", _CURE)
+        now = [upper, *lowers_of(mount, upper, record, record.head)]
+    else:
+        now = lowers_of(mount, upper, record, record.named(other, upper).id)
+    markers = Markers(
+        b"user.overlay." if mount.settings.userxattr else b"trusted.overlay.",
+        follows_redirects=True if os.geteuid() != 0 else None,
+    )
+    with ExitStack() as resources:
+        try:
+            merge, root = resources.enter_context(between(before, now, markers, upper=other is None))
+            index = None
+            if other is None and mount.settings.work is not None:
+                index = resources.enter_context(opened_index(mount.settings.work, merge))
+            view = View(merge, root, index)
+        except OSError as error:
+            at = f"{quoted(os.fsdecode(error.filename))}: " if error.filename else ""
+            raise UserError(
+                f"the snapshots of {quoted(upper)} cannot be read: {at}{reason(error)}; check their directory."
+            ) from error
+        yield view

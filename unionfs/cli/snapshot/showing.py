@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from unionfs.cli.branch.common import json_option, print_json
+from unionfs.cli.branch.differences import rendered, show, values_of
 from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount
 from unionfs.cli.run import moment, print_table
@@ -37,11 +38,27 @@ def ls(as_json: bool, mountpoint: str) -> None:
         print_table(("NAME", "MADE", "OVER", "LAYER"), rows)
 
 
-@click.command(epilog="Example: unionfs snapshot diff /mnt before-upgrade")
+@click.command(epilog="Example: unionfs snapshot diff --stat /mnt before-upgrade")
+@click.option("--stat", "form", flag_value="stat", help="Lines added and removed in each file, and a total.")
+@click.option("--content", "form", flag_value="content",
+              help="A unified diff of text files; of others size and SHA-256.")  # fmt: skip
 @json_option
 @click.argument("mountpoint", shell_complete=complete_mountpoints)
 @click.argument("name")
 @click.argument("other", required=False)
-def diff(as_json: bool, mountpoint: str, name: str, other: str | None) -> None:
-    """Show what changed from the snapshot NAME to OTHER, by default to the present state."""
-    raise NotImplementedError
+def diff(form: str | None, as_json: bool, mountpoint: str, name: str, other: str | None) -> None:
+    """Show what changed from the snapshot NAME to OTHER, by default to the present state: as `branch diff`, A(dded),
+    C(hanged), D(eleted) or R(enamed), the path, and for a change what it changes.
+    """
+    # For start-up time: --help and completion do not need it.
+    from unionfs.branches.describe import Describer
+    from unionfs.branches.snapshots import compared
+
+    with compared(find_mount(mountpoint), name, other) as view:
+        describer = Describer(view)
+        found = describer.differences()
+        if as_json:
+            print_json([values_of(describer, item, form) for item in found])
+            return
+        lines = list(rendered(describer, found, form))
+    show(lines)
