@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 from unionfs.branches.view import View
@@ -19,27 +21,48 @@ from unionfs.settings.names import check_name
 from unionfs.storage.snapshots import Record, base, joined, opened, path_of, read
 from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import read_mountinfo
+from unionfs.sys.stopping import Stopped, writers
 from unionfs.union.diff import between
 from unionfs.union.joining import join
 from unionfs.union.markers import Markers
 
 _CURE: Final = "try again"
+_STOP_SECONDS: Final = 5.0
+_LONGEST_STOP: Final = 120.0
 
 
-def take(mount: LiveMount, name: str | None) -> dict[str, Any]:
-    """Take a snapshot; returns what the daemon says of it. Raises UserError."""
+def take(mount: LiveMount, name: str | None, *, stop: bool = True) -> dict[str, Any]:
+    """Take a snapshot; returns what the daemon says of it, and how many processes were `stopped` meanwhile: those that
+    have files open for writing, unless `stop` is False. Raises UserError."""
     if name is not None:
         check_name(name, "snapshot")
-    answer = ask_for(mount, {"order": "snapshot", "name": name})
+    answer = _take(mount, name, stop=stop)
     if answer.get(LACKS_NAMES) is True:
         complete_links(mount.settings.mountpoint)
-        answer = ask_for(mount, {"order": "snapshot", "name": name})
+        answer = _take(mount, name, stop=stop)
     if answer.get(LACKS_NAMES) is True:
         raise UserError(
             f"{quoted(mount.settings.mountpoint)} cannot have a snapshot: hard links of a lower were changed meanwhile; "
             f"{_CURE}."
         )
     return answer
+
+
+def _take(mount: LiveMount, name: str | None, *, stop: bool) -> dict[str, Any]:
+    question = {"order": "snapshot", "name": name}
+    # So that those who are stopped go on in any case.
+    signal.setitimer(signal.ITIMER_REAL, _LONGEST_STOP if stop else 0)
+    try:
+        with Stopped() as stopped:
+            still = stop and stopped.stop_all(partial(_writers, mount), _STOP_SECONDS)
+            answer = ask_for(mount, {**question, "still": still})
+            return {**answer, "stopped": len(stopped.pids)}
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _writers(mount: LiveMount) -> set[int]:
+    return writers(mount.device) - {mount.pid}
 
 
 def restore(mount: LiveMount, name: str) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class Snapshotting:
                     return await self._restore(store, name)
                 if lacking_names(self._operations.union):
                     return {LACKS_NAMES: True}
-                return await self._take(store, name)
+                return await self._take(store, name, still=question.get("still") is True)
 
     def _refuse(self, settings: MountSettings) -> None:
         cause = _why_not(settings, self._stack, possible=self._operations.snapshots.possible)
@@ -80,7 +80,8 @@ class Snapshotting:
             place = quoted(settings.mountpoint)
             raise UserError(f"{place} can have no snapshots: {cause}.")
 
-    async def _take(self, store: Store, name: str | None) -> dict[str, Any]:
+    async def _take(self, store: Store, name: str | None, *, still: bool) -> dict[str, Any]:
+        """`still`: all processes that have files open for writing are stopped."""
         settings, stack = self._serving.settings, self._stack
         upper = store.upper
         await sync(self._serving.locate(), stack)
@@ -100,7 +101,7 @@ class Snapshotting:
                 raise
             former.is_moved_to(path_of(upper, id_))
             stack.protect(former.root_fd)
-            files = tuple(_shown(one) for one in copied if one.changed or one.mapped)
+            files = tuple(_shown(one) for one in copied if one.changed or (one.mapped and not still))
             new = new.with_layer(replace(new.layers[id_], files=files[:_MOST_FILES]))
             store.finish(new)
         self._changed(replace(settings, lowers=(path_of(upper, id_), *settings.lowers)))
@@ -196,7 +197,7 @@ class _closed_after_failure:
 
 
 def _shown(one: Copied) -> dict[str, Any]:
-    state = "mapped" if one.mapped else "changed"
+    state = "changed" if one.changed else "mapped"
     return {"path": os.fsdecode(one.path), "size": one.size, "state": state}
 
 

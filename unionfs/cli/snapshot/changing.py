@@ -19,21 +19,24 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog="Example: unionfs snapshot create /mnt before-upgrade")
+@click.option("--no-stop", is_flag=True, help="Do not stop programs that have files open for writing.")
 @json_option
 @click.argument("mountpoint", shell_complete=complete_mountpoints)
 @click.argument("name", required=False)
-def create(as_json: bool, mountpoint: str, name: str | None) -> None:
+def create(no_stop: bool, as_json: bool, mountpoint: str, name: str | None) -> None:
     """Take a snapshot of the mount at MOUNTPOINT, by default with the present time as its NAME.
 
-    Programs go on, also with open files. Of a file that is open for writing the snapshot has a copy.
+    Programs go on, also with open files. Of a file that is open for writing the snapshot has a copy. For the moment that
+    this takes, programs that have such files are stopped, so that all files are of one moment; with --no-stop, and
+    where this user may not stop them, files that were written meanwhile are listed.
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.snapshots import has_to_join, take
 
     mount = find_mount(mountpoint)
-    taken = take(mount, name)
+    taken = take(mount, name, stop=not no_stop)
     if as_json:
-        keys = "name", "layer", "seconds", "open_files", "files"
+        keys = "name", "layer", "seconds", "open_files", "stopped", "files"
         print_json({**{key: taken[key] for key in keys}, "created": moment(taken["created"])})
     else:
         print(taken["name"])
