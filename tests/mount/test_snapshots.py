@@ -9,19 +9,26 @@ import json
 import mmap
 import os
 import shutil
+import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import chdir, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.mount.cli_calls import refused, succeed, unionfs
+from tests.mount.cli_calls import UNIONFS, Place, refused, succeed, unionfs, wait_for
 from tests.support import mounting
 from tests.support.live_lowers import Shown, fill, shown
 from tests.support.mounting import Mount, kernel_mounted, mounted
+from unionfs.branches import snapshots
+from unionfs.daemon import live
+from unionfs.storage.snapshots import Store, added
+from unionfs.sys.fds import Owned
 
 _SESSIONS = ("direct-hybrid", "direct-passthrough", "direct-cached")
 
@@ -56,7 +63,8 @@ class Snapshots:
         lowers = [Path(path) for path in self.listed()[name]["lowers"]]
         at = self.area / "kernel"
         at.mkdir(exist_ok=True)
-        with kernel_mounted(at, lowers=lowers) as mount:
+        # Options of mount(2) are at most a page.
+        with chdir(self.area), kernel_mounted(at, lowers=[path.relative_to(self.area) for path in lowers]) as mount:
             return shown(mount.mountpoint)
 
     def ours(self, name: str) -> Shown:
@@ -383,3 +391,156 @@ def test_diff(hybrid: Snapshots) -> None:
     assert changes("s2", "s3") == opposite | {("D", "d/f5")}
     refused(unionfs("snapshot", "diff", root, "s1", "nothing"), "nothing")
     assert "d/f5" in succeed(unionfs("snapshot", "diff", "--stat", root, "s1"))
+
+
+def test_a_hundred(hybrid: Snapshots) -> None:
+    """Snapshots stack; each has its state, and the union all."""
+    root, entry = hybrid.union, next(e for e in live.entries() if e.settings.mountpoint == str(hybrid.union))
+    (root / "many").mkdir()
+    with (root / "many/open").open("wb", buffering=0) as file:
+        for number in range(100):
+            (root / f"many/{number}").write_text(f"{number}\n")
+            (root / "many/same").write_text(f"{number}\n")
+            file.write(b"%d\n" % number)
+            snapshots.take(entry, f"s{number:03d}")
+    assert sorted(os.listdir(root / "many")) == sorted([*map(str, range(100)), "same", "open"])
+    assert (root / "many/open").read_text() == "".join(f"{number}\n" for number in range(100))
+    whole = shown(root)
+    for number in (0, 57):
+        seen = hybrid.kernels(f"s{number:03d}")
+        assert sorted(name for name in seen if name.startswith("many/")) == sorted(
+            ["many/same", "many/open", *(f"many/{one}" for one in range(number + 1))]
+        )
+        assert seen["many/same"][-1] == (len(f"{number}\n"), f"{number}\n".encode())
+        assert seen["many/open"][-1] == (
+            sum(len(f"{one}\n") for one in range(number + 1)), "".join(f"{one}\n" for one in range(number + 1)).encode(),
+        )  # fmt: skip
+    assert hybrid.kernels("s099") == whole
+    hybrid.restore("s042")
+    assert (root / "many/same").read_text() == "42\n"
+    assert not (root / "many/43").exists()
+
+
+# -- ends ---------------------------------------------------------------------------------------------------
+
+
+def _again(place: Place, *, kernel: bool = True) -> Shown:
+    """What the upper shows when it is mounted again, first by unionfs, then by kernel overlayfs."""
+    place.mount()
+    try:
+        lowers = [Path(path) for path in place.entry().settings.lowers]
+        seen = shown(place.merged)
+    finally:
+        succeed(unionfs("umount", place.merged))
+    at = place.root / "kernel"
+    at.mkdir(exist_ok=True)
+    with kernel_mounted(at, lowers=lowers, upper=place.upper, work=place.work) as mount:
+        assert shown(mount.mountpoint) == seen
+    return seen
+
+
+def test_mounted_again(kernel_overlay: None, place: Place) -> None:
+    """A mount of the upper has its snapshots below it, also if they are given; other ones are refused."""
+    place.mount()
+    (place.merged / "base").write_text("first\n")
+    succeed(unionfs("snapshot", "create", place.merged, "first"))
+    (place.merged / "later").write_text("later\n")
+    before = shown(place.merged)
+    listed = json.loads(succeed(unionfs("snapshot", "ls", "--json", place.merged)))
+    succeed(unionfs("umount", place.merged))
+    assert _again(place) == before
+    words = [word for path in listed[0]["lowers"] for word in ("-l", path)]
+    succeed(unionfs("mount", *words, "-u", place.upper, "-w", place.work, place.merged))
+    assert shown(place.merged) == before
+    (place.merged / "base").write_text("second\n")
+    succeed(unionfs("snapshot", "create", place.merged, "second"))
+    succeed(unionfs("umount", place.merged))
+    refused(unionfs("mount", *words, "-u", place.upper, "-w", place.work, place.merged), "other snapshots")
+    (place.root / "upper.snapshots/record.json").write_text("{}")
+    refused(unionfs("mount", *place.layers, place.merged), "cannot be read")
+
+
+@pytest.mark.parametrize("step", ["staged", "announced", "exchanged"])
+@pytest.mark.parametrize("what", ["snapshot", "restore"])
+def test_killed_between_steps(kernel_overlay: None, place: Place, what: str, step: str) -> None:
+    """The old or the new stack is there after each step on disk, and the next snapshot works."""
+    place.mount()
+    (place.merged / "base").write_text("first\n")
+    succeed(unionfs("snapshot", "create", place.merged, "first"))
+    first = shown(place.merged)
+    (place.merged / "later").write_text("later\n")
+    before = shown(place.merged)
+    succeed(unionfs("umount", place.merged))
+    with Owned(os.open(place.upper, os.O_PATH)) as fd, Store(fd, str(place.upper)) as store:
+        assert store.open(make=False)
+        record = store.record()
+        id_, new = store.stage(record)
+        with Owned(new):
+            shutil.copystat(place.upper, f"/proc/self/fd/{new}")
+            after = added(record, id_, "second")
+            if what == "restore":
+                after = replace(record, last=int(id_))
+            if step != "staged":
+                store.announce(after, new)
+            if step == "exchanged":
+                store.exchange(id_)
+    expected = first if (what, step) == ("restore", "exchanged") else before
+    assert _again(place) == expected
+    names = ["first", *(["second"] if (what, step) == ("snapshot", "exchanged") else [])]
+    place.mount()
+    listed = json.loads(succeed(unionfs("snapshot", "ls", "--json", place.merged)))
+    assert [one["name"] for one in listed] == names
+    succeed(unionfs("snapshot", "create", place.merged, "third"))
+    wait_for(lambda: len(list((place.root / "upper.snapshots").glob("0*"))) == len(names) + 1)
+    succeed(unionfs("umount", place.merged))
+    assert _again(place) == expected
+
+
+def test_killed_at_any_time(kernel_overlay: None, place: Place) -> None:
+    """The daemon is killed while it takes a snapshot with open files: all of them are as before."""
+    for number in range(10):
+        pid = place.mount()
+        files = [(place.merged / f"open{one}").open("ab", buffering=0) for one in range(50)]
+        for file in files:
+            file.write(b"%d\n" % number)
+        before = shown(place.merged)
+        with subprocess.Popen(
+            [*UNIONFS, "snapshot", "create", "--no-stop", str(place.merged), f"killed{number}"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/",
+        ) as call:  # fmt: skip
+            time.sleep(0.15 + number * 0.05)
+            os.kill(pid, signal.SIGKILL)
+            call.wait(30)
+        for file in files:
+            with suppress(OSError):
+                file.close()
+        succeed(unionfs("cleanup", place.merged))
+        assert _again(place) == before
+
+
+def test_refusals(kernel_overlay: None, place: Place) -> None:
+    """Where the layers cannot change, one sentence says so, and nothing has changed."""
+    for words, why in (
+        (("--session", "pyfuse3"), "pyfuse3"), (("-o", "outlive"), "outlive"), (("--watch-lower",), "--watch-lower"),
+        (("-o", "ro"), "read-only"),
+    ):  # fmt: skip
+        place.mount(*words)
+        refused(unionfs("snapshot", "create", place.merged, "first"), why)
+        succeed(unionfs("umount", place.merged))
+    succeed(unionfs("mount", "-l", place.lower, place.merged))
+    refused(unionfs("snapshot", "create", place.merged, "first"), "no upper")
+    refused(unionfs("snapshot", "ls", place.merged), "no upper")
+    succeed(unionfs("umount", place.merged))
+    assert not (place.root / "upper.snapshots").exists()
+
+
+def test_snapshot_in_use(hybrid: Snapshots) -> None:
+    hybrid.take("first")
+    at = hybrid.area / "elsewhere"
+    at.mkdir()
+    words = [word for path in hybrid.listed()["first"]["lowers"] for word in ("-l", path)]
+    succeed(unionfs("mount", *words, at))
+    refused(unionfs("snapshot", "rm", hybrid.union, "first"), "in use", str(at))
+    succeed(unionfs("umount", at))
+    succeed(unionfs("snapshot", "rm", hybrid.union, "first"))
+    assert hybrid.listed() == {}
