@@ -1,10 +1,11 @@
-"""How long a mount answers no request while a snapshot of it is taken, by the number of files open for writing.
+"""How long a mount answers no request while a snapshot of it is taken, by the number of files open for
+writing.
 
     python -m benchmarks.snapshots [--files N,N,...] [--size BYTES] [--upper N] [--repeat N]
 
-Mounts a union with `--upper` files in its upper, opens N files of SIZE bytes for writing, and takes snapshots. Prints the
-pause that the daemon reports, and the time of the whole command, each the median and the maximum, for each I/O mode.
-Requires root.
+Mounts a union with `--upper` files in its upper, opens N files of SIZE bytes for writing, and takes
+snapshots. Prints the pause that the daemon reports, and the time of the whole command, each the median and
+the maximum, for each I/O mode. Requires root.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def _measure(top: Path, repeat: int, first: int) -> tuple[list[float], list[floa
     for number in range(repeat):
         began = time.monotonic()
         done = subprocess.run(
-            [*_UNIONFS, "snapshot", "create", "--json", top, f"s{first + number}"], capture_output=True, check=True
+            [*_UNIONFS, "snapshot", "create", "--json", top, f"s{first + number}"],
+            capture_output=True,
+            check=True,
         )
         times.append(time.monotonic() - began)
         found = json.loads(done.stdout)
@@ -61,8 +64,10 @@ def _run(area: Path, mode: str, counts: list[int], size: int, upper: int, repeat
             for file in files:
                 os.close(file)
             print(
-                f"{mode:8} {count:6} open files ({copied} copied): pause {statistics.median(pauses) * 1000:8.1f} ms, at "
-                f"most {max(pauses) * 1000:8.1f}; command {statistics.median(times):6.2f} s, at most {max(times):6.2f}"
+                f"{mode:8} {count:6} open files ({copied} copied): pause "
+                f"{statistics.median(pauses) * 1000:8.1f} ms, at "
+                f"most {max(pauses) * 1000:8.1f}; command {statistics.median(times):6.2f} s, at most "
+                f"{max(times):6.2f}"
             )
     finally:
         subprocess.run([*_UNIONFS, "umount", "--force", top], check=True)

@@ -54,7 +54,8 @@ def _unionfs(one: Room, *words: str | Path) -> str:
 
 
 def test_recovers_by_its_log(cluster: tuple[Cluster, Path, Room]) -> None:
-    """A snapshot that is taken under load, mounted elsewhere, starts, is sound, and has all that was committed before."""
+    """A snapshot that is taken under load, mounted elsewhere, starts, is sound, and has all that was
+    committed before."""
     running, area, one = cluster
     with running.running():
         running.sql("create table committed (id serial primary key, at timestamptz default now())")
@@ -92,7 +93,10 @@ def _check(running: Cluster, area: Path, one: Room, name: str, committed: int) -
         with other.running():
             assert int(other.sql("select count(*) from committed")) == committed
             other.check()
-            balances, history = "select sum(abalance) from pgbench_accounts", "select sum(delta) from pgbench_history"
+            balances, history = (
+                "select sum(abalance) from pgbench_accounts",
+                "select sum(delta) from pgbench_history",
+            )
             assert other.sql(balances) == other.sql(history)
     finally:
         _unionfs(one, "umount", area / "elsewhere")

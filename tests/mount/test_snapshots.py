@@ -50,7 +50,9 @@ class Snapshots:
         succeed(unionfs("snapshot", "restore", self.union, name))
 
     def listed(self) -> dict[str, dict[str, Any]]:
-        return {one["name"]: one for one in json.loads(succeed(unionfs("snapshot", "ls", "--json", self.union)))}
+        return {
+            one["name"]: one for one in json.loads(succeed(unionfs("snapshot", "ls", "--json", self.union)))
+        }
 
     def copy(self, name: str) -> Path:
         """A copy of what the union shows now."""
@@ -64,7 +66,10 @@ class Snapshots:
         at = self.area / "kernel"
         at.mkdir(exist_ok=True)
         # Options of mount(2) are at most a page.
-        with chdir(self.area), kernel_mounted(at, lowers=[path.relative_to(self.area) for path in lowers]) as mount:
+        with (
+            chdir(self.area),
+            kernel_mounted(at, lowers=[path.relative_to(self.area) for path in lowers]) as mount,
+        ):
             return shown(mount.mountpoint)
 
     def ours(self, name: str) -> Shown:
@@ -112,12 +117,15 @@ def made(request: pytest.FixtureRequest, kernel_overlay: None, area: Path) -> It
     os.link(lowers[0] / "d/f10", lowers[0] / "e/f10-linked")
     (area / "upper").mkdir()
     (area / "work").mkdir()
-    with mounted(area, lowers=lowers, upper=area / "upper", work=area / "work", session=request.param) as mount:
+    with mounted(
+        area, lowers=lowers, upper=area / "upper", work=area / "work", session=request.param
+    ) as mount:
         yield Snapshots(area, mount)
 
 
 def test_contents(made: Snapshots) -> None:
-    """A snapshot has what the union showed, wherever it is mounted; the union goes on with the same inodes."""
+    """A snapshot has what the union showed, wherever it is mounted; the union goes on with the same
+    inodes."""
     _change(made.union)
     before = shown(made.union)
     numbers = {path: (made.union / path).lstat().st_ino for path in before}
@@ -146,7 +154,8 @@ def test_contents(made: Snapshots) -> None:
 
 
 def test_restore(made: Snapshots) -> None:
-    """What a snapshot has shows again at once, also names that the kernel knew not to exist, and the other way."""
+    """What a snapshot has shows again at once, also names that the kernel knew not to exist, and the other
+    way."""
     _change(made.union)
     before = shown(made.union)
     made.take("first")
@@ -179,7 +188,8 @@ def test_restore(made: Snapshots) -> None:
 
 
 def test_programs_go_on(made: Snapshots) -> None:
-    """Open files, mappings, removed files and the working directory go on in the union, and not in the snapshot."""
+    """Open files, mappings, removed files and the working directory go on in the union, and not in the
+    snapshot."""
     (made.union / "new").mkdir()
     files = {name: made.union / f"new/{name}" for name in ("written", "mapped", "closed", "removed", "read")}
     for path in files.values():
@@ -232,7 +242,8 @@ def test_programs_go_on(made: Snapshots) -> None:
 
 
 def test_no_byte_is_lost(made: Snapshots) -> None:
-    """Writers go on over snapshots: each line of each is there once, in order; each snapshot has a beginning of them."""
+    """Writers go on over snapshots: each line of each is there once, in order; each snapshot has a beginning
+    of them."""
     stop, counts = threading.Event(), [0] * 4
 
     def write(number: int) -> None:
@@ -258,7 +269,10 @@ def test_no_byte_is_lost(made: Snapshots) -> None:
         whole = (made.union / f"log{number}").read_bytes()
         for one in range(5):
             lowers = made.listed()[f"while{one}"]["lowers"]
-            at = next((Path(path) / f"log{number}" for path in lowers if (Path(path) / f"log{number}").exists()), None)
+            at = next(
+                (Path(path) / f"log{number}" for path in lowers if (Path(path) / f"log{number}").exists()),
+                None,
+            )
             assert at is not None
             kept = at.read_bytes()
             if made.mount.session != "direct-cached":
@@ -307,7 +321,8 @@ def hybrid(kernel_overlay: None, area: Path) -> Iterator[Snapshots]:
 
 
 def test_removal_joins_layers(hybrid: Snapshots) -> None:
-    """Each of the snapshots that are left has what it had, here and on kernel overlayfs, when others are removed."""
+    """Each of the snapshots that are left has what it had, here and on kernel overlayfs, when others are
+    removed."""
     trees: dict[str, Shown] = {}
 
     def take(name: str) -> None:
@@ -381,7 +396,14 @@ def test_diff(hybrid: Snapshots) -> None:
     assert changes("s2") == {("C", "d/f1")}
     assert changes("s1") == expected | {("C", "d/f1")}
     # The other way a rename is a removal and an addition with all that is below.
-    opposite = {("A", "d/f2"), ("D", "added"), ("C", "d/f3"), ("D", "d/sub2"), ("A", "d/sub"), ("A", "d/sub/deep")}
+    opposite = {
+        ("A", "d/f2"),
+        ("D", "added"),
+        ("C", "d/f3"),
+        ("D", "d/sub2"),
+        ("A", "d/sub"),
+        ("A", "d/sub/deep"),
+    }
     opposite |= {("A", f"d/sub/deep/g{number}") for number in range(20)}
     assert changes("s2", "s1") == opposite
     assert changes("s2", "s2") == set()
@@ -412,9 +434,8 @@ def test_a_hundred(hybrid: Snapshots) -> None:
             ["many/same", "many/open", *(f"many/{one}" for one in range(number + 1))]
         )
         assert seen["many/same"][-1] == (len(f"{number}\n"), f"{number}\n".encode())
-        assert seen["many/open"][-1] == (
-            sum(len(f"{one}\n") for one in range(number + 1)), "".join(f"{one}\n" for one in range(number + 1)).encode(),
-        )  # fmt: skip
+        text = "".join(f"{one}\n" for one in range(number + 1))
+        assert seen["many/open"][-1] == (len(text), text.encode())
     assert hybrid.kernels("s099") == whole
     hybrid.restore("s042")
     assert (root / "many/same").read_text() == "42\n"
@@ -521,8 +542,8 @@ def test_killed_at_any_time(kernel_overlay: None, place: Place) -> None:
 def test_refusals(kernel_overlay: None, place: Place) -> None:
     """Where the layers cannot change, one sentence says so, and nothing has changed."""
     for words, why in (
-        (("--session", "pyfuse3"), "pyfuse3"), (("-o", "outlive"), "outlive"), (("--watch-lower",), "--watch-lower"),
-        (("-o", "ro"), "read-only"),
+        (("--session", "pyfuse3"), "pyfuse3"), (("-o", "outlive"), "outlive"),
+        (("--watch-lower",), "--watch-lower"), (("-o", "ro"), "read-only"),
     ):  # fmt: skip
         place.mount(*words)
         refused(unionfs("snapshot", "create", place.merged, "first"), why)

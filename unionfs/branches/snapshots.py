@@ -18,7 +18,7 @@ from unionfs.daemon.snapshotting import LACKS_NAMES
 from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.images.indexed import opened_index
 from unionfs.settings.names import check_name
-from unionfs.storage.snapshots import Record, base, joined, opened, path_of, read
+from unionfs.storage.snapshots import Record, base, opened, path_of, read
 from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import read_mountinfo
 from unionfs.sys.stopping import Stopped, writers
@@ -32,8 +32,8 @@ _LONGEST_STOP: Final = 120.0
 
 
 def take(mount: LiveMount, name: str | None, *, stop: bool = True) -> dict[str, Any]:
-    """Take a snapshot; returns what the daemon says of it, and how many processes were `stopped` meanwhile: those that
-    have files open for writing, unless `stop` is False. Raises UserError."""
+    """Take a snapshot; returns what the daemon says of it, and how many processes were `stopped` meanwhile:
+    those that have files open for writing, unless `stop` is False. Raises UserError."""
     if name is not None:
         check_name(name, "snapshot")
     answer = _take(mount, name, stop=stop)
@@ -42,7 +42,8 @@ def take(mount: LiveMount, name: str | None, *, stop: bool = True) -> dict[str, 
         answer = _take(mount, name, stop=stop)
     if answer.get(LACKS_NAMES) is True:
         raise UserError(
-            f"{quoted(mount.settings.mountpoint)} cannot have a snapshot: hard links of a lower were changed meanwhile; "
+            f"{quoted(mount.settings.mountpoint)} cannot have a snapshot: hard links of a lower were changed "
+            "meanwhile; "
             f"{_CURE}."
         )
     return answer
@@ -76,7 +77,8 @@ def record_of(mount: LiveMount) -> tuple[str, Record]:
     upper = mount.settings.upper
     if upper is None:
         raise UserError(
-            f"{quoted(mount.settings.mountpoint)} can have no snapshots: it has no upper on a disk; mount it with one."
+            f"{quoted(mount.settings.mountpoint)} can have no snapshots: it has no upper on a disk; mount it "
+            "with one."
         )
     return upper, read(upper)
 
@@ -94,7 +96,8 @@ def complete_links(mountpoint: str) -> None:
             os.utime(path, ns=(st.st_atime_ns, st.st_mtime_ns), follow_symlinks=False)
     except OSError as error:
         raise UserError(
-            f"{quoted(mountpoint)} cannot have a snapshot: hard links cannot be completed: {error.strerror}; {_CURE}."
+            f"{quoted(mountpoint)} cannot have a snapshot: hard links cannot be completed: {error.strerror}; "
+            f"{_CURE}."
         ) from error
 
 
@@ -123,7 +126,8 @@ def shown(mount: LiveMount) -> list[dict[str, Any]]:
         while parent is not None and record.layers[parent].removed:
             parent = record.layers[parent].parent
         found.append({
-            "name": one.name, "created": one.created, "parent": None if parent is None else record.layers[parent].name,
+            "name": one.name, "created": one.created,
+            "parent": None if parent is None else record.layers[parent].name,
             "current": one.id in current, "layer": path_of(upper, one.id),
             "lowers": lowers_of(mount, upper, record, one.id), "files": list(one.files),
         })  # fmt: skip
@@ -137,13 +141,17 @@ def remove(mount: LiveMount, names: Sequence[str]) -> bool:
         check_name(name, "snapshot")
         one = record.named(name, upper)
         if user := _user_of(mount, upper, record, one.id):
-            raise UserError(f"snapshot {quoted(name)} is in use by the mount at {quoted(user)}; unmount that first.")
-    with on_failure(f"the snapshots of {quoted(upper)} cannot be changed", "check the disk"), opened(upper) as store:
-        with store.locked():
-            record = store.record()
-            for name in names:
-                record = record.with_layer(replace(record.named(name, upper), removed=True))
-            store.save(record)
+            raise UserError(
+                f"snapshot {quoted(name)} is in use by the mount at {quoted(user)}; unmount that first."
+            )
+    with (
+        on_failure(f"the snapshots of {quoted(upper)} cannot be changed", "check the disk"),
+        opened(upper) as store,store.locked()
+    ):
+        record = store.record()
+        for name in names:
+            record = record.with_layer(replace(record.named(name, upper), removed=True))
+        store.save(record)
     return next(_steps(mount, upper, record), None) is not None
 
 
@@ -154,10 +162,14 @@ def has_to_join(mount: LiveMount) -> bool:
 
 
 def merge(mount: LiveMount) -> None:
-    """Join removed layers with those that lie on them, and remove those that nothing lies on. Raises UserError."""
+    """Join removed layers with those that lie on them, and remove those that nothing lies on. Raises
+    UserError."""
     upper, _ = record_of(mount)
     markers = Markers(b"user.overlay." if mount.settings.userxattr else b"trusted.overlay.")
-    complaint, cure = f"the snapshots of {quoted(upper)} cannot be joined", "check the disk, and remove one again"
+    complaint, cure = (
+        f"the snapshots of {quoted(upper)} cannot be joined",
+        "check the disk, and remove one again",
+    )
     with on_failure(complaint, cure), opened(upper) as store, store.joining() as alone:
         if not alone:
             return  # that process does it
@@ -179,17 +191,17 @@ def merge(mount: LiveMount) -> None:
 
 
 def _steps(mount: LiveMount, upper: str, record: Record) -> Iterator[tuple[str, str | None]]:
-    """What can be joined: a removed layer and the only one on it, or none. The upper's index knows the layer that the
-    upper lies on, so that one stays until another one lies on it."""
+    """What can be joined: a removed layer and the only one on it, or none. The upper's index knows the layer
+    that the upper lies on, so that one stays until another one lies on it."""
+    user_of = partial(_user_of, mount, upper, record)
     for one in record.layers.values():
         children = record.children(one.id)
-        if not one.removed or one.id == record.head or _user_of(mount, upper, record, one.id):
+        if not one.removed or one.id == record.head or user_of(one.id):
             continue
         if not children:
             yield one.id, None
-        elif len(children) == 1 and children[0] != record.head:
-            if not _user_of(mount, upper, record, children[0]):
-                yield one.id, children[0]
+        elif len(children) == 1 and children[0] != record.head and not user_of(children[0]):
+            yield one.id, children[0]
 
 
 def _user_of(mount: LiveMount, upper: str, record: Record, id_: str) -> str | None:
@@ -229,6 +241,7 @@ def compared(mount: LiveMount, name: str, other: str | None) -> Iterator[View]:
         except OSError as error:
             at = f"{quoted(os.fsdecode(error.filename))}: " if error.filename else ""
             raise UserError(
-                f"the snapshots of {quoted(upper)} cannot be read: {at}{reason(error)}; check their directory."
+                f"the snapshots of {quoted(upper)} cannot be read: {at}{reason(error)}; check their "
+                "directory."
             ) from error
         yield view

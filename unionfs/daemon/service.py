@@ -292,7 +292,8 @@ def _open(settings: MountSettings, directory: RuntimeDirectory) -> tuple[Announc
 
 def _recover(stack: LayerStack, settings: MountSettings) -> None:
     """Finish a change of snapshots whose daemon was killed. Raises UserError."""
-    with on_failure(f"the snapshots of upper {quoted(settings.upper or '')} cannot be read", "check their directory"):
+    complaint = f"the snapshots of upper {quoted(settings.upper or '')} cannot be read"
+    with on_failure(complaint, "check their directory"):
         recover(stack, settings)
 
 

@@ -95,7 +95,9 @@ class Snapshotting:
             former = stack.upper
             assert former is not None
             try:
-                copied, seconds = await self._operations.snapshots.take(fd, upper, partial(store.exchange, id_))
+                copied, seconds = await self._operations.snapshots.take(
+                    fd, upper, partial(store.exchange, id_)
+                )
             except BaseException:
                 store.withdraw(id_)
                 raise
@@ -107,7 +109,8 @@ class Snapshotting:
         self._changed(replace(settings, lowers=(path_of(upper, id_), *settings.lowers)))
         one = new.layers[id_]
         return {
-            "done": True, "name": one.name, "layer": path_of(upper, id_), "created": one.created, "seconds": seconds,
+            "done": True, "name": one.name, "layer": path_of(upper, id_), "created": one.created,
+            "seconds": seconds,
             "open_files": len(copied), "files": list(one.files),
         }  # fmt: skip
 
@@ -120,7 +123,10 @@ class Snapshotting:
             stack.claim(fd, upper)
             new = replace(record, head=one.id, last=int(id_))
             store.announce(new, fd)
-            lowers = [*(path_of(upper, layer) for layer in record.chain(one.id)), *base(upper, settings.lowers)]
+            lowers = [
+                *(path_of(upper, layer) for layer in record.chain(one.id)),
+                *base(upper, settings.lowers),
+            ]
             try:
                 await self._operations.snapshots.replace(
                     fd, upper, [self._layer(store, path) for path in lowers], partial(store.exchange, id_)
@@ -147,8 +153,8 @@ class Snapshotting:
 
 
 def recover(stack: LayerStack, settings: MountSettings) -> None:
-    """Finish or forget a change of a daemon that was killed. Call it before a union uses the index. Raises UserError,
-    OSError."""
+    """Finish or forget a change of a daemon that was killed. Call it before a union uses the index. Raises
+    UserError, OSError."""
     with _store(stack, settings) as store:
         if store is not None:
             with store.locked():
@@ -209,7 +215,9 @@ def _why_not(settings: MountSettings, stack: LayerStack, *, possible: bool) -> s
     if settings.read_only:
         return "it is read-only; mount it again without ro"
     if not possible:
-        return "its session is pyfuse3, which cannot wait between two requests; mount it with --session direct"
+        return (
+            "its session is pyfuse3, which cannot wait between two requests; mount it with --session direct"
+        )
     for wanted, option in (
         (settings.outlive, "outlive"), (bool(settings.storage), "storage (-v, --mount, --tmpfs)"),
         (settings.watch_lower, "--watch-lower"), (stack.keeps_permissions, "xattr_permissions"),
@@ -220,5 +228,5 @@ def _why_not(settings: MountSettings, stack: LayerStack, *, possible: bool) -> s
             return f"it has {option}; mount it without"
     directory = os.path.dirname(settings.upper)
     if any(os.path.lexists(f"{directory}/{name}") for name in _MANAGED):
-        return "its upper belongs to a branch, a volume or a container, which would not find them; mount another upper"
+        return "its upper belongs to a branch, volume or container, which would not find them; use another"
     return ""

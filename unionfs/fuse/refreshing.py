@@ -82,8 +82,8 @@ class Refreshing:
             self._since_ns = began
 
     async def replace(self, still: AbstractAsyncContextManager[None], change: Callable[[], Outdated]) -> None:
-        """Change the layers, and show all that differs; ``change`` returns what is outdated besides the known nodes.
-        Within the context ``still`` no request is served. Raises what ``change`` raises."""
+        """Change the layers, and show all that differs; ``change`` returns what is outdated besides the known
+        nodes. Within the context ``still`` no request is served. Raises what ``change`` raises."""
         assert self._kernel is not None
         async with self.one:
             async with still:

@@ -1,4 +1,5 @@
-"""Snapshots of a union that is served: the layers change between two requests, and the kernel learns what is outdated."""
+"""Snapshots of a union that is served: the layers change between two requests, and the kernel learns what is
+outdated."""
 
 from __future__ import annotations
 
@@ -71,9 +72,11 @@ class Snapshots:
             await self._refreshing.tell(Outdated(names=stacking.outdated))
         return copied, seconds
 
-    async def replace(self, fd: int, path: str, lowers: list[Layer | tuple[str, int]], commit: Callable[[], None]) -> None:
-        """Go on with the empty directory ``fd`` as the upper over ``lowers``: known ones, and paths with an fd each.
-        ``commit`` and errors as in :meth:`take`."""
+    async def replace(
+        self, fd: int, path: str, lowers: list[Layer | tuple[str, int]], commit: Callable[[], None]
+    ) -> None:
+        """Go on with the empty directory ``fd`` as the upper over ``lowers``: known ones, and paths with an
+        fd each. ``commit`` and errors as in :meth:`take`."""
         assert self._requests is not None
         requests = self._requests
 

@@ -4,9 +4,10 @@
     UPPER.snapshots/0001/          a layer: what was the upper
     UPPER.snapshots/pending.json   while the layers change
 
-A snapshot is taken, and another one restored, by one exchange of UPPER with a new directory in UPPER.snapshots. Before
-that `pending.json` has the record that is valid afterwards, and the new directory's inode number: so whoever reads
-it later knows whether the exchange was made. Directories that the record does not name are waste.
+A snapshot is taken, and another one restored, by one exchange of UPPER with a new directory in
+UPPER.snapshots. Before that `pending.json` has the record that is valid afterwards, and the new directory's
+inode number: so whoever reads it later knows whether the exchange was made. Directories that the record does
+not name are waste.
 
 The layers lie in the order of their parents over the lowers given at the mount: any overlayfs can mount them.
 """
@@ -78,7 +79,9 @@ class Record:
         for one in self.layers.values():
             if one.name == name and not one.removed:
                 return one
-        raise UserError(f"upper {quoted(upper)} has no snapshot {quoted(name)}; `unionfs snapshot ls` lists them.")
+        raise UserError(
+            f"upper {quoted(upper)} has no snapshot {quoted(name)}; `unionfs snapshot ls` lists them."
+        )
 
     def shown(self) -> list[Snapshot]:
         """Those that have a name, the oldest first."""
@@ -139,7 +142,8 @@ def read(upper: str) -> Record:
 
 
 def with_snapshots(upper: str, lowers: Sequence[str]) -> tuple[str, ...]:
-    """The lowers of a mount of `upper`, of which `lowers` are given: its snapshots come first. Raises UserError."""
+    """The lowers of a mount of `upper`, of which `lowers` are given: its snapshots come first. Raises
+    UserError."""
     record = read(upper)
     layers = [path_of(upper, id_) for id_ in record.chain(record.head)]
     given = [path for path in lowers if os.path.dirname(path) == upper + SUFFIX]
@@ -148,7 +152,8 @@ def with_snapshots(upper: str, lowers: Sequence[str]) -> tuple[str, ...]:
     if list(lowers[: len(layers)]) == layers and len(given) == len(layers):
         return tuple(lowers)
     raise UserError(
-        f"upper {quoted(upper)} lies on other snapshots than those among the lowers; leave them out, since a mount of "
+        f"upper {quoted(upper)} lies on other snapshots than those among the lowers; leave them out, since a "
+        "mount of "
         "the upper has them by itself."
     )
 
@@ -174,7 +179,9 @@ class Store:
                 raise UserError(f"upper {quoted(upper)} was renamed while it is mounted; rename it back.")
         except FileNotFoundError:
             os.close(self._above)
-            raise UserError(f"upper {quoted(upper)} was renamed while it is mounted; rename it back.") from None
+            raise UserError(
+                f"upper {quoted(upper)} was renamed while it is mounted; rename it back."
+            ) from None
         except BaseException:
             os.close(self._above)
             raise
@@ -215,8 +222,8 @@ class Store:
             raise _unreadable(self.upper, error) from error
 
     def recover(self) -> bool:
-        """Finish a change that a process has begun which was killed, or forget it. Returns whether one was forgotten.
-        Raises UserError, OSError."""
+        """Finish a change that a process has begun which was killed, or forget it. Returns whether one was
+        forgotten. Raises UserError, OSError."""
         try:
             record, pending = _read(self.fd, os.fstat(self._upper_fd).st_ino)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -235,8 +242,8 @@ class Store:
     # -- changes --------------------------------------------------------------------------------------------
 
     def stage(self, record: Record) -> tuple[str, int]:
-        """Make a new, empty directory that is to become the upper. Returns the id of the layer that takes its place, and
-        an O_PATH fd of it. Raises OSError."""
+        """Make a new, empty directory that is to become the upper. Returns the id of the layer that takes its
+        place, and an O_PATH fd of it. Raises OSError."""
         number = record.last + 1
         id_ = f"{number:04d}"
         remove(self.fd, id_.encode())
@@ -248,8 +255,8 @@ class Store:
         jsonfiles.write(self._path(_PENDING), {"new": os.fstat(fd).st_ino, "record": record.to_json()})
 
     def exchange(self, id_: str) -> None:
-        """Exchange the upper with the new directory: from now on the record that was announced is valid. Raises
-        OSError."""
+        """Exchange the upper with the new directory: from now on the record that was announced is valid.
+        Raises OSError."""
         calls.renameat2(self.fd, id_.encode(), self._above, self._name, calls.RENAME_EXCHANGE)
 
     def finish(self, record: Record) -> None:
@@ -266,11 +273,13 @@ class Store:
         remove(self.fd, id_.encode())
 
     def waste(self) -> list[str]:
-        """The directories that the record does not name, and that no process fills. Call it under :meth:`locked`.
-        Raises UserError, OSError."""
+        """The directories that the record does not name, and that no process fills. Call it under
+        :meth:`locked`. Raises UserError, OSError."""
         known = self.record().layers
         with Owned(open_for_listing(self.fd)) as fd, os.scandir(fd) as entries:
-            names = [one.name for one in entries if one.is_dir(follow_symlinks=False) and one.name not in known]
+            names = [
+                one.name for one in entries if one.is_dir(follow_symlinks=False) and one.name not in known
+            ]
         with self.joining() as free:
             return [name for name in names if free or name != _JOINING]
 
@@ -293,11 +302,17 @@ class Store:
         return os.open(_JOINING, _DIRECTORY, dir_fd=self.fd)
 
     def put_joint(self, below: str, above: str) -> None:
-        """Let it take the place of two layers, if these still are what they were. Raises UserError, OSError."""
+        """Let it take the place of two layers, if these still are what they were. Raises UserError,
+        OSError."""
         with self.locked():
             record = self.record()
             one = record.layers.get(above)
-            if one is None or one.parent != below or record.children(below) != [above] or above == record.head:
+            if (
+                one is None
+                or one.parent != below
+                or record.children(below) != [above]
+                or above == record.head
+            ):
                 return
             id_ = f"{record.last + 1:04d}"
             remove(self.fd, id_.encode())
@@ -344,7 +359,9 @@ def added(record: Record, id_: str, name: str | None) -> Record:
     """The record with a new snapshot of the upper. Raises UserError if the name is taken."""
     taken = {one.name for one in record.shown()}
     if name in taken:
-        raise UserError(f"there is a snapshot {quoted(name or '')} already; choose another name, or remove it.")
+        raise UserError(
+            f"there is a snapshot {quoted(name or '')} already; choose another name, or remove it."
+        )
     if len(record.chain(record.head)) >= _MOST:
         raise UserError(f"an upper lies on {_MOST} snapshots at most; remove some by `unionfs snapshot rm`.")
     if name is None:
@@ -379,7 +396,8 @@ def _check_owner(fd: int, owner: int, upper: str) -> None:
     st = os.fstat(fd)
     if st.st_uid not in (os.geteuid(), 0, owner) or stat.S_IMODE(st.st_mode) & 0o022:
         raise UserError(
-            f"{quoted(upper + SUFFIX)} may be written by others than the owner of the upper, so the snapshots in it "
+            f"{quoted(upper + SUFFIX)} may be written by others than the owner of the upper, so the "
+            "snapshots in it "
             "cannot be trusted; change its owner and mode."
         )
 
@@ -387,6 +405,7 @@ def _check_owner(fd: int, owner: int, upper: str) -> None:
 def _unreadable(upper: str, error: Exception) -> UserError:
     why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return UserError(
-        f"the snapshots of upper {quoted(upper)} cannot be read: {why}; restore {quoted(upper + SUFFIX)} from a backup, "
+        f"the snapshots of upper {quoted(upper)} cannot be read: {why}; restore {quoted(upper + SUFFIX)} "
+        "from a backup, "
         "or move it away."
     )

@@ -1,5 +1,5 @@
-"""Stops other processes for a moment, by ptrace(2): neither they nor their parents get a signal that they see, and if
-this process ends, they go on.
+"""Stops other processes for a moment, by ptrace(2): neither they nor their parents get a signal that they
+see, and if this process ends, they go on.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Stopped:
         self._stopped.clear()
 
     def stop_all(self, find: Callable[[], Iterable[int]], seconds: float) -> bool:
-        """Stop all processes that ``find`` returns, until it returns no others. Returns whether all are stopped within
-        that time."""
+        """Stop all processes that ``find`` returns, until it returns no others. Returns whether all are
+        stopped within that time."""
         deadline = time.monotonic() + seconds
         for _ in range(_ROUNDS):
             new = set(find()) - self.pids - self.refused
@@ -96,7 +96,8 @@ def _ptrace(request: int, tid: int) -> bool:
 
 
 def writers(device: str) -> set[int]:
-    """The visible processes, without this one, that have files of a filesystem (`major:minor`) open or mapped to write."""
+    """The visible processes, without this one, that have files of a filesystem (`major:minor`) open or mapped
+    to write."""
     found = set()
     major, minor = map(int, device.split(":"))
     text = f" {major:02x}:{minor:02x} ".encode()

@@ -73,8 +73,8 @@ def compared(
 def between(
     before: Sequence[str], now: Sequence[str], markers: Markers, *, upper: bool
 ) -> Iterator[tuple[Merge, Change]]:
-    """The same for two trees whose layers are given, topmost first; the lowest one is the same. ``upper``: whether the
-    first one of ``now`` is an upper in use."""
+    """The same for two trees whose layers are given, topmost first; the lowest one is the same. ``upper``:
+    whether the first one of ``now`` is an upper in use."""
     common = 0
     while common < min(len(before), len(now)) and before[-1 - common] == now[-1 - common]:
         common += 1
@@ -290,7 +290,8 @@ class _Between(_Comparison):
         return self._merge.named.roots(self._others)
 
     def _candidates(self, now: list[Place], before: list[Place]) -> Iterable[bytes]:
-        places = [place for place in now if place not in before] + [place for place in before if place not in now]
+        places = [place for place in now if place not in before]
+        places += [place for place in before if place not in now]
         return self._merge.listing_of_all(places)
 
     def _find_before(self, parts: list[Place], name: bytes) -> Object | None:

@@ -1,8 +1,8 @@
 """Joins two layers that lie on each other to one, of which an overlay shows the same tree.
 
-The layers may be in use: they are not changed. A file with one name is copied, since another name would show in its
-link count; blocks are shared where the filesystem can. One with several names gets more, since an index finds it by its
-inode. A file whose data lies further down (metacopy) gets that.
+The layers may be in use: they are not changed. A file with one name is copied, since another name would show
+in its link count; blocks are shared where the filesystem can. One with several names gets more, since an
+index finds it by its inode. A file whose data lies further down (metacopy) gets that.
 """
 
 from __future__ import annotations
@@ -29,14 +29,19 @@ _TWO: Final = 2
 
 
 def join(layers: Sequence[str], target: int, markers: Markers) -> None:
-    """Put the content of the two topmost ``layers`` into the empty directory ``target`` (O_PATH, on their filesystem).
+    """Put the content of the two topmost ``layers`` into the empty directory ``target`` (O_PATH, on their
+    filesystem).
 
     ``layers``: those two, and all below them. Raises ``OSError``.
     """
     with ExitStack() as resources:
         opened = []
         for index, path in enumerate(layers):
-            fd = open_image(path) if is_image(path) else os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            fd = (
+                open_image(path)
+                if is_image(path)
+                else os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            )
             resources.callback(os.close, fd)
             opened.append(Layer(index, path, fd, is_upper=False))
         merge = Merge(opened, markers, directory_fds=256)
@@ -107,7 +112,9 @@ class _Joining:
     def _data(self, parts: list[Place], part: Place, name: bytes, st: os.stat_result, target: int) -> None:
         where = b"/proc/self/fd/%d/%b" % (self._gate.fd(part), name)
         data = self._merge.lower_data(parts, part, name, where)
-        source = os.open(name, _READ, dir_fd=self._gate.fd(part)) if data is None else self._merge.open_data(data)
+        source = (
+            os.open(name, _READ, dir_fd=self._gate.fd(part)) if data is None else self._merge.open_data(data)
+        )
         with Owned(source) as fd, Owned(os.open(name, _NEW, 0o600, dir_fd=target)) as new:
             if not clone(fd, new, os.fstat(fd).st_dev, self._never):
                 copy_data(fd, new, st.st_size)
@@ -116,7 +123,9 @@ class _Joining:
         """Those of a directory, with the marks that do not depend on what lies below."""
         source, path = self._gate.fd(place), b"/proc/self/fd/%d" % target
         depending = self._markers.opaque, self._markers.redirect
-        xattrs = attributes.read_xattrs(b"/proc/self/fd/%d" % source, lambda key: key not in depending, unsupported)
+        xattrs = attributes.read_xattrs(
+            b"/proc/self/fd/%d" % source, lambda key: key not in depending, unsupported
+        )
         with Owned(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
             attributes.write(fd, None, attributes.attributes(os.stat(source), xattrs), unsupported)
 

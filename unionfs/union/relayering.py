@@ -1,7 +1,7 @@
 """Gives a union that is in use other layers: a new, empty upper over some of its lowers and others.
 
-Known objects of layers that stay are found again by a refresh; the others lose their names. Those who have them open
-go on with the old ones, as with removed files.
+Known objects of layers that stay are found again by a refresh; the others lose their names. Those who have
+them open go on with the old ones, as with removed files.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ def relayer(
     lowers: Sequence[Layer | tuple[str, int]],
     commit: Callable[[], None],
 ) -> Outdated:
-    """Put the empty directory ``fd`` over ``lowers``, topmost first: layers of the union, and paths with an fd each,
-    which lie above these; ``commit`` makes it so on disk. ``handles``: the open files. Run a `Refresh` after it.
+    """Put the empty directory ``fd`` over ``lowers``, topmost first: layers of the union, and paths with an
+    fd each, which lie above these; ``commit`` makes it so on disk. ``handles``: the open files. Run a
+    `Refresh` after it.
 
-    Returns what is outdated besides. Raises what ``commit`` raises, ``OSError``, ``LayerError``; then nothing has
-    changed.
+    Returns what is outdated besides. Raises what ``commit`` raises, ``OSError``, ``LayerError``; then nothing
+    has changed.
     """
     stack, work = union.stack, union.work
     former, upper = list(stack.layers), union.require_upper()

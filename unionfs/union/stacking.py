@@ -1,16 +1,16 @@
 """Puts a new, empty upper on top of the upper of a union that is in use: a snapshot is what lies below it.
 
-Between two requests the former upper becomes a lower: of its nodes nothing changes but that they are copied up by the
-next change. So it takes the same time however many files there are. Only files that are open for writing are
-looked at, each by itself: programs go on with the inode that they have open (the kernel may write to it without a
-request, also through a mapping), so that inode moves to the new upper, and a copy of it takes its place below, by one
-exchange of names. Shared blocks or bytes are copied, as the filesystem allows.
+Between two requests the former upper becomes a lower: of its nodes nothing changes but that they are copied
+up by the next change. So it takes the same time however many files there are. Only files that are open for
+writing are looked at, each by itself: programs go on with the inode that they have open (the kernel may write
+to it without a request, also through a mapping), so that inode moves to the new upper, and a copy of it takes
+its place below, by one exchange of names. Shared blocks or bytes are copied, as the filesystem allows.
 
-- Nothing of it is visible on disk before the caller exchanges the directories; until then it can be undone. If the
-  daemon is killed meanwhile, the former upper has the same content as before.
+- Nothing of it is visible on disk before the caller exchanges the directories; until then it can be undone.
+  If the daemon is killed meanwhile, the former upper has the same content as before.
 - A file without a name has no place in a snapshot: it goes on in the new upper.
-- A lower has no index. So all names of the hard links in one must be in the former upper (`Lacking`), which gets a
-  new index then.
+- A lower has no index. So all names of the hard links in one must be in the former upper (`Lacking`), which
+  gets a new index then.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Stacking:
     # -- the new upper --------------------------------------------------------------------------------------
 
     def begin(self, fd: int, path: str) -> Layer:
-        """Put the empty directory ``fd`` (O_PATH, on the mount of upper and work) on top. Raises ``OSError``, and then
-        nothing has changed."""
+        """Put the empty directory ``fd`` (O_PATH, on the mount of upper and work) on top. Raises ``OSError``,
+        and then nothing has changed."""
         union, former = self._union, self._former
         like(union, former.root_fd, fd)
         new = Layer(former.index - 1, path, fd, is_upper=True, quiet=self._quiet)
@@ -103,10 +103,12 @@ class Stacking:
         self._index_aside = name
         self._index = open_index(self._union.stack, self._union.origins)
 
-    # -- files that are open for writing ----------------------------------------------------------------------
+    # -- files that are open for writing
+    # ----------------------------------------------------------------------
 
     def move_written(self) -> list[Copied]:
-        """Give the new upper every file that is open for writing. Raises ``OSError``; then call :meth:`undo`."""
+        """Give the new upper every file that is open for writing. Raises ``OSError``; then call
+        :meth:`undo`."""
         return [self._move(node) for node in self._written()]
 
     def _written(self) -> list[Node]:
@@ -114,7 +116,9 @@ class Stacking:
         found: dict[Node, None] = {}
         for handle in self._handles:
             node = handle.node
-            if self._is_named_in(node, former) and (handle.writes or (node.use is not None and node.use.mapped)):
+            if self._is_named_in(node, former) and (
+                handle.writes or (node.use is not None and node.use.mapped)
+            ):
                 found[node] = None
         for node in stacking.mapped(self._union.nodes):
             if self._is_named_in(node, former) and node.place is not None:
@@ -146,7 +150,10 @@ class Stacking:
         for directory, other in first[1:]:
             with union.work.temporary() as temporary:
                 os.link(
-                    name, temporary.name, src_dir_fd=union.gate.fd(below), dst_dir_fd=union.work.fd,
+                    name,
+                    temporary.name,
+                    src_dir_fd=union.gate.fd(below),
+                    dst_dir_fd=union.work.fd,
                     follow_symlinks=False,
                 )
                 self._exchange(moved, directory, other, _part(directory, self._former), temporary.at)
@@ -165,14 +172,18 @@ class Stacking:
             attributes.write(target, None, attributes.attributes(st, xattrs), unsupported)
             return st, os.fstat(source)
 
-    def _exchange(self, moved: _Moved, parent: Node, name: bytes, below: Place, copy: tuple[int, bytes]) -> None:
+    def _exchange(
+        self, moved: _Moved, parent: Node, name: bytes, below: Place, copy: tuple[int, bytes]
+    ) -> None:
         """Put a copy in the place of a file, and the file into the new upper."""
         union, gate = self._union, self._union.gate
         above = self._copy_up.directory(parent)
         st = os.stat(gate.fd(below))
         calls.renameat2(*copy, gate.fd(below), name, calls.RENAME_EXCHANGE)
         try:
-            self._copy_up.appears(parent, lambda fd: os.rename(copy[1], name, src_dir_fd=copy[0], dst_dir_fd=fd))
+            self._copy_up.appears(
+                parent, lambda fd: os.rename(copy[1], name, src_dir_fd=copy[0], dst_dir_fd=fd)
+            )
         except BaseException:
             calls.renameat2(*copy, gate.fd(below), name, calls.RENAME_EXCHANGE)
             raise
@@ -237,7 +248,9 @@ class Stacking:
         if layer is not self._former:
             with suppress(OSError):
                 fd = union.gate.fd(node.place)
-                os.removexattr(b"/proc/self/fd/%d/%b" % (fd, node.name), union.markers.nlink, follow_symlinks=False)
+                os.removexattr(
+                    b"/proc/self/fd/%d/%b" % (fd, node.name), union.markers.nlink, follow_symlinks=False
+                )
             return
         entry = None
         if self._index is not None:
@@ -321,4 +334,4 @@ def _paths_of(root_fd: int, st: os.stat_result) -> Iterator[list[bytes]]:
         for name in files:
             with suppress(OSError):
                 if os.path.samestat(os.lstat(os.path.join(at, name)), st):
-                    yield [step for step in at[len(top):].split(b"/") if step] + [name]
+                    yield [step for step in at[len(top) :].split(b"/") if step] + [name]

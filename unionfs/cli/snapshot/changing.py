@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 def create(no_stop: bool, as_json: bool, mountpoint: str, name: str | None) -> None:
     """Take a snapshot of the mount at MOUNTPOINT, by default with the present time as its NAME.
 
-    Programs go on, also with open files. Of a file that is open for writing the snapshot has a copy. For the moment that
-    this takes, programs that have such files are stopped, so that all files are of one moment; with --no-stop, and
-    where this user may not stop them, files that were written meanwhile are listed.
+    Programs go on, also with open files. Of a file that is open for writing the snapshot has a copy. For the
+    moment that this takes, programs that have such files are stopped, so that all files are of one moment;
+    with --no-stop, and where this user may not stop them, files that were written meanwhile are listed.
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.snapshots import has_to_join, take
@@ -41,7 +41,11 @@ def create(no_stop: bool, as_json: bool, mountpoint: str, name: str | None) -> N
     else:
         print(taken["name"])
     for one in [] if as_json else taken["files"]:
-        why = "may be written through a mapping" if one["state"] == "mapped" else "was written while it was copied"
+        why = (
+            "may be written through a mapping"
+            if one["state"] == "mapped"
+            else "was written while it was copied"
+        )
         tell(f"{quoted(one['path'])} {why}: its copy in the snapshot may be of no single moment.")
     if has_to_join(mount):
         join_layers(mount, wait=False)
@@ -52,10 +56,11 @@ def create(no_stop: bool, as_json: bool, mountpoint: str, name: str | None) -> N
 @click.argument("mountpoint", shell_complete=complete_mountpoints)
 @click.argument("name")
 def restore(as_json: bool, mountpoint: str, name: str) -> None:
-    """Let the mount at MOUNTPOINT show its snapshot NAME again, and drop what was changed since the newest one.
+    """Let the mount at MOUNTPOINT show its snapshot NAME again, and drop what was changed since the newest
+    one.
 
-    To keep that, take a snapshot before. Other snapshots stay, also those that were taken after NAME. Files that
-    are open stay as they are for those who have them open, as if they had been removed.
+    To keep that, take a snapshot before. Other snapshots stay, also those that were taken after NAME. Files
+    that are open stay as they are for those who have them open, as if they had been removed.
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.branches import snapshots
@@ -73,8 +78,8 @@ def restore(as_json: bool, mountpoint: str, name: str) -> None:
 def rm(wait: bool, as_json: bool, mountpoint: str, names: tuple[str, ...]) -> None:
     """Remove the snapshots NAME... of the mount at MOUNTPOINT.
 
-    The layer of one that another one lies on is joined with that in the background. The layers that the mount has
-    stay until it is unmounted.
+    The layer of one that another one lies on is joined with that in the background. The layers that the mount
+    has stay until it is unmounted.
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.branches import snapshots

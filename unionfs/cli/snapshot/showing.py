@@ -18,8 +18,8 @@ from unionfs.errors import quoted
 def ls(as_json: bool, mountpoint: str) -> None:
     """List the snapshots of the mount at MOUNTPOINT: name, time, the one below it, and where its layer is.
 
-    `*` marks those that the mount lies on. With --json, `lowers` is what a mount of a snapshot has as lowers, for
-    kernel overlayfs, too.
+    `*` marks those that the mount lies on. With --json, `lowers` is what a mount of a snapshot has as lowers,
+    for kernel overlayfs, too.
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.snapshots import shown
@@ -47,8 +47,8 @@ def ls(as_json: bool, mountpoint: str) -> None:
 @click.argument("name")
 @click.argument("other", required=False)
 def diff(form: str | None, as_json: bool, mountpoint: str, name: str, other: str | None) -> None:
-    """Show what changed from the snapshot NAME to OTHER, by default to the present state: as `branch diff`, A(dded),
-    C(hanged), D(eleted) or R(enamed), the path, and for a change what it changes.
+    """Show what changed from the snapshot NAME to OTHER, by default to the present state: as `branch diff`,
+    A(dded), C(hanged), D(eleted) or R(enamed), the path, and for a change what it changes.
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.describe import Describer
