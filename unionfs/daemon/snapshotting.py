@@ -46,7 +46,10 @@ class Snapshotting:
 
     async def clean(self) -> None:
         """Remove what no snapshot needs any more."""
-        await trio.to_thread.run_sync(_clean, self._stack, self._serving.settings, abandon_on_cancel=True)
+        settings = self._serving.settings
+        # A daemon without them stays without threads, for `share_memory`.
+        if settings.upper is not None and os.path.isdir(settings.upper + SUFFIX):
+            await trio.to_thread.run_sync(_clean, self._stack, settings, abandon_on_cancel=True)
 
     # -- orders ---------------------------------------------------------------------------------------------
 

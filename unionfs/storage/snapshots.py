@@ -34,6 +34,7 @@ _RECORD: Final = "record.json"
 _PENDING: Final = "pending.json"
 _JOINING: Final = ".joining"
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_LOCK_SECONDS: Final = 2.0
 _MOST: Final = 450
 """Kernel overlayfs takes 500 lowers (fs/overlayfs/params.h, OVL_MAX_STACK)."""
 
@@ -209,9 +210,19 @@ class Store:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """No other process changes the record within the context. Raises OSError."""
+        """No other process changes the record within the context. Raises UserError, OSError."""
+        deadline = time.monotonic() + _LOCK_SECONDS
         with Owned(open_for_listing(self.fd)) as fd:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise UserError(
+                            f"the snapshots of upper {quoted(self.upper)} are in use by another process; try again."
+                        ) from None
+                time.sleep(_LOCK_SECONDS / 100)
             yield
 
     def record(self) -> Record:

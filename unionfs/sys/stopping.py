@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Final
 
+from unionfs.sys.mountusers import place_of
+
 _SEIZE: Final = 0x4206
 _INTERRUPT: Final = 0x4207
 _DETACH: Final = 17
@@ -104,17 +106,17 @@ def writers(device: str) -> set[int]:
     for name in os.listdir("/proc"):
         if name.isdecimal() and int(name) != os.getpid():
             with suppress(OSError):
-                if _writes(int(name), os.makedev(major, minor)) or _maps(int(name), text):
+                if _writes(int(name), device) or _maps(int(name), text):
                     found.add(int(name))
     return found
 
 
-def _writes(pid: int, device: int) -> bool:
+def _writes(pid: int, device: str) -> bool:
     path = f"/proc/{pid}/fd"
     for name in os.listdir(path):
         with suppress(OSError):
             # The link's own mode has the fd's: readable, writable (proc_pid_fd(5)).
-            if os.lstat(f"{path}/{name}").st_mode & 0o200 and os.stat(f"{path}/{name}").st_dev == device:
+            if os.lstat(f"{path}/{name}").st_mode & 0o200 and place_of(f"{path}/{name}")[0] == device:
                 return True
     return False
 
