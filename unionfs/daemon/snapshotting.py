@@ -19,7 +19,7 @@ from unionfs.errors import UserError, quoted
 from unionfs.fuse.operations import Operations
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.names import check_name
-from unionfs.storage.snapshots import SUFFIX, Record, Store, added, base, path_of
+from unionfs.storage.snapshots import Record, Store, added, base, has_some, path_of
 from unionfs.union.layers import LayerStack
 from unionfs.union.stacking import Copied, lacking_names
 
@@ -48,7 +48,7 @@ class Snapshotting:
         """Remove what no snapshot needs any more."""
         settings = self._serving.settings
         # A daemon without them stays without threads, for `share_memory`.
-        if settings.upper is not None and os.path.isdir(settings.upper + SUFFIX):
+        if settings.upper is not None and has_some(settings.upper):
             await trio.to_thread.run_sync(_clean, self._stack, settings, abandon_on_cancel=True)
 
     # -- orders ---------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def recover(stack: LayerStack, settings: MountSettings) -> None:
 def _store(stack: LayerStack, settings: MountSettings) -> Iterator[Store | None]:
     """The snapshots of a mount's upper, if it has some."""
     upper, path = stack.upper, settings.upper
-    if upper is None or path is None or not os.path.isdir(path + SUFFIX):
+    if upper is None or path is None or not has_some(path):
         yield None
         return
     with Store(upper.root_fd, path) as store:

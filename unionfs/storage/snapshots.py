@@ -130,6 +130,11 @@ def path_of(upper: str, id_: str) -> str:
     return f"{upper}{SUFFIX}/{id_}"
 
 
+def has_some(upper: str) -> bool:
+    """Whether an upper may have snapshots."""
+    return os.path.isdir(upper + SUFFIX)
+
+
 def read(upper: str) -> Record:
     """The snapshots of an upper, without a change on disk. Raises UserError."""
     try:
@@ -219,8 +224,9 @@ class Store:
                     break
                 except BlockingIOError:
                     if time.monotonic() > deadline:
+                        upper = quoted(self.upper)
                         raise UserError(
-                            f"the snapshots of upper {quoted(self.upper)} are in use by another process; try again."
+                            f"the snapshots of upper {upper} are in use by another process; try again."
                         ) from None
                 time.sleep(_LOCK_SECONDS / 100)
             yield
