@@ -21,7 +21,8 @@ from typing import Any
 
 import pytest
 
-from tests.mount.cli_calls import UNIONFS, Place, refused, succeed, unionfs, wait_for
+from tests.mount.cli_calls import REPOSITORY, UNIONFS, Place, refused, succeed, unionfs, wait_for
+from tests.mount.user_calls import UID, Host
 from tests.support import mounting
 from tests.support.live_lowers import Shown, fill, shown
 from tests.support.mounting import Mount, kernel_mounted, mounted
@@ -556,6 +557,36 @@ def test_refusals(kernel_overlay: None, place: Place) -> None:
     refused(unionfs("snapshot", "ls", place.merged), "no upper")
     succeed(unionfs("umount", place.merged))
     assert not (place.root / "upper.snapshots").exists()
+
+
+def test_of_an_ordinary_user(host: Host, place: Place) -> None:
+    """A user's own mount has snapshots, too, if its upper's directory is the user's; root leaves them to the
+    user."""
+    host.mount()
+    succeed(host.run("sh", "-c", f"cd {place.merged} && echo first > base && mkdir d && echo x > d/x"))
+    refused(host.unionfs("snapshot", "create", place.merged, "first"), "cannot be made", "writable")
+    os.chown(place.root, UID, UID)
+    with subprocess.Popen(
+        ["nsenter", "-t", str(host.holder.pid), "-m", "setpriv", "--reuid", str(UID), "--clear-groups", "--",
+         "sh", "-c", f"exec 3>>{place.merged}/d/log; while echo line >&3; do sleep 0.01; done"],
+    ) as writer:  # fmt: skip
+        assert wait_for(lambda: host.run("cat", place.merged / "d/log").stdout.count("line") > 3)
+        succeed(host.unionfs("snapshot", "create", place.merged, "first"))
+        taken = host.run("cat", place.merged / "d/log").stdout.count("line")
+        assert wait_for(lambda: host.run("cat", place.merged / "d/log").stdout.count("line") > taken)
+        writer.kill()
+    succeed(host.run("sh", "-c", f"cd {place.merged} && echo second > base && rm -r d"))
+    assert "D d/x" in succeed(host.unionfs("snapshot", "diff", place.merged, "first"))
+    by_root = host.root(
+        "env", f"PYTHONPATH={REPOSITORY}", *UNIONFS, "snapshot", "create", place.merged, check=False
+    )
+    refused(by_root, "mount of uid", str(UID))
+    succeed(host.unionfs("snapshot", "restore", place.merged, "first"))
+    assert host.run("cat", place.merged / "base", place.merged / "d/x").stdout == "first\nx\n"
+    succeed(host.unionfs("umount", place.merged))
+    host.mount()
+    assert host.run("cat", place.merged / "base").stdout == "first\n"
+    succeed(host.unionfs("umount", place.merged))
 
 
 def test_snapshot_in_use(hybrid: Snapshots) -> None:

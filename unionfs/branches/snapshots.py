@@ -34,6 +34,7 @@ _LONGEST_STOP: Final = 120.0
 def take(mount: LiveMount, name: str | None, *, stop: bool = True) -> dict[str, Any]:
     """Take a snapshot; returns what the daemon says of it, and how many processes were `stopped` meanwhile:
     those that have files open for writing, unless `stop` is False. Raises UserError."""
+    _check_own(mount)
     if name is not None:
         check_name(name, "snapshot")
     answer = _take(mount, name, stop=stop)
@@ -68,12 +69,24 @@ def _writers(mount: LiveMount) -> set[int]:
 
 def restore(mount: LiveMount, name: str) -> dict[str, Any]:
     """Go back to a snapshot; returns what the daemon says. Raises UserError."""
+    _check_own(mount)
     check_name(name, "snapshot")
     return ask_for(mount, {"order": "restore", "name": name})
 
 
+def _check_own(mount: LiveMount) -> None:
+    """Raise UserError for a mount of another user, whose layers root does not touch."""
+    if mount.uid is not None:
+        raise UserError(
+            f"{quoted(mount.settings.mountpoint)} is a mount of uid {mount.uid}, whose layers root does not "
+            "touch; run "
+            "it as that user."
+        )
+
+
 def record_of(mount: LiveMount) -> tuple[str, Record]:
     """The upper of a mount, and its snapshots. Raises UserError."""
+    _check_own(mount)
     upper = mount.settings.upper
     if upper is None:
         raise UserError(

@@ -54,13 +54,12 @@ def settle(
     _check_paths(chosen_lowers, chosen_upper, chosen_work, mountpoint)
     chosen_upper, upper_tmpfs = _writable_layer(chosen_upper, chosen_work)
     session, io = _session_and_io(parsed, session, io, configured := configuration())
-    chosen_lowers, upper_path = tuple(map(absolute, chosen_lowers)), chosen_upper and absolute(chosen_upper)
+    upper_path = None if chosen_upper is None else absolute(chosen_upper)
     trusted_xattrs = may_use_trusted_xattrs() if trusted_xattrs is None else trusted_xattrs
-    is_root = os.geteuid() == 0
-    userxattr = parsed.userxattr or not trusted_xattrs
+    is_root, userxattr = os.geteuid() == 0, parsed.userxattr or not trusted_xattrs
     return MountSettings(
         mountpoint=absolute_mountpoint(mountpoint),
-        lowers=_with_snapshots(upper_path, chosen_lowers),
+        lowers=_with_snapshots(upper_path, tuple(map(absolute, chosen_lowers))),
         upper=upper_path,
         work=None if chosen_work is None else absolute(chosen_work),
         read_only=(chosen_upper is None and upper_tmpfs is None) or parsed.read_only,

@@ -151,7 +151,7 @@ class Snapshotting:
         return path, self._stack.own_lower(store.open_layer(os.path.basename(path)))
 
     def _changed(self, settings: MountSettings) -> None:
-        self._serving.settings = settings
+        self._serving.changed(settings)
         self._publish()
 
 

@@ -92,7 +92,7 @@ class Refreshing:
                 for _ in work.steps():
                     pass
             found = work.take()
-            found.names += outdated.names
+            found.names.extend(outdated.names)
             found.nodes.update(outdated.nodes)
             await self.tell(found)
 

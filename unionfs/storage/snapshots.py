@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
-from unionfs.errors import UserError, quoted
+from unionfs.errors import UserError, quoted, reason
 from unionfs.storage import jsonfiles
 from unionfs.sys import calls
 from unionfs.sys.fds import Owned, open_for_listing
@@ -204,8 +204,17 @@ class Store:
         """Open the directory; whether it exists. Raises UserError, OSError."""
         name = self._name + SUFFIX.encode()
         if make:
-            with suppress(FileExistsError):
+            try:
                 os.mkdir(name, 0o700, dir_fd=self._above)
+            except FileExistsError:
+                pass
+            except OSError as error:
+                where = quoted(os.path.dirname(self.upper))
+                raise UserError(
+                    f"{quoted(self.upper + SUFFIX)} cannot be made: {reason(error)}; make {where} writable "
+                    "for the "
+                    "user who mounts."
+                ) from error
         try:
             self.fd = os.open(name, _DIRECTORY, dir_fd=self._above)
         except FileNotFoundError:

@@ -72,8 +72,8 @@ def relayer(
     root.know_flags(None)
     root.changes()
     outdated.add(root)
-    known = root.children or {}
-    outdated.names += ((root.id, name) for name in root.territory.listing(root).names() if name not in known)
+    known, names = root.children or {}, root.territory.listing(root).names()
+    outdated.names.extend((root.id, name) for name in names if name not in known)
     return outdated
 
 
