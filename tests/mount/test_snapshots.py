@@ -14,7 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import chdir, suppress
+from contextlib import chdir, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from unionfs.daemon import live
 from unionfs.storage.snapshots import Store, added
 from unionfs.sys.fds import Owned
 
+_TAKEN = 3
 _SESSIONS = ("direct-hybrid", "direct-passthrough", "direct-cached")
 
 
@@ -110,18 +111,8 @@ def _change(root: Path) -> None:
 def made(request: pytest.FixtureRequest, kernel_overlay: None, area: Path) -> Iterator[Snapshots]:
     if reason := mounting.session_reason(request.param):
         pytest.skip(reason)
-    lowers = [area / "top", area / "bottom"]
-    for lower, text in zip(lowers, ("top", "bottom"), strict=True):
-        lower.mkdir()
-        fill(lower, text)
-    os.link(lowers[0] / "d/f10", lowers[0] / "d/f10-linked")
-    os.link(lowers[0] / "d/f10", lowers[0] / "e/f10-linked")
-    (area / "upper").mkdir()
-    (area / "work").mkdir()
-    with mounted(
-        area, lowers=lowers, upper=area / "upper", work=area / "work", session=request.param
-    ) as mount:
-        yield Snapshots(area, mount)
+    with _made(area, request.param) as found:
+        yield found
 
 
 def test_contents(made: Snapshots) -> None:
@@ -262,17 +253,18 @@ def test_no_byte_is_lost(made: Snapshots) -> None:
     threads = [threading.Thread(target=write, args=(number,)) for number in range(len(counts))]
     for thread in threads:
         thread.start()
-    for number in range(5):
+    for number in range(_TAKEN):
         time.sleep(0.05)
         made.take(f"while{number}")
     stop.set()
     for thread in threads:
         thread.join()
+    listed = made.listed()
     for number, count in enumerate(counts):
         assert (made.union / f"log{number}").read_bytes() == b"".join(b"%08d\n" % one for one in range(count))
         whole = (made.union / f"log{number}").read_bytes()
-        for one in range(5):
-            lowers = made.listed()[f"while{one}"]["lowers"]
+        for one in range(_TAKEN):
+            lowers = listed[f"while{one}"]["lowers"]
             at = next(
                 (Path(path) / f"log{number}" for path in lowers if (Path(path) / f"log{number}").exists()),
                 None,
@@ -311,17 +303,48 @@ def test_bad_input(made: Snapshots) -> None:
     assert set(made.listed()) == {"first"}
 
 
-@pytest.fixture
-def hybrid(kernel_overlay: None, area: Path) -> Iterator[Snapshots]:
-    """The same on the session that is the default here."""
+@contextmanager
+def _made(area: Path, session: str, *options: str) -> Iterator[Snapshots]:
     lowers = [area / "top", area / "bottom"]
     for lower, text in zip(lowers, ("top", "bottom"), strict=True):
         lower.mkdir()
         fill(lower, text)
+    os.link(lowers[0] / "d/f10", lowers[0] / "d/f10-linked")
+    os.link(lowers[0] / "d/f10", lowers[0] / "e/f10-linked")
     for name in ("upper", "work"):
         (area / name).mkdir()
-    with mounted(area, lowers=lowers, upper=area / "upper", work=area / "work", session="direct") as mount:
+    layers = {"lowers": lowers, "upper": area / "upper", "work": area / "work"}
+    with mounted(area, **layers, session=session, options=options) as mount:
         yield Snapshots(area, mount)
+
+
+@pytest.fixture
+def hybrid(kernel_overlay: None, area: Path) -> Iterator[Snapshots]:
+    """The same on the session that is the default here."""
+    with _made(area, "direct") as found:
+        yield found
+
+
+@pytest.mark.slow
+def test_removal_with_metacopy(kernel_overlay: None, area: Path) -> None:
+    """Files of which only metadata was copied up have their data after layers were joined."""
+    trees: dict[str, Shown] = {}
+    with _made(area, "direct", "metacopy=on") as made:
+        root = made.union
+        for number, change in enumerate((
+            lambda: ((root / "d/f1").chmod(0o600), (root / "d/f2").chmod(0o611)),
+            lambda: (os.chown(root / "d/f1", 5, 6), os.rename(root / "d/f2", root / "e/moved")),
+            lambda: (os.setxattr(root / "d/f1", "user.a", b"b"), (root / "d/f4").chmod(0o600)),
+            lambda: ((root / "d/f4").write_text("data"), (root / "e/moved").chmod(0o644)),
+        )):  # fmt: skip
+            change()
+            trees[f"s{number}"] = shown(root)
+            made.take(f"s{number}")
+        succeed(unionfs("snapshot", "rm", "--wait", root, "s1", "s0"))
+        assert len(made.listed()["s3"]["lowers"]) == 4
+        for name in ("s2", "s3"):
+            assert made.ours(name) == trees[name]
+        assert shown(root) == trees["s3"]
 
 
 def test_removal_joins_layers(hybrid: Snapshots) -> None:
@@ -419,6 +442,7 @@ def test_diff(hybrid: Snapshots) -> None:
     assert "d/f5" in succeed(unionfs("snapshot", "diff", "--stat", root, "s1"))
 
 
+@pytest.mark.slow
 def test_a_hundred(hybrid: Snapshots) -> None:
     """Snapshots stack; each has its state, and the union all."""
     root, entry = hybrid.union, next(e for e in live.entries() if e.settings.mountpoint == str(hybrid.union))
@@ -485,7 +509,7 @@ def test_mounted_again(kernel_overlay: None, place: Place) -> None:
     refused(unionfs("mount", *place.layers, place.merged), "cannot be read")
 
 
-@pytest.mark.parametrize("step", ["staged", "announced", "exchanged"])
+@pytest.mark.parametrize("step", [pytest.param("staged", marks=pytest.mark.slow), "announced", "exchanged"])
 @pytest.mark.parametrize("what", ["snapshot", "restore"])
 def test_killed_between_steps(kernel_overlay: None, place: Place, what: str, step: str) -> None:
     """The old or the new stack is there after each step on disk, and the next snapshot works."""
@@ -521,6 +545,7 @@ def test_killed_between_steps(kernel_overlay: None, place: Place, what: str, ste
     assert _again(place) == expected
 
 
+@pytest.mark.slow
 def test_killed_at_any_time(kernel_overlay: None, place: Place) -> None:
     """The daemon is killed while it takes a snapshot with open files: all of them are as before."""
     for number in range(10):
@@ -552,6 +577,10 @@ def test_refusals(kernel_overlay: None, place: Place) -> None:
         place.mount(*words)
         refused(unionfs("snapshot", "create", place.merged, "first"), why)
         succeed(unionfs("umount", place.merged))
+    (place.root / "branch.json").touch()
+    place.mount()
+    refused(unionfs("snapshot", "create", place.merged, "first"), "belongs to a branch")
+    succeed(unionfs("umount", place.merged))
     succeed(unionfs("mount", "-l", place.lower, place.merged))
     refused(unionfs("snapshot", "create", place.merged, "first"), "no upper")
     refused(unionfs("snapshot", "ls", place.merged), "no upper")
@@ -567,7 +596,8 @@ def test_of_an_ordinary_user(host: Host, place: Place) -> None:
     refused(host.unionfs("snapshot", "create", place.merged, "first"), "cannot be made", "writable")
     os.chown(place.root, UID, UID)
     with subprocess.Popen(
-        ["nsenter", "-t", str(host.holder.pid), "-m", "setpriv", "--reuid", str(UID), "--clear-groups", "--",
+        ["nsenter", "-t", str(host.holder.pid), "-m", "setpriv", "--reuid", str(UID), "--regid",
+         str(UID), "--clear-groups", "--",
          "sh", "-c", f"exec 3>>{place.merged}/d/log; while echo line >&3; do sleep 0.01; done"],
     ) as writer:  # fmt: skip
         assert wait_for(lambda: host.run("cat", place.merged / "d/log").stdout.count("line") > 3)

@@ -52,6 +52,8 @@ def take(mount: LiveMount, name: str | None, *, stop: bool = True) -> dict[str, 
 
 def _take(mount: LiveMount, name: str | None, *, stop: bool) -> dict[str, Any]:
     question = {"order": "snapshot", "name": name}
+    if stop:  # so that less is left to be written while programs are stopped
+        give(mount, "sync", "written to disk", "check the disk of the upper")
     # So that those who are stopped go on in any case.
     signal.setitimer(signal.ITIMER_REAL, _LONGEST_STOP if stop else 0)
     try:

@@ -14,12 +14,12 @@ import trio
 
 from unionfs.core.places import Layer
 from unionfs.daemon.serving import Serving
-from unionfs.daemon.syncing import sync
+from unionfs.daemon.syncing import write_back
 from unionfs.errors import UserError, quoted
 from unionfs.fuse.operations import Operations
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.names import check_name
-from unionfs.storage.snapshots import Record, Store, added, base, has_some, path_of
+from unionfs.storage.snapshots import Record, Store, added, base, has_some, is_beside, path_of
 from unionfs.union.layers import LayerStack
 from unionfs.union.stacking import Copied, lacking_names
 
@@ -46,9 +46,9 @@ class Snapshotting:
 
     async def clean(self) -> None:
         """Remove what no snapshot needs any more."""
-        settings = self._serving.settings
+        settings, upper = self._serving.settings, self._stack.upper
         # A daemon without them stays without threads, for `share_memory`.
-        if settings.upper is not None and has_some(settings.upper):
+        if upper is not None and settings.upper is not None and has_some(upper.root_fd, settings.upper):
             await trio.to_thread.run_sync(_clean, self._stack, settings, abandon_on_cancel=True)
 
     # -- orders ---------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ class Snapshotting:
         """`still`: all processes that have files open for writing are stopped."""
         settings, stack = self._serving.settings, self._stack
         upper = store.upper
-        await sync(self._serving.locate(), stack)
+        await write_back(self._serving.locate())
         with store.locked():
             record = store.record()
             id_, fd = store.stage(record)
@@ -108,7 +108,9 @@ class Snapshotting:
             stack.protect(former.root_fd)
             files = tuple(_shown(one) for one in copied if one.changed or (one.mapped and not still))
             new = new.with_layer(replace(new.layers[id_], files=files[:_MOST_FILES]))
-            store.finish(new)
+            if stack.durable:
+                await trio.to_thread.run_sync(stack.sync_upper)
+            await trio.to_thread.run_sync(store.finish, new)
         self._changed(replace(settings, lowers=(path_of(upper, id_), *settings.lowers)))
         one = new.layers[id_]
         return {
@@ -169,7 +171,7 @@ def recover(stack: LayerStack, settings: MountSettings) -> None:
 def _store(stack: LayerStack, settings: MountSettings) -> Iterator[Store | None]:
     """The snapshots of a mount's upper, if it has some."""
     upper, path = stack.upper, settings.upper
-    if upper is None or path is None or not has_some(path):
+    if upper is None or path is None or not has_some(upper.root_fd, path):
         yield None
         return
     with Store(upper.root_fd, path) as store:
@@ -229,7 +231,6 @@ def _why_not(settings: MountSettings, stack: LayerStack, *, possible: bool) -> s
     ):  # fmt: skip
         if wanted:
             return f"it has {option}; mount it without"
-    directory = os.path.dirname(settings.upper)
-    if any(os.path.lexists(f"{directory}/{name}") for name in _MANAGED):
+    if any(is_beside(stack.upper.root_fd, name) for name in _MANAGED):
         return "its upper belongs to a branch, volume or container, which would not find them; use another"
     return ""

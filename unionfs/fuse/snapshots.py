@@ -61,8 +61,6 @@ class Snapshots:
                 stacking.begin(fd, path)
                 try:
                     copied = stacking.move_written()
-                    if copied and self._union.stack.durable:
-                        self._union.stack.sync_upper()
                     commit()
                 except BaseException:
                     stacking.undo()

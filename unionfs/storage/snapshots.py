@@ -130,9 +130,20 @@ def path_of(upper: str, id_: str) -> str:
     return f"{upper}{SUFFIX}/{id_}"
 
 
-def has_some(upper: str) -> bool:
+def is_beside(upper_fd: int, name: str) -> bool:
+    """Whether the directory of an upper has that name. Its path may lead to the mount, which would wait for
+    itself."""
+    with Owned(os.open(b"..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=upper_fd)) as above:
+        try:
+            os.stat(name, dir_fd=above, follow_symlinks=False)
+        except OSError:
+            return False
+        return True
+
+
+def has_some(upper_fd: int, upper: str) -> bool:
     """Whether an upper may have snapshots."""
-    return os.path.isdir(upper + SUFFIX)
+    return is_beside(upper_fd, os.path.basename(upper) + SUFFIX)
 
 
 def read(upper: str) -> Record:

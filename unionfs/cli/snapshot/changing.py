@@ -12,6 +12,7 @@ from unionfs.cli.branch.common import json_option, print_json, tell
 from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount
 from unionfs.cli.run import moment
+from unionfs.cli.snapshot.common import complete_snapshots
 from unionfs.errors import quoted
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def create(no_stop: bool, as_json: bool, mountpoint: str, name: str | None) -> N
 @click.command(epilog="Example: unionfs snapshot restore /mnt before-upgrade")
 @json_option
 @click.argument("mountpoint", shell_complete=complete_mountpoints)
-@click.argument("name")
+@click.argument("name", shell_complete=complete_snapshots)
 def restore(as_json: bool, mountpoint: str, name: str) -> None:
     """Let the mount at MOUNTPOINT show its snapshot NAME again, and drop what was changed since the newest
     one.
@@ -74,7 +75,7 @@ def restore(as_json: bool, mountpoint: str, name: str) -> None:
 @click.option("--wait", is_flag=True, help="Return when the layers are joined.")
 @json_option
 @click.argument("mountpoint", shell_complete=complete_mountpoints)
-@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete_snapshots)
 def rm(wait: bool, as_json: bool, mountpoint: str, names: tuple[str, ...]) -> None:
     """Remove the snapshots NAME... of the mount at MOUNTPOINT.
 

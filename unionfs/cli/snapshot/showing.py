@@ -9,6 +9,7 @@ from unionfs.cli.branch.differences import rendered, show, values_of
 from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount
 from unionfs.cli.run import moment, print_table
+from unionfs.cli.snapshot.common import complete_snapshots
 from unionfs.errors import quoted
 
 
@@ -44,8 +45,8 @@ def ls(as_json: bool, mountpoint: str) -> None:
               help="A unified diff of text files; of others size and SHA-256.")  # fmt: skip
 @json_option
 @click.argument("mountpoint", shell_complete=complete_mountpoints)
-@click.argument("name")
-@click.argument("other", required=False)
+@click.argument("name", shell_complete=complete_snapshots)
+@click.argument("other", required=False, shell_complete=complete_snapshots)
 def diff(form: str | None, as_json: bool, mountpoint: str, name: str, other: str | None) -> None:
     """Show what changed from the snapshot NAME to OTHER, by default to the present state: as `branch diff`,
     A(dded), C(hanged), D(eleted) or R(enamed), the path, and for a change what it changes.
