@@ -13,7 +13,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -629,3 +629,31 @@ def test_snapshot_in_use(hybrid: Snapshots) -> None:
     succeed(unionfs("umount", at))
     succeed(unionfs("snapshot", "rm", hybrid.union, "first"))
     assert hybrid.listed() == {}
+
+
+def test_no_space_for_copies(root: None, area: Path, filesystem: Callable[..., Path]) -> None:
+    """If a file that is open for writing cannot be copied, nothing changes, and programs go on."""
+    small = filesystem("ext4", size=24 << 20)
+    for path in (area / "lower", small / "upper", small / "work"):
+        path.mkdir()
+    layers = {"lowers": [area / "lower"], "upper": small / "upper", "work": small / "work"}
+    with mounted(area, **layers, session="direct") as mount:
+        top = mount.mountpoint
+        (top / "d").mkdir()
+        small_file, large_file = top / "d/small", top / "d/large"
+        with small_file.open("wb", buffering=0) as one, large_file.open("wb", buffering=0) as two:
+            one.write(b"small")
+            two.write(b"x" * (14 << 20))
+            before = shown(top)
+            refused(unionfs("snapshot", "create", top, "first"), "no space left")
+            assert shown(top) == before
+            one.write(b" and more")
+            two.write(b"y")
+            assert (top / "d/small").read_bytes() == b"small and more"
+            assert (small / "upper/d/small").read_bytes() == b"small and more"
+            two.truncate(0)
+            succeed(unionfs("snapshot", "create", top, "first"))
+            one.write(b" again")
+        assert (top / "d/small").read_bytes() == b"small and more again"
+        listed = json.loads(succeed(unionfs("snapshot", "ls", "--json", top)))
+        assert (Path(listed[0]["layer"]) / "d/small").read_bytes() == b"small and more"
