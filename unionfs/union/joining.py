@@ -69,6 +69,9 @@ class _Joining:
             elif below or not self._is_whiteout(part, name, st):
                 self._file(parts, part, name, st, target)
         self._attributes(above[0], target)
+        if below and any(self._markers.opaque_value(self._gate.fd(part)) == b"x" for part in above):
+            # It has whiteouts that are files with an xattr, which overlayfs looks for only then.
+            os.setxattr(b"/proc/self/fd/%d" % target, self._markers.opaque, b"x")
 
     def _subdirectory(self, parts: list[Place], name: bytes, target: int) -> None:
         found = self._merge.search(parts, name)
