@@ -511,10 +511,14 @@ def test_mounted_again(kernel_overlay: None, place: Place) -> None:
     refused(unionfs("mount", *place.layers, place.merged), "cannot be read")
 
 
-@pytest.mark.parametrize("step", [
+@pytest.mark.parametrize(
+    "step",
+    [
         pytest.param("staged", marks=pytest.mark.slow),
-        pytest.param("announced", marks=pytest.mark.slow), "exchanged",
-    ])
+        pytest.param("announced", marks=pytest.mark.slow),
+        "exchanged",
+    ],
+)
 @pytest.mark.parametrize("what", ["snapshot", "restore"])
 def test_killed_between_steps(kernel_overlay: None, place: Place, what: str, step: str) -> None:
     """The old or the new stack is there after each step on disk, and the next snapshot works."""
