@@ -21,7 +21,6 @@ from unionfs.union.filedata import clone, copy_data
 from unionfs.union.images import is_image, open_image
 from unionfs.union.markers import Markers
 from unionfs.union.merge import Merge
-from unionfs.union.xattrs import unsupported
 
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -109,8 +108,10 @@ class _Joining:
         else:
             self._data(parts, part, name, st, target)
         private = (self._markers.metacopy, self._markers.redirect) if lacks_data else ()
-        xattrs = attributes.read_xattrs(where, lambda key: key not in private, unsupported, follow=False)
-        attributes.write(target, name, attributes.attributes(st, xattrs), unsupported)
+        xattrs = attributes.read_xattrs(
+            where, lambda key: key not in private, attributes.unsupported, follow=False
+        )
+        attributes.write(target, name, attributes.attributes(st, xattrs), attributes.unsupported)
 
     def _data(self, parts: list[Place], part: Place, name: bytes, st: os.stat_result, target: int) -> None:
         where = b"/proc/self/fd/%d/%b" % (self._gate.fd(part), name)
@@ -127,10 +128,10 @@ class _Joining:
         source, path = self._gate.fd(place), b"/proc/self/fd/%d" % target
         depending = self._markers.opaque, self._markers.redirect
         xattrs = attributes.read_xattrs(
-            b"/proc/self/fd/%d" % source, lambda key: key not in depending, unsupported
+            b"/proc/self/fd/%d" % source, lambda key: key not in depending, attributes.unsupported
         )
         with Owned(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
-            attributes.write(fd, None, attributes.attributes(os.stat(source), xattrs), unsupported)
+            attributes.write(fd, None, attributes.attributes(os.stat(source), xattrs), attributes.unsupported)
 
     def _listed(self, place: Place) -> list[str]:
         with Owned(self._gate.open_for_listing(place)) as fd:

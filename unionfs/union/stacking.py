@@ -33,7 +33,7 @@ from unionfs.union.copyup import CopyUp
 from unionfs.union.filedata import clone, copy_data
 from unionfs.union.index import open_index
 from unionfs.union.tree import Union
-from unionfs.union.xattrs import copied_xattrs, unsupported
+from unionfs.union.xattrs import copied_xattrs
 
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -168,8 +168,8 @@ class Stacking:
             st = os.fstat(source)
             if not clone(source, target, st.st_dev, union.stack.never_clones):
                 copy_data(source, target, st.st_size)
-            xattrs = attributes.read_xattrs(source, lambda name: name != nlink, unsupported)
-            attributes.write(target, None, attributes.attributes(st, xattrs), unsupported)
+            xattrs = attributes.read_xattrs(source, lambda name: name != nlink, attributes.unsupported)
+            attributes.write(target, None, attributes.attributes(st, xattrs), attributes.unsupported)
             return st, os.fstat(source)
 
     def _exchange(
@@ -306,7 +306,7 @@ def like(union: Union, source: int, fd: int) -> None:
             with suppress(OSError):  # if it has one
                 xattrs[name] = os.getxattr(b"/proc/self/fd/%d" % source, name)
         owner = not union.identity.owns(st)
-        attributes.write(target, None, attributes.attributes(st, xattrs), unsupported, owner=owner)
+        attributes.write(target, None, attributes.attributes(st, xattrs), attributes.unsupported, owner=owner)
 
 
 def lacking_names(union: Union) -> bool:
