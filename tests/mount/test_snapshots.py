@@ -447,7 +447,13 @@ def test_diff(hybrid: Snapshots) -> None:
 @pytest.mark.slow
 def test_a_hundred(hybrid: Snapshots) -> None:
     """Snapshots stack; each has its state, and the union all."""
-    root, entry = hybrid.union, next(e for e in live.entries() if e.settings.mountpoint == str(hybrid.union))
+    root = hybrid.union
+
+    def entries() -> list[live.LiveMount]:
+        return [one for one in live.entries() if one.settings.mountpoint == str(root)]
+
+    assert wait_for(entries)  # it comes after the mount is usable
+    (entry,) = entries()
     (root / "many").mkdir()
     with (root / "many/open").open("wb", buffering=0) as file:
         for number in range(100):
