@@ -95,6 +95,25 @@ def test_mounts(place: Place, call: Any) -> None:
         held.read()
 
 
+def test_snapshots(place: Place, call: Any) -> None:
+    place.mount("--session", "direct")
+    with (place.merged / "base").open("w") as file:
+        file.write("changed")
+        file.flush()
+        mapped = os.open(place.merged / "base", os.O_RDWR)
+        taken = call("snapshot", "create", "--json", place.merged, "first")
+        _agrees("snapshot create --json MOUNTPOINT", taken)
+        os.close(mapped)
+    _agrees("snapshot ls --json MOUNTPOINT", call("snapshot", "ls", "--json", place.merged))
+    (place.merged / "deep").write_text("changed")
+    os.rename(place.merged / "base", place.merged / "renamed")
+    words = "snapshot", "diff", "--json", "--content", place.merged, "first"
+    _agrees("snapshot diff --json MOUNTPOINT NAME", call(*words))
+    restored = call("snapshot", "restore", "--json", place.merged, "first")
+    _agrees("snapshot restore --json MOUNTPOINT NAME", restored)
+    _agrees("snapshot rm --json MOUNTPOINT NAME", call("snapshot", "rm", "--json", place.merged, "first"))
+
+
 def test_volumes(place: Place, call: Any) -> None:
     cli_calls.succeed(cli_calls.unionfs("volume", "create", "--label", "a=b", "data"))
     (place.root / "storage/volumes/data/_data/file").write_text("content")

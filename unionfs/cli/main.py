@@ -20,6 +20,7 @@ _COMMANDS = {
     "sync": ("unionfs.cli.orders:sync", "Write all data of a mount to disk."),
     "refresh": ("unionfs.cli.orders:refresh", "Make changes to a mount's lowers visible."),
     "upgrade": ("unionfs.cli.upgrade:upgrade", "Exchange daemons for the installed version."),
+    "snapshot": ("unionfs.cli.snapshot:snapshot", "Take and restore snapshots of a mount."),
     "ls": ("unionfs.cli.mounts:ls", "List active mounts."),
     "inspect": ("unionfs.cli.mounts:inspect", "Show a mount's settings and figures."),
     "stats": ("unionfs.cli.stats:stats", "Show a mount's activity: requests, latency, bytes."),

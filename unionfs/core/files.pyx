@@ -86,6 +86,10 @@ cdef class OpenFile:
             close(self.number)
             self.number = -1
 
+    def only_reads(self):
+        """Record that it must not be written any more: it lies in a lower."""
+        self.writable = False
+
     def look_at_xattrs(self):
         """List the names of all its xattrs and remember them; None if they cannot be listed."""
         try:
@@ -317,6 +321,12 @@ cdef class Use:
     def passes_through(self, int backing_id, *, bint of_upper):
         """Record the id under which the kernel knows the backing file."""
         self.backing_id, self.of_upper, self.resized = backing_id, of_upper, False
+
+    def lies_below(self):
+        """Record that the backing file belongs to a lower now."""
+        self.of_upper = False
+        if self.file is not None:
+            self.file.only_reads()
 
     def resize(self):
         """Record a truncation without an open."""

@@ -355,6 +355,10 @@ cdef class NodeTable(Recorder):
         self.record_name(node)
         self.release(parent)
 
+    def has_index(self, index):
+        """Set the index of another upper; None: it has none."""
+        self.index = index
+
     def unnamed(self, Node parent not None, int held):
         """A node for an upper file without a name yet (O_TMPFILE); ``held`` is an O_PATH fd of it."""
         st = os.stat(held)

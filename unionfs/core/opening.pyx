@@ -48,6 +48,10 @@ cdef class Handles:
     def __len__(self):
         return len(self.by_number)
 
+    def all(self):
+        """All open files."""
+        return list(self.by_number.values())
+
     def get(self, uint64_t number):
         """The open file with that number, or None."""
         return self.by_number.get(number)
@@ -158,6 +162,11 @@ cdef class KeptFiles:
         node.in_use().kept = True
         if len(self.by_node) > self.most:
             self.drop(next(iter(self.by_node)))
+
+    def clear(self):
+        """Take all back."""
+        for node in list(self.by_node):
+            self.drop(node)
 
     cpdef drop(self, Node node):
         """Take back the file of a node, if there is one."""

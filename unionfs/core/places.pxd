@@ -13,7 +13,7 @@ cdef class Layer:
     cdef public Py_ssize_t links_of_removed
     cdef readonly object dev, permissions
     cdef readonly Place root
-    cdef bint is_bound
+    cdef bint is_bound, was_upper
 
     cdef int64_t key_of(self, const stat_t *st) noexcept nogil
 

@@ -93,6 +93,23 @@ cdef class Layer:
         """Record that its mount maps ids."""
         self.is_idmapped = True
 
+    def becomes_lower(self):
+        """Record that another upper lies on top of it: from now on its objects are copied up, and stay the same ones
+        whatever their owner and mode, as before."""
+        self.is_upper = self.in_place = False
+        self.was_upper = True
+        self.quiet = not self.atime_stays and os.stat(self.root.fd).st_uid == os.geteuid()
+
+    def becomes_upper_again(self, *, bint quiet):
+        """Undo :meth:`becomes_lower`; ``quiet`` as before."""
+        self.is_upper = self.in_place = True
+        self.was_upper = False
+        self.quiet = quiet
+
+    def is_moved_to(self, str path):
+        """Record its path."""
+        self.path = path
+
     def keeps_permissions(self, permissions):
         """Record that its objects have owner, mode and type in an xattr."""
         self.permissions = permissions
@@ -116,7 +133,7 @@ cdef class Layer:
         cdef uint64_t number = st.st_ino if self.keeps_numbers else 0
         if self.is_bound:
             return 0
-        if self.is_upper or self.permissions is not None:  # then the attributes shown are others
+        if self.is_upper or self.was_upper or self.permissions is not None:  # then the attributes shown are others
             return mixed(number, 0, 0) if number else 0
         return mixed(number, (<uint64_t>st.st_uid << 32) | st.st_gid, st.st_mode)
 

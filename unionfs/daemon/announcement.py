@@ -71,6 +71,14 @@ class Announcement:
             self._former.remove()
             self._former = None
 
+    def changed(self, settings: MountSettings, claims: tuple[tuple[int, int], ...]) -> None:
+        """Enter other settings of the usable mount, and (st_dev, st_ino) of its upper and work."""
+        self._claims = claims
+        if self._entry is not None:
+            self._entry = replace(self._entry, settings=settings, claims=claims)
+            with suppress(OSError):
+                self._entry.save()
+
     def held_by(self, holder: int) -> None:
         """Enter the pid of the holder of this daemon's files."""
         if self._entry is not None:

@@ -58,6 +58,22 @@ def give(mount: LiveMount, order: str, what: str, cure: str) -> None:
     )
 
 
+def ask_for(mount: LiveMount, question: dict[str, Any]) -> dict[str, Any]:
+    """Give the daemon an order with more keys; returns its answer. Raises UserError, with the daemon's
+    sentence."""
+    place = quoted(mount.settings.mountpoint)
+    answer = mount.ask(question, timeout=_SECONDS)
+    if answer is None:
+        raise UserError(
+            f"{place}: its daemon (pid {mount.pid}) ended or does not answer; `unionfs ls` lists active "
+            "mounts."
+        )
+    why = answer.get("failed")
+    if isinstance(why, str):
+        raise UserError(f"{why}." if ";" in why else f"{place} cannot change its layers: {why}; try again.")
+    return answer
+
+
 def exchange(mount: LiveMount) -> int:
     """Let the installed version take a mount over; returns the pid of the new daemon. Raises UserError."""
     place = quoted(mount.settings.mountpoint)

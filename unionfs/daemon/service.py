@@ -27,9 +27,10 @@ from unionfs.daemon.outliving import Outliving
 from unionfs.daemon.runtime import RuntimeDirectory
 from unionfs.daemon.serving import Serving
 from unionfs.daemon.sharing import share_memory
+from unionfs.daemon.snapshotting import Snapshotting, recover
 from unionfs.daemon.stats import more_for
 from unionfs.daemon.syncing import sync
-from unionfs.errors import MountRefusedError, UserError, path_in, quoted, reason
+from unionfs.errors import MountRefusedError, UserError, on_failure, path_in, quoted, reason
 from unionfs.fuse.errors import SessionError
 from unionfs.fuse.operations import Operations
 from unionfs.settings.mount import MountSettings
@@ -87,6 +88,8 @@ class Service:
                 self._announcement = Announcement(settings, directory, former.entry)
                 self._stack = former.layers()
             undo.callback(self._stack.close)
+            if former is None:
+                _recover(self._stack, settings)
             self._outliving = Outliving(settings, directory, self._stack, former, foreground=foreground)
             # Before the union notes the capabilities to restore after it acted as a caller: capset(2) of
             # more than are left fails, and the caller's own rights would count in work.
@@ -94,6 +97,7 @@ class Service:
             self._operations = Operations(_union(self._stack, settings, self._outliving.state))
             undo.pop_all()
         self._serving = Serving(self._operations, settings)
+        self._snapshotting = Snapshotting(self._operations, self._stack, self._serving, self._republish)
         self._lifetime = Lifetime(settings, lambda: self._finish(connected=True), foreground=foreground)
 
     def run(self) -> bool:
@@ -147,6 +151,7 @@ class Service:
             watches = self._operations.union.watches
             if watches is not None:
                 nursery.start_soon(self._operations.refreshing.watch, watches)
+            nursery.start_soon(self._snapshotting.clean)
             if listeners:
                 nursery.start_soon(serve_control, listeners, self._answer)
             with session:
@@ -187,7 +192,7 @@ class Service:
         log.debug("asked: %s", question or "figures")
         order = order_in(question)
         if order is not None:
-            return await self._obey(order)
+            return await self._obey(order, question)
         upper = self._stack.upper
         return {
             "settings": self._settings().to_json(),
@@ -201,8 +206,10 @@ class Service:
             **more_for(question, self._operations.latencies),
         }
 
-    async def _obey(self, order: str) -> dict[str, Any]:
+    async def _obey(self, order: str, question: dict[str, Any]) -> dict[str, Any]:
         try:
+            if order in ("snapshot", "restore"):
+                return await self._snapshotting.obey(order, question)
             if order == "sync":
                 await sync(self._serving.locate(), self._stack)
             elif order == "exchange":
@@ -217,7 +224,12 @@ class Service:
                 return failed("its daemon does not know that order")
         except OSError as error:
             return failed(reason(error))
+        except UserError as error:
+            return failed(str(error).rstrip("."))
         return done()
+
+    def _republish(self) -> None:
+        self._announcement.changed(self._settings(), self._stack.identities())
 
     def _finish(self, *, connected: bool = False) -> bool:
         """Release everything: lowers first, the upper after its sync. Returns whether it is on disk."""
@@ -276,6 +288,13 @@ def _open(settings: MountSettings, directory: RuntimeDirectory) -> tuple[Announc
         name = quoted(path) if path else "the layers"
         raise UserError(f"{name} cannot be opened: {reason(error)}; check the layers.") from error
     return announcement, stack
+
+
+def _recover(stack: LayerStack, settings: MountSettings) -> None:
+    """Finish a change of snapshots whose daemon was killed. Raises UserError."""
+    complaint = f"the snapshots of upper {quoted(settings.upper or '')} cannot be read"
+    with on_failure(complaint, "check their directory"):
+        recover(stack, settings)
 
 
 def _union(stack: LayerStack, settings: MountSettings, state: State | None) -> Union:

@@ -39,6 +39,10 @@ class Serving:
         self._mount: MountEntry | None = None
         self._gone = False
 
+    def changed(self, settings: MountSettings) -> None:
+        """Set the settings of the usable mount, whose layers have changed."""
+        self.settings = settings
+
     async def serve(self, on_mounted: Callable[[], None]) -> None:
         """Mount and serve until the mount is gone. Raises SessionError."""
         await self._serve(on_mounted)

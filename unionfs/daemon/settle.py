@@ -54,13 +54,13 @@ def settle(
     _check_paths(chosen_lowers, chosen_upper, chosen_work, mountpoint)
     chosen_upper, upper_tmpfs = _writable_layer(chosen_upper, chosen_work)
     session, io = _session_and_io(parsed, session, io, configured := configuration())
+    upper_path = None if chosen_upper is None else absolute(chosen_upper)
     trusted_xattrs = may_use_trusted_xattrs() if trusted_xattrs is None else trusted_xattrs
-    is_root = os.geteuid() == 0
-    userxattr = parsed.userxattr or not trusted_xattrs
+    is_root, userxattr = os.geteuid() == 0, parsed.userxattr or not trusted_xattrs
     return MountSettings(
         mountpoint=absolute_mountpoint(mountpoint),
-        lowers=tuple(absolute(path) for path in chosen_lowers),
-        upper=None if chosen_upper is None else absolute(chosen_upper),
+        lowers=_with_snapshots(upper_path, tuple(map(absolute, chosen_lowers))),
+        upper=upper_path,
         work=None if chosen_work is None else absolute(chosen_work),
         read_only=(chosen_upper is None and upper_tmpfs is None) or parsed.read_only,
         session=session,
@@ -84,6 +84,16 @@ def settle(
         watch_lower=watch_lower or parsed.watch_lower,
         cpu_idle=parsed.cpu_idle, outlive=parsed.outlive,
     )
+
+
+def _with_snapshots(upper: str | None, lowers: tuple[str, ...]) -> tuple[str, ...]:
+    """The lowers, and above them the snapshots that the upper lies on. Raises UserError."""
+    if upper is None or not os.path.lexists(upper + ".snapshots"):
+        return lowers
+    # For start-up time: most uppers have no snapshots.
+    from unionfs.storage.snapshots import with_snapshots
+
+    return with_snapshots(upper, lowers)
 
 
 def _refuse_both(parsed: Options) -> None:

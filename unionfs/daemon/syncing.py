@@ -18,11 +18,16 @@ async def sync(mount: MountEntry | None, stack: LayerStack) -> None:
 
     `mount` is None if the mount is detached; then only data that was already written back is synced.
     """
+    await write_back(mount)
+    await trio.to_thread.run_sync(stack.sync_upper, abandon_on_cancel=True)
+    await trio.to_thread.run_sync(stack.sync_bound, abandon_on_cancel=True)
+
+
+async def write_back(mount: MountEntry | None) -> None:
+    """Write the kernel's cached data of the mount to the layers. Raises ``OSError``."""
     if mount is not None:
         # The loop serves the writes of the page cache meanwhile.
         await trio.to_thread.run_sync(_write_back, mount, abandon_on_cancel=True)
-    await trio.to_thread.run_sync(stack.sync_upper, abandon_on_cancel=True)
-    await trio.to_thread.run_sync(stack.sync_bound, abandon_on_cancel=True)
 
 
 def _write_back(mount: MountEntry) -> None:

@@ -29,6 +29,7 @@ from unionfs.fuse.inline import in_thread
 from unionfs.fuse.invalidations import Invalidations
 from unionfs.fuse.latency import Latencies
 from unionfs.fuse.refreshing import Refreshing
+from unionfs.fuse.snapshots import Snapshots
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
 from unionfs.sys.fds import Owned, close_quietly
@@ -82,6 +83,7 @@ class Operations:
         self.directories = Directories()
         self.refreshing = Refreshing(union, self.directories, self.copy_ups)
         self.files = Files(union, self.copy_ups)
+        self.snapshots = Snapshots(union, copy_up, self.files.handles, self.refreshing)
         #: The number of requests by kind, counted by the session.
         self.requests: Counter[str] = Counter()
         #: The latencies of requests, measured by the session on demand.

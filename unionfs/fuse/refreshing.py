@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from typing import Final, Protocol
 
 import trio
@@ -63,7 +64,8 @@ class Refreshing:
         self._copy_ups = copy_ups
         self._kernel: Kernel | None = None
         self._since_ns = time.time_ns()
-        self._one = trio.Lock()
+        #: Held while nodes are brought up to date.
+        self.one = trio.Lock()
 
     def serve(self, kernel: Kernel) -> None:
         """Set the session's side."""
@@ -73,11 +75,31 @@ class Refreshing:
         """Make all changes of the lowers visible, also those of files that are open or mapped."""
         if self._kernel is None:
             return
-        async with self._one:
+        async with self.one:
             began = time.time_ns()
             work = self._refresh(self._kernel)
             await self._do(self._kernel, work, work.steps())
             self._since_ns = began
+
+    async def replace(self, still: AbstractAsyncContextManager[None], change: Callable[[], Outdated]) -> None:
+        """Change the layers, and show all that differs; ``change`` returns what is outdated besides the known
+        nodes. Within the context ``still`` no request is served. Raises what ``change`` raises."""
+        assert self._kernel is not None
+        async with self.one:
+            async with still:
+                outdated = change()
+                work = self._refresh(self._kernel)
+                for _ in work.steps():
+                    pass
+            found = work.take()
+            found.names.extend(outdated.names)
+            found.nodes.update(outdated.nodes)
+            await self.tell(found)
+
+    async def tell(self, outdated: Outdated) -> None:
+        """Make the kernel forget it."""
+        if self._kernel is not None:
+            await self._tell(self._kernel, outdated)
 
     async def watch(self, watches: Watches) -> None:
         """Make changes visible that the watches report; until cancelled."""
@@ -107,7 +129,7 @@ class Refreshing:
         if changed.everything:
             await self.refresh()
         elif changed and self._kernel is not None:
-            async with self._one:
+            async with self.one:
                 work = self._refresh(self._kernel)
                 await self._do(self._kernel, work, work.steps_for(changed.names))
 

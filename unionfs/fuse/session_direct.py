@@ -190,7 +190,7 @@ def make_loop(
             "readahead_bytes": decision.max_readahead,
         },
     })  # fmt: skip
-    return Loop(
+    loop = Loop(
         device,
         decision,
         operations.union,
@@ -201,6 +201,8 @@ def make_loop(
         channel,
         operations.invalidations,
     )
+    operations.snapshots.serve(loop)
+    return loop
 
 
 def _make_answers(

@@ -51,7 +51,7 @@ def _users(is_there: Callable[[str, int], bool], device: str | None, limit: int)
         if not entry.isdigit() or int(entry) == os.getpid():
             continue
         pid = int(entry)
-        how = next((how for how, link in _links(pid) if is_there(*_place(link))), None)
+        how = next((how for how, link in _links(pid) if is_there(*place_of(link))), None)
         if how is None and device is not None and _maps_device(pid, device):
             how = "mapped file"
         if how is not None:
@@ -69,7 +69,7 @@ def _links(pid: int) -> Iterator[tuple[str, str]]:
             yield "open file", f"/proc/{pid}/fd/{fd}"
 
 
-def _place(link: str) -> tuple[str, int]:
+def place_of(link: str) -> tuple[str, int]:
     """Return the device and the mount id of an open file; of a process that is gone, ("", 0)."""
     try:
         # With a mask a FUSE mount that this user may not access would fail with EACCES (fs/fuse/dir.c).

@@ -99,7 +99,7 @@ class CopyUp:
                 union.flags.copy_directory(node, copy)
                 self._copy_attributes(node, lower, st, copy)
             parent = node.parent.parts[0]
-            resized = self._appears(node.parent, lambda fd: temporary.put(fd, node.name))
+            resized = self.appears(node.parent, lambda fd: temporary.put(fd, node.name))
         place = Place(parent.layer, parent, node.name)
         place.copied_up(empty=union.shortcuts.empty_places)
         try:
@@ -157,7 +157,7 @@ class CopyUp:
         else:
             assert node.parent is not None
             place = node.parent.parts[0] if node.parent.in_place else self.directory(node.parent)
-            resized = self._appears(node.parent, lambda fd: temporary.put(fd, node.name))
+            resized = self.appears(node.parent, lambda fd: temporary.put(fd, node.name))
             if origin is Stored.READABLE and not place.impure:
                 origin = Stored.UNKNOWN
             try:
@@ -201,10 +201,10 @@ class CopyUp:
         try:
             os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
         except FileNotFoundError:
-            return self._appears(parent, lambda fd: index.link(node, fd, name))
+            return self.appears(parent, lambda fd: index.link(node, fd, name))
         return None
 
-    def _appears(self, directory: Node, put: Callable[[int], None]) -> Node | None:
+    def appears(self, directory: Node, put: Callable[[int], None]) -> Node | None:
         """Put a copy into a directory of the upper (an fd of it), restoring its mtime and the ctime shown for
         it: a copy-up is not a change. Returns the directory if its size may have changed for the kernel."""
         resized = enters(self.union.nodes, directory)

@@ -27,6 +27,7 @@ from unionfs.union.images import is_image, open_image
 from unionfs.union.markers import ABSENT, Markers
 from unionfs.union.merge import Merge
 
+_DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _VANISHED: Final = (FileNotFoundError, NotADirectoryError)
 
 
@@ -66,6 +67,36 @@ def compared(
         merge = Merge(layers, markers, directory_fds=256)
         resources.callback(merge.close)
         yield merge, _Comparison(merge, layers).run()
+
+
+@contextmanager
+def between(
+    before: Sequence[str], now: Sequence[str], markers: Markers, *, upper: bool
+) -> Iterator[tuple[Merge, Change]]:
+    """The same for two trees whose layers are given, topmost first; the lowest one is the same. ``upper``:
+    whether the first one of ``now`` is an upper in use."""
+    common = 0
+    while common < min(len(before), len(now)) and before[-1 - common] == now[-1 - common]:
+        common += 1
+    with ExitStack() as resources:
+
+        def opened(paths: Sequence[str], above: int, *, first_is_upper: bool = False) -> list[Layer]:
+            layers = []
+            for position, path in enumerate(paths):
+                fd = open_image(path) if is_image(path) else os.open(path, _DIRECTORY)
+                resources.callback(os.close, fd)
+                index = above - len(paths) + position
+                layers.append(Layer(index, path, fd, is_upper=first_is_upper and position == 0))
+            return layers
+
+        shared = opened(now[len(now) - common :], common)
+        layers = opened(now[: len(now) - common], 0, first_is_upper=upper) + shared
+        others = opened(before[: len(before) - common], 0) + shared
+        for position, layer in enumerate(shared):
+            assert layer.index == position
+        merge = Merge(layers, markers, directory_fds=256)
+        resources.callback(merge.close)
+        yield merge, _Between(merge, layers, others).run()
 
 
 class Change:
@@ -144,7 +175,7 @@ class _Comparison:
 
     def run(self) -> Change:
         """The root of all changes."""
-        now, before = self._merge.roots, self._merge.named.roots(self._layers[1:])
+        now, before = self._merge.roots, self._roots_before()
         root = Change(None, b"", self._root(now), self._root(before))
         self._todo.append((root, now, before))
         while self._todo:
@@ -158,6 +189,9 @@ class _Comparison:
                 self._compare(Change(change, name), now, before)
         return root
 
+    def _roots_before(self) -> list[Place]:
+        return self._merge.named.roots(self._layers[1:])
+
     def _root(self, parts: list[Place]) -> Object:
         return Object(os.stat(self._merge.gate.fd(parts[0])), parts)
 
@@ -170,7 +204,7 @@ class _Comparison:
     def _compare(self, change: Change, now: list[Place], before: list[Place]) -> None:
         try:
             change.new = new = self._find(now, change.name)
-            change.old = old = self._find(before, change.name)
+            change.old = old = self._find_before(before, change.name)
             if new is None:
                 if old is not None:
                     change.report("D")
@@ -204,6 +238,9 @@ class _Comparison:
         if not stat.S_ISDIR(st.st_mode):
             return Object(st, places)
         return Object(st, [self._places.setdefault((place.parent, place.name), place) for place in places])
+
+    def _find_before(self, parts: list[Place], name: bytes) -> Object | None:
+        return self._find(parts, name)
 
     def _has(self, place: Place, name: bytes) -> bool:
         try:
@@ -239,3 +276,27 @@ class _Comparison:
         st = found.st
         assert st is not None
         return st.st_mode, st.st_uid, st.st_gid, st.st_mtime_ns, {**xattrs, **unreadable}
+
+
+class _Between(_Comparison):
+    """Compares two trees that have some layers in common."""
+
+    def __init__(self, merge: Merge, layers: Sequence[Layer], others: Sequence[Layer]) -> None:
+        """``others``: the layers of the tree before."""
+        super().__init__(merge, layers)
+        self._others = others
+
+    def _roots_before(self) -> list[Place]:
+        return self._merge.named.roots(self._others)
+
+    def _candidates(self, now: list[Place], before: list[Place]) -> Iterable[bytes]:
+        places = [place for place in now if place not in before]
+        places += [place for place in before if place not in now]
+        return self._merge.listing_of_all(places)
+
+    def _find_before(self, parts: list[Place], name: bytes) -> Object | None:
+        with self._merge.other_layers(self._others):
+            return self._find(parts, name)
+
+    def _differ(self, new: Object, old: Object) -> bool:
+        return new.parts[-1] != old.parts[-1] or self._attributes(new) != self._attributes(old)

@@ -110,6 +110,16 @@ class Index:
     def _path(self, entry: bytes) -> bytes:
         return b"/proc/self/fd/%d/%b" % (self._fd, entry)
 
+    def lacks_names(self) -> bool:
+        """Whether a copy has names that only a lower has. Raises ``OSError``."""
+        with Owned(open_for_listing(self._fd)) as fd:
+            names = real_names(fd)
+        return any(self._lacks_names(name) for name in names)
+
+    def _lacks_names(self, entry: bytes) -> bool:
+        st = self.stat(entry)
+        return st is not None and not stat.S_ISDIR(st.st_mode) and self.more_links(entry, st, 0) >= 0
+
     # -- changing -------------------------------------------------------------------------------------
 
     def put(self, node: Node, temporary: Temporary) -> None:

@@ -11,7 +11,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any, Final
 
@@ -19,9 +19,9 @@ from unionfs.core.places import BoundLayer, Layer
 from unionfs.errors import LayerError
 from unionfs.settings.features import DEFAULTS, Features
 from unionfs.settings.shown import AS_STORED, Shown
-from unionfs.sys import calls
+from unionfs.sys import calls, detached
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
-from unionfs.sys.fds import open_for_listing
+from unionfs.sys.fds import Owned, open_for_listing
 from unionfs.sys.filelocks import may_be_a_mounts
 from unionfs.sys.mountinfo import mount_id_of_path, read_mountinfo
 from unionfs.sys.trees import remove
@@ -200,6 +200,51 @@ class LayerStack:
     def durable(self) -> bool:
         """Whether copy-ups and fsync must reach a disk."""
         return self.upper is not None and not self.volatile and not self.upper.memory
+
+    def has_layers(self, layers: Sequence[Layer]) -> None:
+        """Set the layers, topmost first; each keeps its fd until the end."""
+        self.layers[:] = layers
+        self.upper = self.layers[0] if self.layers[0].is_upper else None
+
+    def claim(self, fd: int, path: str) -> None:
+        """Lock another upper, and close its fd with the stack. Raises ``LayerError``, ``OSError``."""
+        self._resources.callback(os.close, fd)
+        lock(fd, path, "upper", self._resources)
+
+    def own_lower(self, fd: int) -> int:
+        """Take over the O_PATH fd of one more lower, read-only if possible: returns the fd to use."""
+        self._resources.callback(os.close, fd)
+        self.protect(fd)
+        return fd
+
+    def protect(self, fd: int) -> None:
+        """Make the O_PATH fd of a directory one of a read-only clone, as that of a lower, if possible."""
+        with suppress(OSError), Owned(detached.clone(fd, read_only=True)) as clone:
+            os.dup2(clone, fd, inheritable=False)
+
+    def identities(self) -> tuple[tuple[int, int], ...]:
+        """(st_dev, st_ino) of upper and work."""
+        fds = [] if self.upper is None else [self.upper.root_fd, self._work_root]
+        return tuple((st.st_dev, st.st_ino) for st in map(os.fstat, fds))
+
+    def renew_index(self) -> None:
+        """Replace WORKDIR/index, if there is one, by an empty directory. Raises ``OSError``."""
+        try:
+            os.stat(b"index", dir_fd=self._work_root, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        remove(self._work_root, b"index")
+        os.mkdir(b"index", 0o700, dir_fd=self._work_root)
+
+    def set_index_aside(self, at: int, name: bytes) -> None:
+        """Move WORKDIR/index to a name in a directory, and make an empty one. Raises ``OSError``."""
+        os.rename(b"index", name, src_dir_fd=self._work_root, dst_dir_fd=at)
+        os.mkdir(b"index", 0o700, dir_fd=self._work_root)
+
+    def restore_index(self, at: int, name: bytes) -> None:
+        """Undo :meth:`set_index_aside`."""
+        remove(self._work_root, b"index")
+        os.rename(name, b"index", src_dir_fd=at, dst_dir_fd=self._work_root)
 
     def index_directory(self, *, make: bool) -> int:
         """An O_PATH fd of WORKDIR/index, private like work; -1 if it is missing, and not made."""

@@ -63,6 +63,7 @@ class Markers:
         self.impure = prefix + b"impure"
         self.nlink = prefix + b"nlink"
         self.upper = prefix + b"upper"
+        self.uuid = prefix + b"uuid"
         #: Whether setting a marker requires write permission for the object (xattr(7)).
         self.requires_write = prefix.startswith(b"user.")
 

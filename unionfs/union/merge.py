@@ -10,14 +10,15 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 from unionfs.core.directories import Listing
 from unionfs.core.lowernames import LowerNames
 from unionfs.core.places import Gate, Layer, Place
 from unionfs.core.search import PREFIX, Search
-from unionfs.sys.fds import close_quietly
+from unionfs.sys.fds import Owned, close_quietly
 from unionfs.union.listing import NFS_REMOVED
 from unionfs.union.lowerdata import LowerData
 from unionfs.union.markers import Markers
@@ -54,10 +55,38 @@ class Merge(Search):
         self._lowest = len(layers) - 1
         self._lower_names = LowerNames(gate)
         directories = PartSearch(layers[: len(self.roots)], markers, named, gate)
+        self._directories = directories
         self._data = DataSearch(markers, named, gate, directories)
         super().__init__(
             gate, markers, named, self._lower_names, directories, lowest=len(self.roots) - 1
         )
+
+    def has_layers(self, layers: Sequence[Layer]) -> None:
+        """Set the layers, topmost first. The lowest one stays, and their indices are in order."""
+        self.roots[:] = self.named.roots(layers)
+        self._directories.has_layers(layers[: len(self.roots)])
+        self.forget_names()
+
+    @contextmanager
+    def other_layers(self, layers: Sequence[Layer]) -> Iterator[None]:
+        """Follow redirects in other layers within the context."""
+        own = self._directories.layers
+        self._directories.has_layers(layers)
+        try:
+            yield
+        finally:
+            self._directories.has_layers(own)
+
+    def listing_of_all(self, parts: Sequence[Place]) -> list[bytes]:
+        """The names in real directories, and those of which they have whiteouts. Raises ``OSError``."""
+        found: dict[bytes, None] = {}
+        for part in parts:
+            with Owned(self.gate.open_for_listing(part)) as fd:
+                for name in map(os.fsencode, os.listdir(fd)):
+                    shown = hidden_name(name) if name.startswith(PREFIX) else name
+                    if shown is not None:
+                        found[shown] = None
+        return list(found)
 
     def lower_data(
         self, parts: Sequence[Place], place: Place, name: bytes, where: bytes | int

@@ -34,11 +34,15 @@ class PartSearch:
     def __init__(
         self, layers: Sequence[Layer], markers: Markers, named: NamedWhiteouts, gate: Gate
     ) -> None:
-        self._layers = layers
+        self.layers = layers
         self._markers = markers
         self._named = named
         self._gate = gate
         self._lowest = len(layers) - 1
+
+    def has_layers(self, layers: Sequence[Layer]) -> None:
+        """Set the layers, topmost first."""
+        self.layers = layers
 
     def parts(
         self, above: list[Place], part: Place, name: bytes, st: os.stat_result, below: list[Place]
@@ -122,7 +126,7 @@ class PartSearch:
         On the way, a whiteout, an opaque directory or a non-directory hides the layers further down, and a
         redirect applies to them.
         """
-        for layer in self._layers[index + 1 :]:
+        for layer in [layer for layer in self.layers if layer.index > index]:
             place = layer.root
             goes_on = True
             below = steps

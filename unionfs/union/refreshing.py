@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from unionfs.core import stacking
 from unionfs.core.node import Node
 from unionfs.core.places import Layer, Place
 from unionfs.core.search import PREFIX
@@ -216,7 +217,11 @@ class Refresh:
                 return True
         elif found is not None and stat.S_ISDIR(found[0].st_mode):
             self._union.merge.forget(found[1])
-        self._union.nodes.lose(node, parent, name)
+        if node.layer in self._union.stack.layers:
+            self._union.nodes.lose(node, parent, name)
+        else:  # another process has not touched it, so who has it open finds it there
+            stacking.unlink(self._union.nodes, node)
+            self._union.nodes.remove_name(node, parent, name)
         self._outdated.names.append((parent.id, name))
         if node.is_dir:
             self._outdated.add(node)  # of a file, what the kernel has is still right

@@ -18,7 +18,7 @@ from unionfs.sys.inotify import Inotify
 from unionfs.union.bound import Bound
 from unionfs.union.flags import Flags
 from unionfs.union.images import is_image
-from unionfs.union.index import open_index
+from unionfs.union.index import Index, open_index
 from unionfs.union.layers import LayerStack
 from unionfs.union.merge import Merge
 from unionfs.union.merged import Merged
@@ -75,6 +75,11 @@ class Union(Objects):
         self.capabilities = Capabilities(shortcuts)
         self.flags = Flags(self, stack.markers)
         self.files = OpenFiles(self.gate, stack.markers, self.capabilities, shortcuts)
+
+    def has_index(self, index: Index | None) -> None:
+        """Set the index of another upper; None: it has none."""
+        self.index = index
+        self.nodes.has_index(index)
 
     def _gone(self, node: Node) -> None:
         self.files.gone(node)

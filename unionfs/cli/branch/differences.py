@@ -69,13 +69,14 @@ def diff(
         found = [item for item in describer.differences() if chosen.has(b"/" + item.path)]
         shown = [item for item in found if noise.has(b"/" + item.path)]
         if as_json:
-            print_json([_values(describer, item, form) for item in found if everything or item in shown])
+            print_json([values_of(describer, item, form) for item in found if everything or item in shown])
             return
         lines = [*rendered(describer, shown, form), *hidden(len(found) - len(shown))]
     show(lines)
 
 
-def _values(describer: Describer, item: Difference, form: str | None) -> dict[str, object]:
+def values_of(describer: Describer, item: Difference, form: str | None) -> dict[str, object]:
+    """A difference as plain values."""
     values = item.to_json()
     if form == "content":
         lines = describer.unified(item)

@@ -16,7 +16,8 @@ import errno
 import logging
 import struct
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import trio
@@ -49,6 +50,7 @@ Waiting = Callable[[Any], Coroutine[Any, Any, Reply | None]]
 _BURST_SECONDS: Final = 0.002
 """A burst of requests is over when none arrives for that long; see `core.idling`."""
 _RESIZED_SECONDS: Final = 0.05
+_HELD_SECONDS: Final = 0.0005
 """The delay of the notice about a directory's changed size."""
 _OPCODE_UNIQUE: Final = struct.Struct("=4xIQ")  # of struct fuse_in_header
 _NO_ANSWER: Final = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT)
@@ -89,6 +91,25 @@ class Loop:
         #: Requests answered in tasks: the cancel scope of the task, and the pid of the caller.
         self._running: dict[int, tuple[trio.CancelScope, int]] = {}
         self._latencies = latencies
+        self._hold: trio.Event | None = None
+
+    @asynccontextmanager
+    async def held(self, seconds: float) -> AsyncIterator[None]:
+        """Within the context no request is read, and none is being answered: those that come wait. Raises
+        ``TimeoutError`` if some are not answered within that time."""
+        while self._hold is not None:
+            await self._hold.wait()
+        released = self._hold = trio.Event()
+        try:
+            with trio.move_on_after(seconds):
+                while self._running:  # noqa: ASYNC110 - an event would cost every request
+                    await trio.sleep(_HELD_SECONDS)
+            if self._running:
+                raise TimeoutError(f"{len(self._running)} requests are in progress for {seconds:.0f} seconds")
+            yield
+        finally:
+            self._hold = None
+            released.set()
 
     def _new_buffer(self) -> None:
         self._buffer = new_buffer(self._size)
@@ -106,6 +127,8 @@ class Loop:
         serve, latencies, invalidations = self.serve, self._latencies, self._invalidations
         cut_off = False
         while True:
+            while self._hold is not None:
+                await self._hold.wait()
             try:
                 size = channel.next()
             except OSError as error:

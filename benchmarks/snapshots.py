@@ -1,0 +1,92 @@
+"""How long a mount answers no request while a snapshot of it is taken, by the number of files open for
+writing.
+
+    python -m benchmarks.snapshots [--files N,N,...] [--size BYTES] [--upper N] [--repeat N]
+
+Mounts a union with `--upper` files in its upper, opens N files of SIZE bytes for writing, and takes
+snapshots. Prints the pause that the daemon reports, and the time of the whole command, each the median and
+the maximum, for each I/O mode. Requires root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+_UNIONFS = (sys.executable, "-m", "unionfs")
+_MODES = ("hybrid", "cached")
+
+
+def _measure(top: Path, repeat: int, first: int) -> tuple[list[float], list[float], int]:
+    """Pauses and times of the command in seconds, and the number of files that were copied."""
+    pauses, times, copied = [], [], 0
+    for number in range(repeat):
+        began = time.monotonic()
+        done = subprocess.run(
+            [*_UNIONFS, "snapshot", "create", "--json", top, f"s{first + number}"],
+            capture_output=True,
+            check=True,
+        )
+        times.append(time.monotonic() - began)
+        found = json.loads(done.stdout)
+        pauses.append(found["seconds"])
+        copied = found["open_files"]
+    return pauses, times, copied
+
+
+def _run(area: Path, mode: str, counts: list[int], size: int, upper: int, repeat: int) -> None:
+    for name in ("lower", "upper", "work", "merged"):
+        (area / name).mkdir(parents=True)
+    top = area / "merged"
+    layers = ("-l", area / "lower", "-u", area / "upper", "-w", area / "work")
+    subprocess.run([*_UNIONFS, "mount", "--session", "direct", "--io", mode, *layers, top], check=True)
+    try:
+        for number in range(upper):
+            (top / f"d{number // 1000}").mkdir(exist_ok=True)
+            (top / f"d{number // 1000}/f{number}").write_bytes(b"x")
+        taken = 0
+        for count in counts:
+            files = []
+            for number in range(count):
+                file = os.open(top / f"open{number}", os.O_CREAT | os.O_RDWR)
+                os.pwrite(file, b"x" * size, 0)
+                files.append(file)
+            pauses, times, copied = _measure(top, repeat, taken)
+            taken += repeat
+            for file in files:
+                os.close(file)
+            print(
+                f"{mode:8} {count:6} open files ({copied} copied): pause "
+                f"{statistics.median(pauses) * 1000:8.1f} ms, at "
+                f"most {max(pauses) * 1000:8.1f}; command {statistics.median(times):6.2f} s, at most "
+                f"{max(times):6.2f}"
+            )
+    finally:
+        subprocess.run([*_UNIONFS, "umount", "--force", top], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--files", default="0,100,10000")
+    parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--upper", type=int, default=10_000)
+    parser.add_argument("--repeat", type=int, default=5)
+    arguments = parser.parse_args()
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    counts = [int(word) for word in arguments.files.split(",")]
+    with tempfile.TemporaryDirectory(prefix="unionfs-snapshots-") as name:
+        for mode in _MODES:
+            _run(Path(name) / mode, mode, counts, arguments.size, arguments.upper, arguments.repeat)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,448 @@
+"""The snapshots of an upper, in a directory beside it.
+
+    UPPER.snapshots/record.json    names, parents, and which of them the upper lies on
+    UPPER.snapshots/0001/          a layer: what was the upper
+    UPPER.snapshots/pending.json   while the layers change
+
+A snapshot is taken, and another one restored, by one exchange of UPPER with a new directory in
+UPPER.snapshots. Before that `pending.json` has the record that is valid afterwards, and the new directory's
+inode number: so whoever reads it later knows whether the exchange was made. Directories that the record does
+not name are waste.
+
+The layers lie in the order of their parents over the lowers given at the mount: any overlayfs can mount them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Final
+
+from unionfs.errors import UserError, quoted, reason
+from unionfs.storage import jsonfiles
+from unionfs.sys import calls
+from unionfs.sys.fds import Owned, open_for_listing
+from unionfs.sys.trees import remove
+
+SUFFIX: Final = ".snapshots"
+_RECORD: Final = "record.json"
+_PENDING: Final = "pending.json"
+_JOINING: Final = ".joining"
+_DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_LOCK_SECONDS: Final = 2.0
+_MOST: Final = 450
+"""Kernel overlayfs takes 500 lowers (fs/overlayfs/params.h, OVL_MAX_STACK)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One layer."""
+
+    id: str
+    """The name of its directory."""
+    name: str
+    parent: str | None
+    """The id of the layer below it; None: it lies on the lowers of the mount."""
+    created: float
+    """Seconds since the epoch."""
+    removed: bool = False
+    """Whether only others need it: it has no name any more."""
+    files: tuple[Mapping[str, Any], ...] = ()
+    """Files that were written while they were copied: `path`, `size`, `state`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """All snapshots of an upper."""
+
+    head: str | None = None
+    """The id of the layer that the upper lies on."""
+    last: int = 0
+    layers: Mapping[str, Snapshot] = field(default_factory=dict)
+
+    def chain(self, id_: str | None) -> list[str]:
+        """The ids of a layer and of all below it, topmost first. Raises ValueError for a broken record."""
+        found: list[str] = []
+        while id_ is not None:
+            if id_ in found or id_ not in self.layers:
+                raise ValueError("a layer is missing")
+            found.append(id_)
+            id_ = self.layers[id_].parent
+        return found
+
+    def named(self, name: str, upper: str) -> Snapshot:
+        """The snapshot of that name. Raises UserError."""
+        for one in self.layers.values():
+            if one.name == name and not one.removed:
+                return one
+        raise UserError(
+            f"upper {quoted(upper)} has no snapshot {quoted(name)}; `unionfs snapshot ls` lists them."
+        )
+
+    def shown(self) -> list[Snapshot]:
+        """Those that have a name, the oldest first."""
+        return sorted((one for one in self.layers.values() if not one.removed), key=lambda one: one.created)
+
+    def children(self, id_: str) -> list[str]:
+        """The ids of the layers that lie on one."""
+        return [one.id for one in self.layers.values() if one.parent == id_]
+
+    def with_layer(self, one: Snapshot) -> Record:
+        """The same with a layer added or replaced."""
+        return replace(self, layers={**self.layers, one.id: one})
+
+    def without(self, id_: str) -> Record:
+        """The same without a layer."""
+        return replace(self, layers={key: one for key, one in self.layers.items() if key != id_})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        layers = [asdict(one) for one in self.layers.values()]
+        return {"version": 1, "head": self.head, "last": self.last, "layers": layers}
+
+    @classmethod
+    def from_json(cls, values: Any) -> Record:
+        """Read the values of `to_json`. Raises KeyError, TypeError or ValueError for others."""
+        if values["version"] != 1:
+            raise ValueError("another version of unionfs wrote it")
+        layers = {}
+        for one in values["layers"]:
+            id_ = str(one["id"])
+            if not id_.isdecimal():
+                raise ValueError("a layer has no number")
+            layers[id_] = Snapshot(
+                id_, str(one["name"]), one["parent"], float(one["created"]), bool(one["removed"]),
+                tuple(one["files"]),
+            )  # fmt: skip
+        record = cls(values["head"], int(values["last"]), layers)
+        for top in (record.head, *layers):
+            record.chain(top)
+        return record
+
+
+def path_of(upper: str, id_: str) -> str:
+    """The path of a layer."""
+    return f"{upper}{SUFFIX}/{id_}"
+
+
+def is_beside(upper_fd: int, name: str) -> bool:
+    """Whether the directory of an upper has that name. Its path may lead to the mount, which would wait for
+    itself."""
+    with Owned(os.open(b"..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=upper_fd)) as above:
+        try:
+            os.stat(name, dir_fd=above, follow_symlinks=False)
+        except OSError:
+            return False
+        return True
+
+
+def has_some(upper_fd: int, upper: str) -> bool:
+    """Whether an upper may have snapshots."""
+    return is_beside(upper_fd, os.path.basename(upper) + SUFFIX)
+
+
+def read(upper: str) -> Record:
+    """The snapshots of an upper, without a change on disk. Raises UserError."""
+    try:
+        with Owned(os.open(upper + SUFFIX, _DIRECTORY)) as fd, Owned(os.open(upper, _DIRECTORY)) as top:
+            _check_owner(fd, os.fstat(top).st_uid, upper)
+            return _read(fd, os.fstat(top).st_ino)[0]
+    except FileNotFoundError:
+        return Record()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _unreadable(upper, error) from error
+
+
+def with_snapshots(upper: str, lowers: Sequence[str]) -> tuple[str, ...]:
+    """The lowers of a mount of `upper`, of which `lowers` are given: its snapshots come first. Raises
+    UserError."""
+    record = read(upper)
+    layers = [path_of(upper, id_) for id_ in record.chain(record.head)]
+    given = [path for path in lowers if os.path.dirname(path) == upper + SUFFIX]
+    if not given:
+        return (*layers, *lowers)
+    if list(lowers[: len(layers)]) == layers and len(given) == len(layers):
+        return tuple(lowers)
+    raise UserError(
+        f"upper {quoted(upper)} lies on other snapshots than those among the lowers; leave them out, since a "
+        "mount of "
+        "the upper has them by itself."
+    )
+
+
+def base(upper: str, lowers: Sequence[str]) -> list[str]:
+    """The lowers of a mount without the snapshots of its upper."""
+    return [path for path in lowers if os.path.dirname(path) != upper + SUFFIX]
+
+
+class Store:
+    """The snapshots of one upper, which this process has open."""
+
+    def __init__(self, upper_fd: int, upper: str) -> None:
+        """`upper_fd`: an O_PATH fd of the upper. Raises UserError, OSError."""
+        self.upper = upper
+        self._name = os.fsencode(os.path.basename(upper))
+        self._upper_fd = upper_fd
+        self._above = os.open(b"..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=upper_fd)
+        self.fd = -1
+        try:
+            here = os.stat(self._name, dir_fd=self._above, follow_symlinks=False)
+            if not os.path.samestat(here, os.fstat(upper_fd)):
+                raise UserError(f"upper {quoted(upper)} was renamed while it is mounted; rename it back.")
+        except FileNotFoundError:
+            os.close(self._above)
+            raise UserError(
+                f"upper {quoted(upper)} was renamed while it is mounted; rename it back."
+            ) from None
+        except BaseException:
+            os.close(self._above)
+            raise
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        os.close(self._above)
+        if self.fd >= 0:
+            os.close(self.fd)
+
+    def open(self, *, make: bool) -> bool:
+        """Open the directory; whether it exists. Raises UserError, OSError."""
+        name = self._name + SUFFIX.encode()
+        if make:
+            try:
+                os.mkdir(name, 0o700, dir_fd=self._above)
+            except FileExistsError:
+                pass
+            except OSError as error:
+                where = quoted(os.path.dirname(self.upper))
+                raise UserError(
+                    f"{quoted(self.upper + SUFFIX)} cannot be made: {reason(error)}; make {where} writable "
+                    "for the "
+                    "user who mounts."
+                ) from error
+        try:
+            self.fd = os.open(name, _DIRECTORY, dir_fd=self._above)
+        except FileNotFoundError:
+            return False
+        _check_owner(self.fd, os.fstat(self._upper_fd).st_uid, self.upper)
+        return True
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """No other process changes the record within the context. Raises UserError, OSError."""
+        deadline = time.monotonic() + _LOCK_SECONDS
+        with Owned(open_for_listing(self.fd)) as fd:
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        upper = quoted(self.upper)
+                        raise UserError(
+                            f"the snapshots of upper {upper} are in use by another process; try again."
+                        ) from None
+                time.sleep(_LOCK_SECONDS / 100)
+            yield
+
+    def record(self) -> Record:
+        """The record as it is after the last change that was begun. Raises UserError."""
+        try:
+            return _read(self.fd, os.fstat(self._upper_fd).st_ino)[0]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise _unreadable(self.upper, error) from error
+
+    def recover(self) -> bool:
+        """Finish a change that a process has begun which was killed, or forget it. Returns whether one was
+        forgotten. Raises UserError, OSError."""
+        try:
+            record, pending = _read(self.fd, os.fstat(self._upper_fd).st_ino)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise _unreadable(self.upper, error) from error
+        if pending is None:
+            return False
+        if pending:
+            self.save(record)
+        self._forget_pending()
+        return not pending
+
+    def save(self, record: Record) -> None:
+        """Store a record. Raises OSError."""
+        jsonfiles.write(self._path(_RECORD), record.to_json())
+
+    # -- changes --------------------------------------------------------------------------------------------
+
+    def stage(self, record: Record) -> tuple[str, int]:
+        """Make a new, empty directory that is to become the upper. Returns the id of the layer that takes its
+        place, and an O_PATH fd of it. Raises OSError."""
+        number = record.last + 1
+        id_ = f"{number:04d}"
+        remove(self.fd, id_.encode())
+        os.mkdir(id_, 0o700, dir_fd=self.fd)
+        return id_, os.open(id_, _DIRECTORY, dir_fd=self.fd)
+
+    def announce(self, record: Record, fd: int) -> None:
+        """Store the record that is valid after :meth:`exchange`. Raises OSError."""
+        jsonfiles.write(self._path(_PENDING), {"new": os.fstat(fd).st_ino, "record": record.to_json()})
+
+    def exchange(self, id_: str) -> None:
+        """Exchange the upper with the new directory: from now on the record that was announced is valid.
+        Raises OSError."""
+        calls.renameat2(self.fd, id_.encode(), self._above, self._name, calls.RENAME_EXCHANGE)
+
+    def finish(self, record: Record) -> None:
+        """Store the record after the exchange. Raises OSError."""
+        self.save(record)
+        self._forget_pending()
+        for fd in (self.fd, self._above):
+            with Owned(open_for_listing(fd)) as directory:
+                os.fsync(directory)
+
+    def withdraw(self, id_: str) -> None:
+        """Forget what was announced. Raises OSError."""
+        self._forget_pending()
+        remove(self.fd, id_.encode())
+
+    def waste(self) -> list[str]:
+        """The directories that the record does not name, and that no process fills. Call it under
+        :meth:`locked`. Raises UserError, OSError."""
+        known = self.record().layers
+        with Owned(open_for_listing(self.fd)) as fd, os.scandir(fd) as entries:
+            names = [
+                one.name for one in entries if one.is_dir(follow_symlinks=False) and one.name not in known
+            ]
+        with self.joining() as free:
+            return [name for name in names if free or name != _JOINING]
+
+    @contextmanager
+    def joining(self) -> Iterator[bool]:
+        """No other process joins layers within the context; yields False if one does. Raises OSError."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        with Owned(os.open("joining.lock", flags, 0o600, dir_fd=self.fd)) as fd:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+    def make_joint(self) -> int:
+        """A new, empty directory to join layers in, under :meth:`joining`: an O_PATH fd. Raises OSError."""
+        remove(self.fd, _JOINING.encode())
+        os.mkdir(_JOINING, 0o700, dir_fd=self.fd)
+        return os.open(_JOINING, _DIRECTORY, dir_fd=self.fd)
+
+    def put_joint(self, below: str, above: str) -> None:
+        """Let it take the place of two layers, if these still are what they were. Raises UserError,
+        OSError."""
+        with self.locked():
+            record = self.record()
+            one = record.layers.get(above)
+            if (
+                one is None
+                or one.parent != below
+                or record.children(below) != [above]
+                or above == record.head
+            ):
+                return
+            id_ = f"{record.last + 1:04d}"
+            remove(self.fd, id_.encode())
+            os.rename(_JOINING, id_, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            self.save(joined(record, below, above, id_))
+
+    def discard(self, name: str) -> None:
+        """Remove a directory with all below it. Raises OSError."""
+        remove(self.fd, os.fsencode(name), unlock=True)
+
+    def open_layer(self, id_: str) -> int:
+        """An O_PATH fd of a layer. Raises OSError."""
+        return os.open(id_, _DIRECTORY, dir_fd=self.fd)
+
+    def _forget_pending(self) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(_PENDING, dir_fd=self.fd)
+
+    def _path(self, name: str) -> str:
+        return f"/proc/self/fd/{self.fd}/{name}"
+
+
+@contextmanager
+def opened(upper: str) -> Iterator[Store]:
+    """The snapshots of an upper. Raises UserError, OSError."""
+    with Owned(os.open(upper, _DIRECTORY)) as fd, Store(fd, upper) as store:
+        if not store.open(make=False):
+            raise UserError(f"upper {quoted(upper)} has no snapshots; `unionfs snapshot create` takes one.")
+        yield store
+
+
+def joined(record: Record, below: str, above: str, id_: str) -> Record:
+    """The record after two layers were joined to the layer `id_`."""
+    layers = {}
+    for one in record.layers.values():
+        if one.id == above:
+            layers[id_] = replace(one, id=id_, parent=record.layers[below].parent)
+        elif one.id != below:
+            layers[one.id] = replace(one, parent=id_) if one.parent == above else one
+    return Record(id_ if record.head == above else record.head, int(id_), layers)
+
+
+def added(record: Record, id_: str, name: str | None) -> Record:
+    """The record with a new snapshot of the upper. Raises UserError if the name is taken."""
+    taken = {one.name for one in record.shown()}
+    if name in taken:
+        raise UserError(
+            f"there is a snapshot {quoted(name or '')} already; choose another name, or remove it."
+        )
+    if len(record.chain(record.head)) >= _MOST:
+        raise UserError(f"an upper lies on {_MOST} snapshots at most; remove some by `unionfs snapshot rm`.")
+    if name is None:
+        name = first = time.strftime("%Y%m%d-%H%M%S")
+        number = 1
+        while name in taken:
+            number += 1
+            name = f"{first}.{number}"
+    one = Snapshot(id_, name, record.head, time.time())
+    return replace(record.with_layer(one), head=id_, last=int(id_))
+
+
+def _read(fd: int, inode: int) -> tuple[Record, bool | None]:
+    """The valid record, and whether a pending change was made (None: there is none)."""
+    path = f"/proc/self/fd/{fd}/"
+    with suppress(FileNotFoundError):
+        pending = jsonfiles.read(path + _PENDING)
+        if pending["new"] == inode:
+            return Record.from_json(pending["record"]), True
+        return _stored(path), False
+    return _stored(path), None
+
+
+def _stored(path: str) -> Record:
+    try:
+        return Record.from_json(jsonfiles.read(path + _RECORD))
+    except FileNotFoundError:
+        return Record()
+
+
+def _check_owner(fd: int, owner: int, upper: str) -> None:
+    st = os.fstat(fd)
+    if st.st_uid not in (os.geteuid(), 0, owner) or stat.S_IMODE(st.st_mode) & 0o022:
+        raise UserError(
+            f"{quoted(upper + SUFFIX)} may be written by others than the owner of the upper, so the "
+            "snapshots in it "
+            "cannot be trusted; change its owner and mode."
+        )
+
+
+def _unreadable(upper: str, error: Exception) -> UserError:
+    why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return UserError(
+        f"the snapshots of upper {quoted(upper)} cannot be read: {why}; restore {quoted(upper + SUFFIX)} "
+        "from a backup, "
+        "or move it away."
+    )
