@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.cli_calls import succeed, unionfs, wait_for
+from tests.mount.cli_calls import call, succeed, unionfs, wait_for
 from tests.support import areas
 from tests.support.patience import patient
 from tests.volumes.conftest import Store
@@ -43,10 +43,14 @@ def _place(store: Store, area: Path, how: str) -> Iterator[Callable[[], tuple[Pa
         nonlocal user
         if how == "driver":
             if user:
+                areas.detach(area / "open")
                 store.volumes().detach("data", user)
             user = "test"
-            path = store.volumes().attach("data", user)
-            where = path
+            where = store.volumes().attach("data", user)
+            # Other users may not enter the storage root; a container sees the volume elsewhere, too.
+            (area / "open").mkdir(exist_ok=True)
+            succeed(call(("mount", "--bind"), where, area / "open"))
+            path = f"{area}/open"
         else:
             assert wait_for(lambda: not os.path.ismount(area / "merged"))
             for name in ("upper", "work"):
@@ -61,6 +65,7 @@ def _place(store: Store, area: Path, how: str) -> Iterator[Callable[[], tuple[Pa
         yield up
     finally:
         areas.detach(area / "merged")
+        areas.detach(area / "open")
         if user:
             store.volumes().detach("data", user)
 
