@@ -33,6 +33,17 @@ def states(entry: Journal, tree: Beneath) -> dict[str, list[int]]:
     return found
 
 
+def reached(entry: Journal, tree: Beneath) -> dict[str, list[int]]:
+    """`states` when all is in place; other ones where others have replaced or removed what was put there:
+    that cannot be undone. Raises OSError.
+    """
+    found = states(entry, tree)
+    for move in entry.moves:
+        if move.new is not None and found[move.path][:1] != [move.new]:
+            found[move.path] = [move.new]
+    return found
+
+
 def _numbers(st: os.stat_result | None) -> list[int]:
     return [] if st is None else [st.st_ino, st.st_mode, st.st_uid, st.st_gid]
 

@@ -57,24 +57,28 @@ class Application:
 
     def forward(self) -> None:
         """Do all that is not done. Raises ChangedError, OSError."""
-        for move in self._journal.moves:
-            step(f"move {move.path}")
-            self._do(move)
+        try:
+            for move in self._journal.moves:
+                step(f"move {move.path}")
+                self._do(move)
+        finally:
+            self._from.close()
         for setting in self._journal.settings:
             step(f"set {setting.path}")
             self._set(setting.path, setting.new, setting.old)
-        self._from.close()
         step("all done")
 
     def backward(self) -> None:
         """Take back all that is done. Raises OSError."""
-        for move in reversed(self._journal.moves):
-            step(f"unmove {move.path}")
-            self._take_back(move)
+        try:
+            for move in reversed(self._journal.moves):
+                step(f"unmove {move.path}")
+                self._take_back(move)
+        finally:
+            self._from.close()
         for setting in self._journal.settings:
             step(f"unset {setting.former}")
             self._set(setting.former, setting.old, setting.new)
-        self._from.close()
         step("all taken back")
 
     # -- names --------------------------------------------------------------------------------------------
@@ -88,14 +92,16 @@ class Application:
         if move.new is None:
             if inode(self._old, number) is None:
                 _expect(move, here)
-                rename(at, name, self._old, number, RENAME_NOREPLACE)
+                _rename_to_free(at, name, self._old, number)
                 if inode(self._old, number) != move.old:
-                    rename(self._old, number, at, name, RENAME_NOREPLACE)
+                    _rename_to_free(self._old, number, at, name)
                     raise _changed(move)
             return
         if here is None or here.st_ino != move.new:
             if here is None and inode(self._old, number) is not None:
-                rename(*self._staged(move), at, name, RENAME_NOREPLACE)
+                _rename_to_free(*self._staged(move), at, name)
+            elif inode(*self._staged(move)) != move.new:
+                return  # it was put there, and others have replaced or removed it since
             else:
                 _expect(move, here)
                 self._put(move, at, name, number)

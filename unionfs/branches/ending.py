@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 
 from unionfs.branches import beneath, journal, seen, sharing
-from unionfs.branches.after import states
+from unionfs.branches.after import reached
 from unionfs.branches.apply import Application, ChangedError, step
 from unionfs.branches.journal import Journal
 from unionfs.branches.mounts import mounted, parent_claimed
 from unionfs.branches.store import Branch, Store
 from unionfs.branches.view import viewed
-from unionfs.errors import UserError, quoted, reason
-from unionfs.sys import calls
+from unionfs.errors import UserError, on_failure, quoted, reason
+from unionfs.sys import attributes, calls
 from unionfs.sys.fds import Owned
-from unionfs.sys.trees import remove
+from unionfs.sys.trees import remove, remove_path
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -27,6 +29,8 @@ def make_stage(store: Store, entry: Journal, tree: beneath.Beneath) -> tuple[int
         for name in ("new", "old"):
             with suppress(FileExistsError):
                 os.mkdir(name, 0o700, dir_fd=at)
+                with Owned(os.open(name, _DIRECTORY, dir_fd=at)) as fd:
+                    attributes.drop_acls(fd)
         return os.open("new", _DIRECTORY, dir_fd=at), os.open("old", _DIRECTORY, dir_fd=at)
 
 
@@ -53,11 +57,26 @@ def _times_kept(fd: int) -> Iterator[None]:
         os.utime(fd, ns=(st.st_atime_ns, st.st_mtime_ns))
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let the signals that end a command wait, so that none leaves the tree between old and new."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def discard(store: Store, entry: Journal, tree: beneath.Beneath) -> None:
     """Remove what was prepared. Nothing of it is in place. Raises OSError."""
     if entry.inside:
         with _times_kept(tree.fd):
             remove(tree.fd, entry.stage, unlock=True)
+    else:
+        # The journal last: without it a killed undo would be repeated as one of an earlier commit.
+        for name in ("new", "old"):
+            remove_path(f"{journal.directory(store, entry.id)}/{name}", unlock=True)
+        step("emptied")
     with suppress(FileNotFoundError):
         journal.forget(store, entry.id)
 
@@ -67,12 +86,18 @@ def go_on(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple[i
 
     A commit to a parent still needs `end_in_parent`, when that is unmounted.
     """
+    with _uninterrupted():
+        _go_on(store, entry, tree, prepared)
+
+
+def _go_on(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple[int, int]) -> None:
     try:
         with sharing.opened(layer_of(store, entry)) as layer:
             Application(entry, tree, *prepared, layer).forward()
     except (OSError, ChangedError) as error:
         entry.turns(journal.BACK)
-        journal.mark(store, entry)
+        with suppress(OSError):  # on a full disk; killed now it goes forward
+            journal.mark(store, entry)
         go_back(store, entry, tree, prepared)
         if isinstance(error, ChangedError):
             raise
@@ -81,16 +106,20 @@ def go_on(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple[i
             f"branch {quoted(entry.branch)} cannot be committed: {at}{reason(error)}; everything was "
             "put back."
         ) from error
-    step("applied")
-    with sharing.opened(layer_of(store, entry)) as layer:
-        sharing.let_go(entry, layer)
-    step("let go")
-    calls.syncfs(tree.fd)
-    entry.is_applied(states(entry, tree) if entry.can_undo else {})
-    journal.write_after(store, entry)
-    step("ending")
-    if entry.parent is None:
-        _end(store, entry, tree)
+    with on_failure(
+        f"all changes of branch {quoted(entry.branch)} are in place, but its commit cannot end",
+        "the next `unionfs branch commit` ends it; free space, or check the permissions",
+    ):
+        step("applied")
+        with sharing.opened(layer_of(store, entry)) as layer:
+            sharing.let_go(entry, layer)
+        step("let go")
+        calls.syncfs(tree.fd)
+        entry.is_applied(reached(entry, tree) if entry.can_undo else {})
+        journal.write_after(store, entry)
+        step("ending")
+        if entry.parent is None:
+            _end(store, entry, tree)
 
 
 def end_in_parent(store: Store, entry: Journal, parent: Branch) -> None:
@@ -153,14 +182,37 @@ def layer_of(store: Store, entry: Journal) -> str | None:
 
 def _accept(branch: Branch, entry: Journal) -> None:
     """Let the branch take what is below it now as what it was made of, where the commit was."""
-    paths = [*(move.path for move in entry.moves), *(setting.former for setting in entry.settings)]
+    paths = [move.path for move in entry.moves]
     paths += [move.source for move in entry.moves if move.source is not None]
     with viewed(branch) as view:
-        seen.accept(branch, view, paths)
+        # What is in a directory that stays is accepted only where the commit has changed it.
+        seen.accept(branch, view, paths, [setting.former for setting in entry.settings])
+
+
+def _accept_returned(branch: Branch, entry: Journal) -> None:
+    """Let the branch know what a commit that was taken back gave its name again."""
+    sources = {move.path: move.source for move in entry.moves if move.source is not None}
+    with viewed(branch) as view:
+        seen.returned(branch, view, [_former(move.path, sources) for move in entry.moves])
+
+
+def _former(path: str, sources: Mapping[str, str]) -> str:
+    """The path before the commit of what is at a path after it."""
+    above = path
+    while above:
+        if above in sources:
+            return sources[above] + path[len(above) :]
+        above = above.rpartition("/")[0]
+    return path
 
 
 def go_back(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple[int, int]) -> None:
     """Take a commit back, and forget it. Raises UserError if that fails; then the next command goes on."""
+    with _uninterrupted():
+        _go_back(store, entry, tree, prepared)
+
+
+def _go_back(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple[int, int]) -> None:
     try:
         with sharing.opened(layer_of(store, entry)) as layer:
             Application(entry, tree, *prepared, layer).backward()
@@ -178,7 +230,11 @@ def go_back(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple
         os.rename(kept, branch.path)
         step("branch back")
     if branch.exists() and branch.record().created == entry.made:
-        _accept(branch, entry)
+        if entry.parent is None:
+            _accept_returned(branch, entry)
+        else:
+            # Nothing else changes it meanwhile, and what is in its layer now has other inode numbers.
+            _accept(branch, entry)
     discard(store, entry, tree)
 
 

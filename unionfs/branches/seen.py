@@ -25,6 +25,8 @@ from unionfs.union.origin import Origins
 
 _FILE = "seen.json"
 
+_CTIME = 6
+"""The place of the ctime in a state."""
 State = list[int] | bool | None
 """Of an object: numbers that change with it. None: nothing was there. False: the base has changed it."""
 
@@ -103,17 +105,36 @@ def look(branch: Branch, view: View) -> tuple[Mapping[str, State], list[Conflict
     return known, sorted(conflicts, key=lambda conflict: conflict.path)
 
 
-def accept(branch: Branch, view: View, paths: Collection[str]) -> None:
-    """Remember the present state of some paths and of all below them. Raises UserError."""
-    wanted = set(paths)
+def accept(branch: Branch, view: View, paths: Collection[str], single: Collection[str] = ()) -> None:
+    """Remember the present state of some paths and of all below them, and of `single` ones. Raises
+    UserError.
+    """
+    wanted, alone = set(paths), set(single)
     with on_failure(f"branch {quoted(branch.name)} cannot remember its base", "free space"):
         known = _read(branch)
-        for key in [key for key in known if _is_below(key, wanted)]:
+        for key in [key for key in known if key in alone or _is_below(key, wanted)]:
             del known[key]
         for item in touched(view):
             key = os.fsdecode(item.path)
-            if _is_below(key, wanted):
+            if key in alone or _is_below(key, wanted):
                 known[key] = _state(item.old)
+        jsonfiles.write(f"{branch.path}/{_FILE}", known, sync=False)
+
+
+def returned(branch: Branch, view: View, paths: Collection[str]) -> None:
+    """Remember the ctimes of what has its name again, which a rename sets, and nothing else: what was changed
+    meanwhile is a conflict. Raises UserError.
+    """
+    wanted = set(paths)
+    with on_failure(f"branch {quoted(branch.name)} cannot remember its base", "free space"):
+        known = _read(branch)
+        for item in touched(view):
+            key = os.fsdecode(item.path)
+            before, now = known.get(key), _state(item.old)
+            if key not in wanted or not isinstance(before, list) or not isinstance(now, list):
+                continue
+            if before[:_CTIME] == now[:_CTIME]:
+                known[key] = now
         jsonfiles.write(f"{branch.path}/{_FILE}", known, sync=False)
 
 

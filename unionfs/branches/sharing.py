@@ -9,7 +9,9 @@ where it was copied from, which is removed.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import signal
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +24,7 @@ from unionfs.union.diff import Object
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CHANGEABLE = stat.S_IWUSR | stat.S_IXUSR
+_GONE = (errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _NOT_POSSIBLE = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP)
 
 
@@ -51,7 +54,7 @@ class Sharing:
         where = b"/proc/self/fd/%d/%b" % (directory, name)
         xattrs = map(os.fsencode, os.listxattr(where, follow_symlinks=False))
         private = [item for item in xattrs if b".overlay." in item]
-        if any(item != self._view.merge.markers.origin for item in private):
+        if any(item != self._view.merge.markers.origin for item in private) or not _is_at_rest(where):
             return None
         try:
             for item in private:
@@ -73,6 +76,22 @@ class Sharing:
                 return False
             raise
         return True
+
+
+def _is_at_rest(where: bytes) -> bool:
+    """Whether nothing has a file open, or mapped, for writing; False also if that cannot be said.
+
+    The kernel itself serves some open files of a union (FUSE passthrough): they outlive a daemon that was
+    killed.
+    """
+    try:
+        with Owned(os.open(where, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)) as fd:
+            # Refused while there is a writer (fcntl(2)); one that comes now must not end this process.
+            fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -107,16 +126,28 @@ def give_back(entry: Journal, layer: Beneath | None, new: int) -> None:
     """
     if layer is None:
         return
-    for move in entry.moves:
-        for path in _shared(move):
-            staged = b"%d" % move.number + path[len(os.fsencode(move.path)) :]
-            at, name = layer.parent(path)
-            # It is there already, or somebody has removed it from the base meanwhile.
-            with suppress(FileExistsError, FileNotFoundError):
-                os.link(staged, name, src_dir_fd=new, dst_dir_fd=at, follow_symlinks=False)
+    prepared = Beneath(new)
+    try:
+        for move in entry.moves:
+            for path in _shared(move):
+                staged = b"/%d" % move.number + path[len(os.fsencode(move.path)) :]
+                _link_back(prepared, staged, layer, path)
+    finally:
+        prepared.close()
     for directory, (atime, mtime) in entry.times.items():
         with Owned(layer.directory(os.fsencode(directory))) as fd:
             os.utime(b"/proc/self/fd/%d" % fd, ns=(atime, mtime))
+
+
+def _link_back(prepared: Beneath, staged: bytes, layer: Beneath, path: bytes) -> None:
+    at, name = layer.parent(path)
+    try:
+        where, last = prepared.parent(staged)
+        os.link(last, name, src_dir_fd=where, dst_dir_fd=at, follow_symlinks=False)
+    except OSError as error:
+        # It is there already, or somebody has removed or replaced it in the base meanwhile.
+        if error.errno not in _GONE:
+            raise
 
 
 def _shared(move: Move) -> list[bytes]:

@@ -35,6 +35,7 @@ from unionfs.sys.trees import remove_path
 _RECORD = "branch.json"
 STATE_FILE = "state.json"
 """In the directory of a commit: how far it is; see `journal`."""
+_PENDING = ("on", "back", "ending")
 _POLL_SECONDS = 0.02
 _DOOMED = ".removed-"
 
@@ -241,7 +242,7 @@ class Branch:
             yield
 
     def _refuse_pending(self, what: str) -> None:
-        """Refuse a branch whose commit was interrupted: its layer may lack what is in place already."""
+        """Refuse a branch whose commit was interrupted: its layer may have what the base had before."""
         try:
             made = self.record().created
         except UserError:
@@ -249,7 +250,7 @@ class Branch:
         for id in self.store.commit_ids():
             with suppress(OSError, ValueError, KeyError, TypeError):
                 state = jsonfiles.read(f"{self.store.commits}/{id}/{STATE_FILE}")
-                if (state["branch"], state["made"]) == (self.name, made) and state["state"] in ("on", "back"):
+                if (state["branch"], state["made"]) == (self.name, made) and state["state"] in _PENDING:
                     raise UserError(
                         f"a commit of branch {quoted(self.name)} was interrupted, so it cannot be {what}; "
                         f"`unionfs branch commit {quoted(self.name)}` goes on with it."
@@ -310,6 +311,7 @@ def _make_root(path: str, below: int) -> None:
 
     xattrs = attributes.read_xattrs(below, _is_kept, failed)
     with Owned(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
+        attributes.drop_acls(fd)
         attributes.write(fd, None, attributes.attributes(st, xattrs), failed)
 
 

@@ -24,7 +24,9 @@ def find() -> str | None:
     """The launcher of this installation; None if there is none, or the user wants no resident."""
     if os.environ.get(_SETTING) == "0":
         return None
-    for program in (os.path.realpath(sys.argv[0]), sys.executable):
+    # By `python -c` it is no path, and nothing may be looked for in the current directory.
+    script = os.path.realpath(sys.argv[0]) if "/" in sys.argv[0] else ""
+    for program in filter(None, (script, sys.executable)):
         path = os.path.join(os.path.dirname(program), NAME)
         if os.access(path, os.X_OK):
             return path

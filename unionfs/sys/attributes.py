@@ -74,6 +74,18 @@ def read_xattrs(
     return found
 
 
+def drop_acls(place: int | bytes) -> None:
+    """Remove the ACLs that a new directory, an fd or path, has from the one that it was made in. Raises
+    OSError.
+    """
+    for name in ("system.posix_acl_default", "system.posix_acl_access"):
+        try:
+            os.removexattr(place, name)
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
+
+
 def write(
     at: int,
     name: bytes | None,

@@ -16,6 +16,7 @@ from typing import Final
 
 from unionfs.errors import LayerError, path_in, quoted, reason
 from unionfs.sys import calls, detached
+from unionfs.sys.attributes import drop_acls
 from unionfs.sys.fds import Owned, close_quietly
 from unionfs.sys.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
 from unionfs.sys.trees import empty_directory, remove
@@ -180,12 +181,7 @@ def _check_owner(path: str, owner: int, other: int) -> None:
 def _make_private(fd: int) -> None:
     """Prevent inheritance of a group or an ACL by new files in work. (The kernel gives it mode 0.)"""
     path = b"/proc/self/fd/%d" % fd
-    for acl in (b"system.posix_acl_default", b"system.posix_acl_access"):
-        try:
-            os.removexattr(path, acl)
-        except OSError as error:
-            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
-                raise
+    drop_acls(path)
     os.chown(path, os.geteuid(), os.getegid())
     os.chmod(path, 0o700)
 
