@@ -120,3 +120,26 @@ def test_a_renamed_directory_is_renamed(branching: Branching) -> None:
     assert (branching.base / "src/later").exists()
     assert (branching.base / "src/file5").read_text() == "later\n"
     assert {path: os.stat(branching.base / path).st_ino for path in old} == old
+
+
+class TestHardLinksOfARenamedDirectory:
+    """A name in a renamed directory is one file with another, which the branch changes."""
+
+    @pytest.fixture
+    def linked(self, branching: Branching) -> Branching:
+        for name in ("one", "other"):
+            (branching.base / name).mkdir()
+        (branching.base / "one" / "f").write_text("old\n")
+        os.link(branching.base / "one" / "f", branching.base / "other" / "l")
+        branching.tries("mv other moved; echo new > one/f")
+        return branching
+
+    def test_commit(self, linked: Branching) -> None:
+        linked.commit()
+        texts = [(linked.base / name).read_text() for name in ("one/f", "moved/l")]
+        assert texts == ["new\n", "new\n"]
+        assert (linked.base / "one/f").samefile(linked.base / "moved/l")
+
+    def test_a_branch_of_the_branch(self, linked: Branching) -> None:
+        done = linked.tries("cat one/f moved/l", "child", "--from", "br")
+        assert done.stdout == "new\nnew\n"

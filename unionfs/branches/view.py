@@ -220,7 +220,8 @@ class View:
                 change = known.get(name) or Change(above, name, found, found)
                 if found.is_directory:
                     waiting.append((path + b"/" + name, change, found))
-                elif not change.kind and self._copy(name, found) is not None:
+                elif self._copy(name, found) is not None:
+                    # In a renamed directory it is listed already, as added.
                     change.report("C")
                     self.linked.append(path + b"/" + name)
 
