@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,7 @@ def test_a_full_disk_at_the_end_says_what_was_done(two: Branching, step: str) ->
 def test_an_interrupt_waits_for_the_end(two: Branching) -> None:
     def hook(step: str) -> None:
         if step == "move /c":
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
 
     apply.set_hook(hook)
     with pytest.raises(KeyboardInterrupt):
