@@ -9,10 +9,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from unionfs.branches.view import View, kind_of, path_of
+from unionfs.branches.view import View, kind_of
 from unionfs.sys.attributes import FileAttributes
 from unionfs.sys.fds import Owned
 from unionfs.union.diff import Change, Object, in_order
+from unionfs.union.merge import path_of
 
 _CHUNK = 1 << 20
 _LONGEST_TEXT = 1 << 20

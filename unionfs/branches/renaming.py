@@ -10,10 +10,11 @@ import os
 from dataclasses import replace
 
 from unionfs.branches.plan import Drop, Plan, Put, Rename, Set
-from unionfs.branches.view import View, path_of
+from unionfs.branches.view import View
 from unionfs.core.places import Place
 from unionfs.sys.mountinfo import mount_id_of_path, mount_of_id
 from unionfs.union.diff import Object
+from unionfs.union.merge import path_of
 
 _UNIONS = ("overlay", "aufs")
 

@@ -255,13 +255,3 @@ def kind_of(mode: int) -> str:
         stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symlink", stat.S_IFIFO: "fifo",
         stat.S_IFSOCK: "socket", stat.S_IFCHR: "character device", stat.S_IFBLK: "block device",
     }.get(stat.S_IFMT(mode), "object")  # fmt: skip
-
-
-def path_of(place: Place) -> bytes:
-    """The path of a real directory in its layer."""
-    names = []
-    above: Place | None = place
-    while above is not None and above.name:
-        names.append(above.name)
-        above = above.parent
-    return b"/".join(reversed(names))

@@ -6,7 +6,6 @@ has been looked up yet; see `union.bound`.
 
 from __future__ import annotations
 
-import errno
 import os
 from contextlib import ExitStack
 from dataclasses import replace
@@ -30,13 +29,7 @@ class UnionTree:
         self._caller = Caller(os.geteuid(), os.getegid())
 
     def node(self, names: Names) -> Node:
-        node = self._union.nodes.root
-        for name in names:
-            found = self._union.lookup(node, name)
-            if found is None:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-            node = found[0]
-        return node
+        return self._union.node_at(names)
 
     def kind(self, names: Names) -> int:
         return self.node(names).kind

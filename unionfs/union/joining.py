@@ -20,7 +20,7 @@ from unionfs.sys.fds import Owned
 from unionfs.union.filedata import clone, copy_data
 from unionfs.union.images import is_image, open_image
 from unionfs.union.markers import Markers
-from unionfs.union.merge import Merge
+from unionfs.union.merge import Merge, path_of
 
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -93,7 +93,7 @@ class _Joining:
             if around:
                 os.setxattr(path, self._markers.opaque, b"y")
         elif any(one.parent not in around or one.name != name for one in below):
-            os.setxattr(path, self._markers.redirect, _path_of(below[0]))
+            os.setxattr(path, self._markers.redirect, b"/" + path_of(below[0]))
 
     def _file(self, parts: list[Place], part: Place, name: bytes, st: os.stat_result, target: int) -> None:
         at = self._gate.fd(part)
@@ -151,11 +151,3 @@ def _halves(parts: Sequence[Place]) -> tuple[list[Place], list[Place]]:
     """The parts in the two layers, and those below."""
     above = [part for part in parts if part.layer.index < _TWO]
     return above, [part for part in parts if part.layer.index >= _TWO]
-
-
-def _path_of(place: Place) -> bytes:
-    steps = []
-    while place.parent is not None:
-        steps.append(place.name)
-        place = place.parent
-    return b"".join(b"/" + step for step in reversed(steps))

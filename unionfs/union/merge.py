@@ -234,3 +234,13 @@ class _MergedListing(Listing):
                 return False
             st = again
         return self._merge.markers.is_whiteout(st, fd, name)
+
+
+def path_of(place: Place) -> bytes:
+    """The path of a real directory in its layer."""
+    names = []
+    above: Place | None = place
+    while above is not None and above.name:
+        names.append(above.name)
+        above = above.parent
+    return b"/".join(reversed(names))

@@ -15,10 +15,9 @@ its place below, by one exchange of names. Shared blocks or bytes are copied, as
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Final, NamedTuple
 
@@ -103,8 +102,7 @@ class Stacking:
         self._index_aside = name
         self._index = open_index(self._union.stack, self._union.origins)
 
-    # -- files that are open for writing
-    # ----------------------------------------------------------------------
+    # -- files that are open for writing ------------------------------------------------------------------
 
     def move_written(self) -> list[Copied]:
         """Give the new upper every file that is open for writing. Raises ``OSError``; then call
@@ -203,21 +201,12 @@ class Stacking:
             return names
         found = list(dict.fromkeys(names))
         for path in _paths_of(self._former.root_fd, st):
-            directory = self._node_at(path[:-1])
+            directory = self._union.node_at(path[:-1])
             if (directory, path[-1]) not in found:
                 found.append((directory, path[-1]))
         return found
 
-    def _node_at(self, steps: Sequence[bytes]) -> Node:
-        node = self._union.nodes.root
-        for step in steps:
-            found = self._union.lookup(node, step)
-            if found is None:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-            node = found[0]
-        return node
-
-    # -- the end ---------------------------------------------------------------------------------------------
+    # -- the end ------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
         """The directories are exchanged on disk: go on with the new upper."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -89,6 +90,16 @@ class Union(Objects):
     def lookup(self, parent: Node, name: bytes) -> tuple[Node, Attributes] | None:
         """The node ``name`` in ``parent`` with its attributes, or None."""
         return parent.territory.lookup(parent, name)
+
+    def node_at(self, names: Sequence[bytes]) -> Node:
+        """The node of a path from the root. Raises ``OSError``."""
+        node = self.nodes.root
+        for name in names:
+            found = self.lookup(node, name)
+            if found is None:
+                raise os_error(errno.ENOENT)
+            node = found[0]
+        return node
 
     def number_of_unreachable(self, parent: Node, name: bytes) -> tuple[int, int] | None:
         """The listed number and file type (0: unknown) of a name whose lookup fails.
