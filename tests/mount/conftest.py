@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 from tests.mount import cli_calls
 from tests.mount.cli_calls import Place
-from tests.mount.run_calls import BUSYBOX, Containers, cleaned
+from tests.mount.run_calls import Containers, containers
 from tests.mount.user_calls import Host, ordinary_user
 
 
@@ -30,8 +29,5 @@ def host(place: Place) -> Iterator[Host]:
 @pytest.fixture
 def box(root: None, area: Path) -> Iterator[Containers]:
     """A union's layers with busybox, and calls of `unionfs run`."""
-    if BUSYBOX is None or shutil.which("bwrap") is None:
-        pytest.skip("busybox or bubblewrap is not installed")
-    found = Containers(area)
-    with cleaned(area):
+    with containers(Containers, area) as found:
         yield found

@@ -15,6 +15,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
+
+import pytest
 
 from tests.mount import cli_calls
 from tests.mount.cli_calls import Done, wait_for
@@ -23,6 +26,9 @@ from tests.support.patience import patient
 from unionfs.daemon import live
 
 BUSYBOX = next((path for path in ("/bin/busybox", "/usr/bin/busybox") if os.path.exists(path)), None)
+
+
+_Box = TypeVar("_Box", bound="Containers")
 
 
 class Containers:
@@ -89,6 +95,16 @@ class Containers:
     def is_over(self) -> bool:
         """Whether no union is mounted any more."""
         return areas.mounts_below(self.area) == []
+
+
+@contextmanager
+def containers(kind: type[_Box], area: Path) -> Iterator[_Box]:
+    """Containers of that class, which are ended; skips the test without busybox or bubblewrap."""
+    if BUSYBOX is None or shutil.which("bwrap") is None:
+        pytest.skip("busybox or bubblewrap is not installed")
+    found = kind(area)
+    with cleaned(area):
+        yield found
 
 
 @contextmanager

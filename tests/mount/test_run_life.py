@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 
 from tests.mount import cli_calls
 from tests.mount.cli_calls import Done, refused, wait_for
-from tests.mount.run_calls import BUSYBOX, Containers, cleaned
+from tests.mount.run_calls import Containers, containers
 
 _LOOP = "trap 'echo term; exit 3' TERM; trap 'echo hup' HUP; echo up; while :; do sleep 0.05; done"
 
@@ -38,10 +37,7 @@ class Life(Containers):
 
 @pytest.fixture
 def box(root: None, area: Path) -> Iterator[Life]:
-    if BUSYBOX is None or shutil.which("bwrap") is None:
-        pytest.skip("busybox or bubblewrap is not installed")
-    found = Life(area)
-    with cleaned(area):
+    with containers(Life, area) as found:
         yield found
 
 
