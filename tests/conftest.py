@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shlex
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -146,6 +147,15 @@ def _watchdog(request: pytest.FixtureRequest) -> Iterator[None]:
     timer.start()
     yield
     timer.cancel()
+
+
+@pytest.fixture(autouse=True)
+def _signals_stay() -> Iterator[None]:
+    """A test that leaves signals blocked changes what the later ones of its process see."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    blocked = signal.pthread_sigmask(signal.SIG_SETMASK, before) - before
+    assert not blocked, f"the test left signals blocked: {blocked}"
 
 
 @pytest.fixture

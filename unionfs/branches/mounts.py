@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -94,18 +95,13 @@ def _complete_links(branch: Branch) -> None:
         linked = view.linked
     if not linked:
         return
-    CALLER.needs_own_process()
     complaint = f"the hard links of branch {quoted(branch.name)} cannot be completed"
-    merged = _mount(branch, branch.merged, lives_with=os.getpid()).mountpoint
-    try:
-        with on_failure(complaint, "try again"):
-            for name in linked:
-                path = os.fsencode(merged) + name
-                st = os.lstat(path)
-                # A metadata change links the copy under this name in the upper.
-                os.utime(path, ns=(st.st_atime_ns, st.st_mtime_ns), follow_symlinks=False)
-    finally:
-        umount(merged)
+    with mounted(branch) as merged, on_failure(complaint, "try again"):
+        for name in linked:
+            path = os.fsencode(merged) + name
+            st = os.lstat(path)
+            # A metadata change links the copy under this name in the upper.
+            os.utime(path, ns=(st.st_atime_ns, st.st_mtime_ns), follow_symlinks=False)
 
 
 def unmounted(branch: Branch) -> None:
@@ -135,8 +131,11 @@ def parent_claimed(store: Store, child: str, parent: str) -> Iterator[Branch]:
 def mounted(branch: Branch) -> Iterator[str]:
     """A claimed branch, mounted to be changed; yields the mountpoint. Raises UserError."""
     CALLER.needs_own_process()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     _mount(branch, branch.merged, lives_with=os.getpid())
     try:
+        # `mount` leaves signals blocked for a process that ends now.
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield branch.merged
     finally:
         if mounted_at(branch.merged) is not None:
