@@ -24,6 +24,7 @@ import unionfs
 from unionfs.core.forking import IDLE, REFUSED, Forking
 from unionfs.core.samepages import SamePages
 from unionfs.daemon.handover import OUTDATED, Run, serve
+from unionfs.daemon.rehearsal import rehearse
 from unionfs.sys import filelocks
 from unionfs.sys.capabilities import in_initial_user_namespace
 from unionfs.sys.inheritance import is_alone_in_mount_namespace
@@ -49,6 +50,7 @@ def reside(name: str, identity: str, run: Run) -> None:
     # Ignored by the caller of the first launcher, it would hide how processes ended.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     resident = _Resident(name)
+    rehearse(f"/proc/self/fd/{_DIRECTORY}")
     pages = None
     with suppress(OSError):
         pages = SamePages()
@@ -105,8 +107,9 @@ def _has_own_mount_namespace() -> bool:
     try:
         return os.stat("/proc/1/ns/mnt").st_ino != os.stat("/proc/self/ns/mnt").st_ino
     except OSError:
-        # An ordinary user may not see it, nor make a mount namespace without a user namespace.
-        return not in_initial_user_namespace()
+        # Root may have fewer capabilities than pid 1. An ordinary user may not see it, nor make a mount
+        # namespace without a user namespace.
+        return os.geteuid() == 0 or not in_initial_user_namespace()
 
 
 class _Resident:

@@ -1,0 +1,50 @@
+"""What a resident does once before it forks daemons, so that they have in common what Python learns by it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from contextlib import suppress
+
+import trio
+
+from unionfs.daemon import preflight
+from unionfs.daemon.live import LiveMount, claims_of
+from unionfs.daemon.settle import settle
+from unionfs.errors import UserError
+from unionfs.settings.mount import MountSettings
+from unionfs.sys.mountinfo import mounted_at, read_mountinfo
+from unionfs.sys.process import start_time
+
+# Python specialises what has run eight times (Python/specialize.c, of 3.11 and later).
+_TIMES = 12
+
+
+def rehearse(directory: str) -> None:
+    """Settle and check a mount of empty directories below `directory` a few times; mount nothing.
+
+    Python numbers the types, dictionaries and functions that it has met, and notes the numbers beside the
+    code. Without this each daemon would write them into pages of its own, and others than its neighbour
+    does that finds another mount.
+    """
+    with suppress(OSError, UserError), tempfile.TemporaryDirectory(dir=directory) as place:
+        for name in ("lower", "upper", "work", "merged"):
+            os.mkdir(f"{place}/{name}")
+        for _ in range(_TIMES):
+            _settle_and_check(place)
+            trio.run(trio.lowlevel.checkpoint)
+
+
+def _settle_and_check(place: str) -> None:
+    options = f"lowerdir={place}/lower,upperdir={place}/upper,workdir={place}/work"
+    settings = settle(f"{place}/merged", options=["index=off", options])
+    preflight.check(settings)
+    MountSettings.from_json(settings.to_json())
+    pid = os.getpid()
+    entry = LiveMount(settings, pid, start_time(pid) or 0, "0:0", time.time(), claims_of(settings))
+    entry = LiveMount.from_json(entry.to_json())
+    entry.is_alive()
+    entry.mounts()
+    mounted_at(settings.mountpoint)
+    read_mountinfo()
