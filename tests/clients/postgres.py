@@ -187,7 +187,8 @@ class Cluster:
             server = self._room.call("cat", self.data / "postmaster.pid").stdout.split()[0]
             children = f"$(cat /proc/{server}/task/{server}/children)"
             # One of them may end by itself meanwhile.
-            self._room.as_root("sh", "-c", f"kill -9 {server} {children} || ! kill -0 {server} 2>&1")
+            end = f"of={children}; kill -9 {server}; for pid in $of; do kill -9 $pid || true; done"
+            self._room.as_root("sh", "-ec", end)
             told += [int(line) for line in client.stdout.read().splitlines()]
         assert client.returncode != 0
         return told[-1]

@@ -12,6 +12,7 @@ from tests.clients.engines import KERNEL, OURS, Store
 from tests.clients.rooms import Room, room
 from tests.mount.cli_calls import wait_for
 from tests.support import areas, snapshot
+from tests.support.patience import patient
 
 pytestmark = [pytest.mark.usefixtures("root"), pytest.mark.clients]
 
@@ -86,7 +87,7 @@ def check(
         if name in unmapped:
             assert seen[name][1].endswith(again)
         # the process that cleans up after a container may still be at work
-        assert wait_for(partial(succeeds, store, "podman", "rm", "c"), 20)
+        assert wait_for(partial(succeeds, store, "podman", "rm", "c"), patient(60))
         store.podman("rmi", "committed")
     assert seen[OURS] == seen[KERNEL]
     assert uppers[OURS] == uppers[KERNEL]

@@ -186,7 +186,10 @@ def test_copy_from_keeps_hard_links(area: Path, kernel_overlay: None) -> None:
             sizes[program] = (
                 int(store.podman("inspect", "--format", "{{.Size}}", "copy")), first.split()[0]
             )  # fmt: skip
-        assert sizes[OURS] == sizes[KERNEL]
+        (ours, names), (kernels, expected) = sizes[OURS], sizes[KERNEL]
+        assert names == expected
+        # With the configuration, whose times end in other digits.
+        assert abs(ours - kernels) < 100
 
 
 def test_steps_that_delete(area: Path, kernel_overlay: None) -> None:
