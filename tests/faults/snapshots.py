@@ -271,7 +271,7 @@ class _Daemon:
         self, said: str | None, before: Shown, opened: _Opened, entry: live.LiveMount
     ) -> Iterator[str]:
         stage = self.stage
-        done = said is None or "not yet on disk" in said
+        done = said is None or "could not be recorded" in said
         after = shown(stage.root)
         if self.order == "create":
             if after != before:
@@ -361,7 +361,8 @@ class _Command:
                 expected = [restored] if outcome.code == 0 else [before, restored]
             if after not in expected:
                 stage.blame(f"{fault}: {outcome}: another tree: {_differing(before, after)}")
-            if fault.error != KILL and outcome.code != 0 and "Traceback" in outcome.text:
+            own = not fault.hit.endswith("/output")  # where the sentence goes
+            if fault.error != KILL and own and outcome.code != 0 and "Traceback" in outcome.text:
                 stage.blame(f"{fault}: no sentence: {outcome.text[-700:]}")
             # What a command has begun, another one ends, and each can be taken.
             snapshots.merge(entry)

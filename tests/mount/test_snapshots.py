@@ -31,6 +31,7 @@ from unionfs.daemon import live
 from unionfs.storage.snapshot_record import added
 from unionfs.storage.snapshots import Store
 from unionfs.sys.fds import Owned
+from unionfs.sys.stopping import Stopped
 
 _TAKEN = 3
 _SESSIONS = (
@@ -590,6 +591,33 @@ def test_killed_at_any_time(kernel_overlay: None, place: Place) -> None:
                 file.close()
         succeed(unionfs("cleanup", place.merged))
         assert _again(place) == before
+
+
+def test_killed_while_programs_are_stopped(hybrid: Snapshots) -> None:
+    """Programs that the command has stopped go on when it is killed."""
+    log = hybrid.union / "log"
+    script = f"exec 3>>{log}; while echo line >&3; do sleep 0.01; done"
+    with subprocess.Popen(["sh", "-c", script]) as writer:
+        assert wait_for(lambda: log.exists() and log.read_text().count("line") > 3)
+        ready, told = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                with Stopped() as stopped:
+                    stopped.stop_all(lambda: {writer.pid}, 5.0)
+                    os.write(told, b"1" if stopped.pids else b"0")
+                    signal.pause()
+            finally:
+                os._exit(1)
+        assert os.read(ready, 1) == b"1"
+        before = log.read_text()
+        assert Path(f"/proc/{writer.pid}/stat").read_text().rpartition(")")[2].split()[0] == "t"
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        assert wait_for(lambda: log.read_text() != before)
+        writer.kill()
+        os.close(ready)
+        os.close(told)
 
 
 def test_refusals(kernel_overlay: None, place: Place) -> None:

@@ -101,10 +101,10 @@ class Snapshotting:
                 )
             former.is_moved_to(layer)
             stack.protect(former.root_fd)
-            self._changed(replace(settings, lowers=(layer, *settings.lowers)))
             files = tuple(_shown(one) for one in copied if one.changed or (one.mapped and not still))
             one = replace(new.layers[id_], files=files[:_MOST_FILES])
-            with trio.CancelScope(shield=True), _on_disk(f"snapshot {quoted(one.name)} was taken"):
+            with trio.CancelScope(shield=True), _recorded(f"snapshot {quoted(one.name)} was taken"):
+                self._changed(replace(settings, lowers=(layer, *settings.lowers)))
                 if stack.durable:
                     await trio.to_thread.run_sync(stack.sync_upper)
                 await trio.to_thread.run_sync(store.finish, new.with_layer(one))
@@ -129,8 +129,8 @@ class Snapshotting:
                 await self._operations.snapshots.replace(
                     fd, upper, [self._layer(store, path) for path in lowers], partial(store.exchange, id_)
                 )
-            self._changed(replace(settings, lowers=tuple(lowers)))
-            with _on_disk(f"snapshot {quoted(one.name)} was restored"):
+            with _recorded(f"snapshot {quoted(one.name)} was restored"):
+                self._changed(replace(settings, lowers=tuple(lowers)))
                 store.finish(new)
         if settings.io != "cached":  # else files may be open without an fd here
             trio.lowlevel.spawn_system_task(self.clean)
@@ -183,10 +183,10 @@ def _clean(stack: LayerStack, settings: MountSettings) -> None:
         log.warning("what snapshots have left cannot be removed: %s", error)
 
 
-def _on_disk(done: str) -> on_failure:
-    return on_failure(
-        f"{done}, but it is not yet on disk", "check the disk, and take or restore another one to complete it"
-    )
+def _recorded(done: str) -> on_failure:
+    """For what follows the exchange, which makes the change, and the record of it valid."""
+    cure = "check the disk, and take or restore another one to complete it"
+    return on_failure(f"{done}, but could not be recorded", cure)
 
 
 def _shown(one: Copied) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from unionfs.errors import UserError, quoted, reason
 from unionfs.storage import jsonfiles
 from unionfs.storage.snapshot_record import Record, joined
 from unionfs.sys import calls
-from unionfs.sys.fds import Owned, open_for_listing
+from unionfs.sys.fds import Owned, close_quietly, open_for_listing
 from unionfs.sys.trees import remove
 
 SUFFIX: Final = ".snapshots"
@@ -119,9 +119,8 @@ class Store:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        os.close(self._above)
-        if self.fd >= 0:
-            os.close(self.fd)
+        for fd in (self._above, self.fd):
+            close_quietly(fd)
 
     def open(self, *, make: bool) -> bool:
         """Open the directory; whether it exists. Raises UserError, OSError."""

@@ -40,7 +40,9 @@ def relayer(
     for layer in layers:
         marks = union.markers.directory(layer.root_fd)
         layer.root.marked(impure=marks.impure, copied=False)
+    root = union.nodes.root
     with new_upper(union, fd, path, layers) as index:
+        names = root.territory.listing(root).names()
         commit()
     union.files.kept.clear()
     gone = former - set(union.stack.layers)
@@ -49,11 +51,10 @@ def relayer(
             union.files.keep_object(handle.node)
     outdated = _lose_linked(union, gone)
     union.has_index(index)
-    root = union.nodes.root
     root.know_flags(None)
     root.changes()
     outdated.add(root)
-    known, names = root.children or {}, root.territory.listing(root).names()
+    known = root.children or {}
     outdated.names.extend((root.id, name) for name in names if name not in known)
     return outdated
 
