@@ -34,7 +34,7 @@ def test_in_python(kernel_overlay: None, place: Place) -> None:
     assert _changes(snapshots, "first", taken["name"]) == [("C", "base"), ("A", "new")]
     assert _changes(snapshots, taken["name"]) == [("C", "new")]
     (changed,) = snapshots.diff(taken["name"], content=True)
-    assert "+later" in changed["content"]
+    assert "+later" in changed["diff"]
     snapshots.restore("first")
     assert shown(root) == before
     snapshots.rm(taken["name"], wait=True)
