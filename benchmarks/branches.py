@@ -1,6 +1,7 @@
 """Branches beside other ways to try something on a copy: `python -m benchmarks.branches [--only NAME]...`.
 
-All work on the same tree of 30,000 files, each on a copy of it in a new ext4 (which needs root):
+All work on the same tree of 30,000 files, each on a copy in a new filesystem (which needs root): ext4, or by
+`--filesystem` one with reflinks, xfs or btrfs:
 
     unionfs         a branch, `unionfs try`
     cp              `cp -a --reflink=auto`, and back by `rsync -aHAX --delete`
@@ -34,15 +35,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.disks import KINDS, new_filesystem
+
 _FILES, _SOURCES, _PACKAGE, _MANY = 30_000, 60, 500, 10_000
-_IMAGE = 4 << 30
 _STEPS = ("create", "true", "C build", "npm install", "diff", "commit", "discard")
 _BUILD = "make -s -j2 && rm -r tree/7 && echo changed >> tree/8/1"
 _NPM = "npm install --silent --offline --no-audit --no-fund --cache kept ./probe-1.0.0.tgz && rm -r kept"
-_BEGIN, _END = "<!-- made by benchmarks/branches.py -->", "<!-- end -->"
+_END = "<!-- end -->"
 _UNIONFS = str(Path(sys.executable).parent / "unionfs")
 
 
@@ -268,21 +271,13 @@ def _measure_discard(contestant: _Contestant) -> float | str:
 
 
 @contextmanager
-def _filesystem(area: Path) -> Iterator[Path]:
-    """A new ext4 in a file: where many files were removed lately, new ones take several times as long."""
-    with tempfile.NamedTemporaryFile(dir=area) as image, tempfile.TemporaryDirectory(dir=area) as place:
-        image.truncate(_IMAGE)
-        _call(["mkfs.ext4", "-q", "-F", image.name])
-        _call(["mount", "-o", "loop", image.name, place])
-        try:
-            yield Path(place)
-        finally:
-            subprocess.run(["umount", "-R", "-l", place], check=False)
-
-
-@contextmanager
-def _fresh(template: Path, area: Path, kind: type[_Contestant]) -> Iterator[_Contestant]:
-    with _filesystem(area) as place:
+def _fresh(
+    template: Path, area: Path, filesystem: str, kind: type[_Contestant]
+) -> Iterator[_Contestant]:
+    """A contestant with a copy of the tree in a new filesystem: where many files were removed lately, new
+    ones take several times as long.
+    """
+    with new_filesystem(area, filesystem) as place:
         _call(["cp", "-a", template, place / "base"])
         os.sync()
         contestant = kind(place / "base", place)
@@ -291,11 +286,11 @@ def _fresh(template: Path, area: Path, kind: type[_Contestant]) -> Iterator[_Con
         yield contestant
 
 
-def _many(area: Path) -> dict[str, float]:
+def _many(area: Path, filesystem: str) -> dict[str, float]:
     """Seconds of a commit of many changed files, and of `cp -a` of them: medians of three."""
     found = []
     for _ in range(3):
-        with _filesystem(area) as place:
+        with new_filesystem(area, filesystem) as place:
             found.append(_commit_and_copy(place))
     commits, copies = zip(*found, strict=True)
     return {"commit": statistics.median(commits), "cp -a": statistics.median(copies)}
@@ -333,7 +328,7 @@ def _table(results: dict[str, Any]) -> str:
         found = results["trees"][name]
         cells = (found.get(step, "-") for step in _STEPS)
         lines.append(f"| {name} | {' | '.join(c if isinstance(c, str) else f'{c:.2f}' for c in cells)} |")
-    text = "\n".join(lines) + f"\n\nOn {results['host']}.\n"
+    text = "\n".join(lines) + f"\n\n{results['filesystem']}, {results['host']}.\n"
     if (many := results.get("many")) is not None:
         text += (
             f"The commit of {_MANY:,} changed files of 1 KiB takes {many['commit']:.2f} s; `cp -a` of them "
@@ -342,10 +337,11 @@ def _table(results: dict[str, Any]) -> str:
     return text
 
 
-def _write(page: Path, table: str) -> None:
-    before, _, rest = page.read_text().partition(_BEGIN)
+def _write(page: Path, filesystem: str, table: str) -> None:
+    begin = f"<!-- made by benchmarks/branches.py on {filesystem} -->"
+    before, _, rest = page.read_text().partition(begin)
     _, _, after = rest.partition(_END)
-    page.write_text(f"{before}{_BEGIN}\n{table}{_END}{after}")
+    page.write_text(f"{before}{begin}\n{table}{_END}{after}")
 
 
 def _arguments() -> argparse.Namespace:
@@ -353,6 +349,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", action="append", choices=list(_CONTESTANTS))
+    parser.add_argument("--filesystem", choices=KINDS, default="ext4")
     parser.add_argument("--many", action="store_true")
     parser.add_argument("--try", dest="try_", default="", help="the script")
     parser.add_argument("--results", type=Path)
@@ -364,7 +361,7 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     options = _arguments()
     Try.program = options.try_
-    results: dict[str, Any] = {"host": _host(), "trees": {}}
+    results: dict[str, Any] = {"host": _host(), "filesystem": options.filesystem, "trees": {}}
     if options.results is not None and options.results.exists():
         results |= json.loads(options.results.read_text())
     names = options.only or ([] if options.many or options.write else list(_CONTESTANTS))
@@ -375,21 +372,22 @@ def main() -> None:
         for name in names:
             if name == "try" and not options.try_:
                 continue
-            with _fresh(area / "template", area, _CONTESTANTS[name]) as contestant:
+            fresh = partial(_fresh, area / "template", area, options.filesystem, _CONTESTANTS[name])
+            with fresh() as contestant:
                 found = _measure(contestant)
-            with _fresh(area / "template", area, _CONTESTANTS[name]) as contestant:
+            with fresh() as contestant:
                 found["discard"] = _measure_discard(contestant)
             results["trees"][name] = found
             print(name, found, flush=True)
             if options.results is not None:
                 options.results.write_text(json.dumps(results, indent=1))
         if options.many:
-            results["many"] = _many(area)
+            results["many"] = _many(area, options.filesystem)
             if options.results is not None:
                 options.results.write_text(json.dumps(results, indent=1))
     print(_table(results))
     if options.write is not None:
-        _write(options.write, _table(results))
+        _write(options.write, results["filesystem"], _table(results))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 writing.
 
     python -m benchmarks.snapshots [--files N,N,...] [--size BYTES] [--upper N] [--repeat N]
+                                   [--filesystem ext4|xfs|btrfs]
 
 Mounts a union with `--upper` files in its upper, opens N files of SIZE bytes for writing, and takes
 snapshots. Prints the pause that the daemon reports, and the time of the whole command, each the median and
-the maximum, for each I/O mode. Requires root.
+the maximum, for each I/O mode. The layers are in a new filesystem of that type, by default in the directory
+for temporary files. Requires root.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
+
+from benchmarks.disks import KINDS, new_filesystem
 
 _UNIONFS = (sys.executable, "-m", "unionfs")
 _MODES = ("hybrid", "cached")
@@ -79,13 +84,17 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--upper", type=int, default=10_000)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--filesystem", choices=KINDS)
     arguments = parser.parse_args()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     counts = [int(word) for word in arguments.files.split(",")]
-    with tempfile.TemporaryDirectory(prefix="unionfs-snapshots-") as name:
+    with ExitStack() as stack:
+        area = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unionfs-snapshots-")))
+        if arguments.filesystem is not None:
+            area = stack.enter_context(new_filesystem(area, arguments.filesystem))
         for mode in _MODES:
-            _run(Path(name) / mode, mode, counts, arguments.size, arguments.upper, arguments.repeat)
+            _run(area / mode, mode, counts, arguments.size, arguments.upper, arguments.repeat)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import tempfile
@@ -10,7 +11,7 @@ import time
 from contextlib import ExitStack
 from multiprocessing import util
 
-from tests.faults import commands, injecting, plan
+from tests.faults import commands, injecting, plan, snapshots
 from tests.faults.batch import Report
 from tests.faults.operations import OPERATIONS
 from tests.faults.plan import SESSIONS
@@ -22,14 +23,16 @@ def main() -> int:
     parser.add_argument("--session", action="append", choices=SESSIONS, help="only that session (repeatable)")
     parser.add_argument("--operation", metavar="TEXT", default="", help="only those with TEXT in their name")
     parser.add_argument("--tenth", type=int, metavar="N", help="every tenth fault, from the N-th on")
-    parser.add_argument("--only", choices=["errors", "kills", "commands"], help="not the other kinds")
+    parser.add_argument("--only", choices=["errors", "kills", "commands", "snapshots"],
+                        help="not the other kinds")  # fmt: skip
     arguments = parser.parse_args()
     if reason := injecting.reason() or mounting.overlay_reason():
         print(f"scripts/faults: {reason}", file=sys.stderr)
         return 1
     operations = [one for one in OPERATIONS if arguments.operation in one.name]
     scenarios = [one for one in commands.SCENARIOS if arguments.operation in one.name]
-    if not operations and not scenarios:
+    orders = [order for order in snapshots.ORDERS if arguments.operation in f"snapshot {order}"]
+    if not operations and not scenarios and not orders:
         parser.error(f"neither an operation nor a command has {arguments.operation!r} in its name")
     place = ExitStack()
     place.enter_context(areas.run_directory())
@@ -47,6 +50,12 @@ def main() -> int:
     if scenarios and arguments.only in (None, "commands"):
         with areas.area() as area:
             _tell(commands.run_all(area, scenarios=scenarios, tenth=arguments.tenth, told=_print), report)
+    if arguments.only in (None, "snapshots"):
+        chosen = [one for one in snapshots.SESSIONS if one in (arguments.session or snapshots.SESSIONS)]
+        for session, order, kills in itertools.product(chosen, orders, (False, True)):
+            with areas.area() as area:
+                done = snapshots.run(area, session, order, kills=kills, tenth=arguments.tenth, told=_print)
+                _tell(done, report)
     seconds = time.monotonic() - began
     _print(f"{report.tried} faults tried in {seconds:.0f} s, {len(report.problems)} problems")
     return 1 if report.problems else 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import injecting, plan
+from tests.faults import injecting, plan, snapshots
 from tests.faults.batch import Report
 from tests.faults.operations import OPERATIONS
 from tests.support.worker import REPOSITORY
@@ -48,4 +48,17 @@ def test_kills_between_system_calls(area: Path) -> None:
     """The tree is the old or the new one, and the next mount leaves nothing of it in the work directory."""
     report = _run(area, kills=True)
     assert report.tried > 10
+    assert not report.problems, "\n".join(report.problems)
+
+
+@pytest.mark.parametrize("kills", [False, True], ids=["errors", "kills"])
+@pytest.mark.parametrize("order", snapshots.ORDERS)
+def test_snapshots(area: Path, order: str, kills: bool) -> None:
+    """The mount shows the same tree, or the restored one, and each snapshot stays what it was."""
+    if reason := injecting.reason():
+        pytest.skip(reason)
+    turn = _turn()
+    session = snapshots.SESSIONS[turn % len(snapshots.SESSIONS)]
+    report = snapshots.run(area, session, order, kills=kills, tenth=turn)
+    assert report.tried > 3
     assert not report.problems, "\n".join(report.problems)

@@ -28,11 +28,20 @@ from tests.support.live_lowers import Shown, fill, shown
 from tests.support.mounting import Mount, kernel_mounted, mounted
 from unionfs.branches import snapshots
 from unionfs.daemon import live
-from unionfs.storage.snapshots import Store, added
+from unionfs.storage.snapshot_record import added
+from unionfs.storage.snapshots import Store
 from unionfs.sys.fds import Owned
+from unionfs.sys.stopping import Stopped
 
 _TAKEN = 3
-_SESSIONS = ("direct-hybrid", pytest.param("direct-passthrough", marks=pytest.mark.slow), "direct-cached")
+_SESSIONS = (
+    "direct-hybrid",
+    pytest.param("direct-passthrough", marks=pytest.mark.slow),
+    "direct-cached",
+    pytest.param("direct-hybrid xfs", marks=pytest.mark.slow),
+    pytest.param("direct-cached btrfs", marks=pytest.mark.slow),
+)
+_DISK = 512 << 20
 
 
 class Snapshots:
@@ -109,9 +118,11 @@ def _change(root: Path) -> None:
 
 @pytest.fixture(params=_SESSIONS)
 def made(request: pytest.FixtureRequest, kernel_overlay: None, area: Path) -> Iterator[Snapshots]:
-    if reason := mounting.session_reason(request.param):
+    session, _, kind = request.param.partition(" ")
+    if reason := mounting.session_reason(session):
         pytest.skip(reason)
-    with _made(area, request.param) as found:
+    place = request.getfixturevalue("filesystem")(kind, _DISK) if kind else area
+    with _made(place, session) as found:
         yield found
 
 
@@ -538,10 +549,9 @@ def test_killed_between_steps(kernel_overlay: None, place: Place, what: str, ste
     with Owned(os.open(place.upper, os.O_PATH)) as fd, Store(fd, str(place.upper)) as store:
         assert store.open(make=False)
         record = store.record()
-        id_, new = store.stage(record)
-        with Owned(new):
+        after, id_ = added(record, "second")
+        with store.staged(id_) as new, Owned(new):
             shutil.copystat(place.upper, f"/proc/self/fd/{new}")
-            after = added(record, id_, "second")
             if what == "restore":
                 after = replace(record, last=int(id_))
             if step != "staged":
@@ -581,6 +591,33 @@ def test_killed_at_any_time(kernel_overlay: None, place: Place) -> None:
                 file.close()
         succeed(unionfs("cleanup", place.merged))
         assert _again(place) == before
+
+
+def test_killed_while_programs_are_stopped(hybrid: Snapshots) -> None:
+    """Programs that the command has stopped go on when it is killed."""
+    log = hybrid.union / "log"
+    script = f"exec 3>>{log}; while echo line >&3; do sleep 0.01; done"
+    with subprocess.Popen(["sh", "-c", script]) as writer:
+        assert wait_for(lambda: log.exists() and log.read_text().count("line") > 3)
+        ready, told = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                with Stopped() as stopped:
+                    stopped.stop_all(lambda: {writer.pid}, 5.0)
+                    os.write(told, b"1" if stopped.pids else b"0")
+                    signal.pause()
+            finally:
+                os._exit(1)
+        assert os.read(ready, 1) == b"1"
+        before = log.read_text()
+        assert Path(f"/proc/{writer.pid}/stat").read_text().rpartition(")")[2].split()[0] == "t"
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        assert wait_for(lambda: log.read_text() != before)
+        writer.kill()
+        os.close(ready)
+        os.close(told)
 
 
 def test_refusals(kernel_overlay: None, place: Place) -> None:
@@ -672,3 +709,28 @@ def test_no_space_for_copies(root: None, area: Path, filesystem: Callable[..., P
         assert (top / "d/small").read_bytes() == b"small and more again"
         listed = json.loads(succeed(unionfs("snapshot", "ls", "--json", top)))
         assert (Path(listed[0]["layer"]) / "d/small").read_bytes() == b"small and more"
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_copies_share_blocks(kernel_overlay: None, filesystem: Callable[..., Path], kind: str) -> None:
+    """With reflinks the copy of an open file takes no space but for what is written later."""
+    with _made(filesystem(kind, _DISK), "direct") as made:
+        content, size = os.urandom(1 << 20) * 64, 64 << 20
+        with (made.union / "large").open("w+b", buffering=0) as file:
+            file.write(content)
+            os.fsync(file.fileno())
+            before = _used(made.area)
+            assert made.take("first")["open_files"] == 1
+            assert _used(made.area) - before < size / 4
+            os.pwrite(file.fileno(), b"later", 5)
+            os.fsync(file.fileno())
+            assert _used(made.area) - before < size / 4
+        assert (Path(made.listed()["first"]["layer"]) / "large").read_bytes() == content
+        assert (made.union / "large").read_bytes() == content[:5] + b"later" + content[10:]
+
+
+def _used(where: Path) -> int:
+    """Bytes of a filesystem that are in use, with everything on disk."""
+    os.sync()
+    st = os.statvfs(where)
+    return (st.f_blocks - st.f_bfree) * st.f_frsize

@@ -1,4 +1,4 @@
-"""What is in the base after a commit, to see whether that was changed since."""
+"""The state of the base after a commit, to detect later changes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def states(entry: Journal, tree: Beneath) -> dict[str, list[int]]:
-    """What is now at each path of a journal, and below it: numbers that change with it; none where nothing
-    is.
+    """The present state of each path of a journal and of everything below it, as numbers that differ after a
+    change; an empty list for a missing path.
 
     Raises OSError.
     """
@@ -23,7 +23,7 @@ def states(entry: Journal, tree: Beneath) -> dict[str, list[int]]:
     for move in entry.moves:
         found[move.path] = []
         if move.source is not None:
-            # What is in it goes back with it; what was changed there has moves of its own.
+            # Its content is renamed with it; changes in it have moves of their own.
             found[move.source] = _numbers(status(*tree.parent(os.fsencode(move.source))))
             found[move.path] = _numbers(status(*tree.parent(os.fsencode(move.path))))
             continue
@@ -34,8 +34,8 @@ def states(entry: Journal, tree: Beneath) -> dict[str, list[int]]:
 
 
 def reached(entry: Journal, tree: Beneath) -> dict[str, list[int]]:
-    """`states` when all is in place; other ones where others have replaced or removed what was put there:
-    that cannot be undone. Raises OSError.
+    """`states` at the end of a commit. A path at which others have replaced or removed the new object gets a
+    state that no undo accepts. Raises OSError.
     """
     found = states(entry, tree)
     for move in entry.moves:

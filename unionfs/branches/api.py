@@ -11,15 +11,14 @@ caller are not touched. `trio_branch` is the same with `async`.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from functools import partial
 from typing import Any, Literal
+
+from unionfs.branches.calling import call, in_thread, program
 
 _CONFLICTS = 3
 
@@ -29,12 +28,12 @@ class BranchError(Exception):
 
 
 class ConflictError(BranchError):
-    """A commit was stopped, and nothing changed: what it changes was changed below the branch, too."""
+    """A commit was stopped, and nothing changed: the same paths were changed below the branch, too."""
 
     def __init__(self, conflicts: Sequence[tuple[str, str]]) -> None:
         super().__init__(f"{len(conflicts)} paths were changed below the branch, too; nothing was committed.")
         self.conflicts = conflicts
-        """What happened below (`changed`, `added`, `removed`), and the path."""
+        """The change below (`changed`, `added`, `removed`), and the path."""
 
 
 class Branch:
@@ -69,7 +68,7 @@ class Branch:
         words += [word for path in writable for word in ("--rw", path)]
         given: dict[str, Any] = {"input": input} if input is not None else {"stdin": subprocess.DEVNULL}
         return subprocess.run(
-            [*_program(), *words, "--", *(os.fspath(word) for word in command)],
+            [*program(), *words, "--", *(os.fspath(word) for word in command)],
             cwd=cwd or self.base, check=check, text=True, errors="surrogateescape",
             capture_output=capture_output, **given,
         )  # fmt: skip
@@ -114,7 +113,7 @@ class Branch:
         return found
 
     def keep(self) -> None:
-        """Let it stay after the `with` block."""
+        """Keep it after the `with` block."""
         self._kept = True
 
     def discard(self) -> None:
@@ -130,14 +129,8 @@ class Branch:
         return [] if self._root is None else ["--root", self._root]
 
     def _call(self, command: str, *words: str) -> Any:
-        options = [*self._options(), "--json"]
-        done = subprocess.run(
-            [*_program(), "branch", command, *options, *words], text=True, stdin=subprocess.DEVNULL,
-            errors="surrogateescape", capture_output=True,
-        )  # fmt: skip
-        if done.returncode not in (0, _CONFLICTS):
-            raise BranchError(done.stderr.strip().removeprefix("unionfs: "))
-        return json.loads(done.stdout)
+        words = ("branch", command, *self._options(), "--json", *words)
+        return call(words, BranchError, codes=(0, _CONFLICTS))
 
 
 @contextmanager
@@ -170,22 +163,22 @@ class TrioBranch:
 
     async def run(self, command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
         """See `Branch.run`."""
-        result: subprocess.CompletedProcess[str] = await _in_thread(self._branch.run, command, **options)
+        result: subprocess.CompletedProcess[str] = await in_thread(self._branch.run, command, **options)
         return result
 
     async def diff(self, **options: Any) -> list[dict[str, Any]]:
         """See `Branch.diff`."""
-        result: list[dict[str, Any]] = await _in_thread(self._branch.diff, **options)
+        result: list[dict[str, Any]] = await in_thread(self._branch.diff, **options)
         return result
 
     async def commit(self, **options: Any) -> dict[str, Any]:
         """See `Branch.commit`."""
-        result: dict[str, Any] = await _in_thread(self._branch.commit, **options)
+        result: dict[str, Any] = await in_thread(self._branch.commit, **options)
         return result
 
     async def discard(self) -> None:
         """See `Branch.discard`."""
-        await _in_thread(self._branch.discard)
+        await in_thread(self._branch.discard)
 
     def keep(self) -> None:
         """See `Branch.keep`."""
@@ -201,20 +194,9 @@ async def trio_branch(
     import trio
 
     manager = branch(base, **options)
-    found = await _in_thread(manager.__enter__)
+    found = await in_thread(manager.__enter__)
     try:
         yield TrioBranch(found)
     finally:
         with trio.CancelScope(shield=True):
-            await _in_thread(manager.__exit__, None, None, None)
-
-
-async def _in_thread(call: Any, *arguments: Any, **options: Any) -> Any:
-    # For start-up time: only programs that use trio need it.
-    import trio
-
-    return await trio.to_thread.run_sync(partial(call, *arguments, **options))
-
-
-def _program() -> list[str]:
-    return [sys.executable, "-m", "unionfs"]
+            await in_thread(manager.__exit__, None, None, None)

@@ -1,7 +1,7 @@
-"""Does what a journal says, and takes it back.
+"""Applies a journal, and reverts it.
 
-Every operation is one rename, or two where a filesystem cannot exchange names; done again it changes
-nothing. What had a name is kept, in `new` after an exchange, else in `old`, so all can be taken back.
+Every operation is one rename, or two where a filesystem cannot exchange names; repeating it changes nothing.
+A replaced object is kept, in `new` after an exchange, else in `old`, so all operations can be reverted.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _hook: Callable[[str], None] | None = None
 
 
 def set_hook(hook: Callable[[str], None] | None) -> None:
-    """Let a test see each step by its name before it happens, and fail or end there."""
+    """Call `hook` with the name of each step before it, so that a test can fail or end the process there."""
     global _hook
     _hook = hook
 
 
 def step(name: str) -> None:
-    """Show a step to the test that has set a hook."""
+    """Call the hook, if one is set, with the name of the next step."""
     if _hook is not None:
         _hook(name)
 
@@ -56,7 +56,7 @@ class Application:
         self._from = Beneath(tree.fd)
 
     def forward(self) -> None:
-        """Do all that is not done. Raises ChangedError, OSError."""
+        """Apply the operations that are not yet applied. Raises ChangedError, OSError."""
         try:
             for move in self._journal.moves:
                 step(f"move {move.path}")
@@ -69,7 +69,7 @@ class Application:
         step("all done")
 
     def backward(self) -> None:
-        """Take back all that is done. Raises OSError."""
+        """Revert the operations that are applied. Raises OSError."""
         try:
             for move in reversed(self._journal.moves):
                 step(f"unmove {move.path}")
@@ -120,7 +120,7 @@ class Application:
             raise _changed(move)
 
     def _staged(self, move: Move) -> tuple[int, bytes]:
-        """Where what is put in place is before; afterwards what had its place. Raises OSError."""
+        """The place of the new object before the move, and of the replaced one after it. Raises OSError."""
         if not move.own:
             return self._new, b"%d" % move.number
         if self._layer is None:
@@ -204,7 +204,7 @@ def _accessible(path: int) -> int:
 
 
 def _rename_to_free(old_at: int, old: bytes, new_at: int, new: bytes) -> None:
-    """Rename to a name that is free. Raises OSError."""
+    """Rename to a name that does not exist. Raises OSError."""
     try:
         rename(old_at, old, new_at, new, RENAME_NOREPLACE)
     except OSError as error:
@@ -224,7 +224,7 @@ def look(st: os.stat_result) -> list[int] | None:
 
 
 def _expect(move: Move, here: os.stat_result | None) -> None:
-    """Raise ChangedError unless what is at a name is what was there when the commit began."""
+    """Raise ChangedError if the object at a name is another one than at the begin of the commit."""
     if here is None and move.old is None:
         return
     if here is None or here.st_ino != move.old or look(here) != move.seen:

@@ -2,8 +2,8 @@
 
 Everything new is prepared first, beside the base or, if the store is on another filesystem, in a directory
 of the base. So a full disk is found before anything has changed. Then the journal is written, and names are
-exchanged. After a kill the next commit, or any that asks, goes on where the journal says. An error takes
-everything back.
+exchanged. After a kill the next commit or undo of any branch continues by the journal. An error reverts
+everything.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class Wish:
     leave: Sequence[str] = ()
     dry_run: bool = False
     conflicts: str = STOP
-    """`ours`: the branch's version is taken; `theirs`: what is below stays; `merge`: texts are merged, and
-    what cannot be is still a conflict."""
+    """`ours`: take the branch's version; `theirs`: keep the version below; `merge`: merge texts, other
+    conflicts remain."""
 
 
 @dataclass(slots=True)
 class Result:
-    """What a commit did, or would do."""
+    """The result of a commit, or of a dry run."""
 
     target: str
     """The base, or `branch NAME`."""
@@ -67,7 +67,7 @@ class Result:
     undo: bool = False
     """Whether it can be undone."""
     went_on: bool = False
-    """Whether an interrupted commit of the branch was finished, and nothing else done."""
+    """Whether only an interrupted commit of the branch was completed."""
 
     @property
     def stopped(self) -> bool:
@@ -76,7 +76,7 @@ class Result:
 
 
 def commit(store: Store, name: str, wish: Wish) -> Result:
-    """Commit a branch. Raises UserError, and then nothing is changed, or it says what is."""
+    """Commit a branch. Raises UserError; nothing has changed then, unless its text states what has."""
     with store.committing():
         finished = recover(store, name)
         branch = store.branch(name)
@@ -167,7 +167,7 @@ class _Commit:
             ) from error
 
     def _fixed(self, plan: Plan) -> None:
-        """Refuse to take away what something is mounted on. Raises UserError."""
+        """Refuse to replace or remove mountpoints. Raises UserError."""
         gone = [
             step.source if isinstance(step, Rename) else step.path
             for step in plan.steps if step.old is not None
@@ -175,7 +175,7 @@ class _Commit:
         Fixed(self._record.base, self._store.root).refuse(gone)
 
     def _apply(self, plan: Plan, base: str, inode: int, parent_made: int = 0) -> Journal:
-        """Do a plan in a tree, the base or the mounted parent. Raises UserError."""
+        """Apply a plan to a tree, the base or the mounted parent. Raises UserError."""
         with ExitStack() as resources:
             return self._apply_to(resources, plan, base, inode, parent_made)
 
@@ -209,7 +209,7 @@ class _Commit:
     def _prepare(
         self, resources: ExitStack, entry: Journal, tree: beneath.Beneath, plan: Plan
     ) -> tuple[int, int]:
-        """Make everything new, and write the journal. Returns fds of `new` and `old`. Raises OSError."""
+        """Prepare all new objects, and write the journal. Returns fds of `new` and `old`. Raises OSError."""
         os.mkdir(journal.directory(self._store, entry.id), 0o700)
         journal.write(self._store, entry)
         step("begun")
@@ -248,13 +248,14 @@ class _Commit:
         return new, old
 
     def _may_share(self, entry: Journal, new: int) -> bool:
-        """Whether files of the layer may become those of the base: nothing else may still write to them."""
+        """Whether files of the layer may be moved to the base: no daemon may still write to them."""
         if entry.inside or entry.keep or has_daemon(self._branch):
             return False
         return _same_mount(self._branch.upper, new)
 
     def _before(self, item: Put | Drop, tree: beneath.Beneath) -> os.stat_result | None:
-        """What is at a path before the commit; a mounted parent shows other numbers than its layers have."""
+        """The attributes at a path before the commit. A mounted parent shows other inode numbers than its
+        layers have."""
         if self._record.parent is None or item.old is None:
             return None if item.old is None else item.old.st
         at, name = tree.parent(item.path)

@@ -1,4 +1,4 @@
-"""What of its base a branch does not cover: what is mounted there, and the store, if the base holds it.
+"""The parts of a base that a branch does not cover: mounts below it, and the store, if it is in the base.
 
 The store is hidden: the layer has an opaque directory in its place, which no diff shows and no commit
 applies.
@@ -15,7 +15,7 @@ from unionfs.union.hiding import hide, parts_below
 
 
 def store_in(base: str, root: str) -> tuple[str, ...] | None:
-    """The names that lead from a base to the storage root, None if that is elsewhere."""
+    """The names on the path from a base to the storage root; None if that is not below the base."""
     return parts_below(base, os.path.realpath(root))
 
 
@@ -30,7 +30,7 @@ def refuse_inside(base: str, root: str) -> None:
 
 
 def hide_store(upper: str, base: str, root: str, *, userxattr: bool) -> None:
-    """Let a branch not see the store that its base holds. Raises UserError."""
+    """Hide a store in the base from the branch. Raises UserError."""
     parts = store_in(base, root)
     if parts is not None:
         with on_failure(
@@ -62,7 +62,7 @@ class Fixed:
             self._found[os.fsencode("/" + "/".join(parts))] = "is the storage root"
 
     def refuse(self, paths: Sequence[bytes]) -> None:
-        """Raise UserError if one of the paths is, or is above, what has to stay."""
+        """Raise UserError if one of the paths is a fixed directory, or above one."""
         touched = set(paths)
         for fixed, what in self._found.items():
             above = fixed

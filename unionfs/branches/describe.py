@@ -1,4 +1,4 @@
-"""The changes of a branch as a reader wants them: what is new about each, renames, and contents."""
+"""Describes the changes of a branch: the attributes that differ, renames, and contents."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ class Difference:
     new: Side | None
     old: Side | None
     what: tuple[str, ...] = ()
-    """What a change changes: type, content, target, mode, owner, xattrs, times."""
+    """The attributes that differ: type, content, target, mode, owner, xattrs, times."""
     source: bytes | None = None
-    """The former path of what was renamed."""
+    """The former path of a renamed object."""
     change: Change = field(repr=False, default_factory=lambda: Change(None, b""))
     removed: Change | None = field(repr=False, default=None)
     """Of a rename, the change of the former name."""
@@ -94,7 +94,7 @@ class Describer:
         return self._with_renames(found)
 
     def difference(self, path: bytes, change: Change) -> Difference | None:
-        """What a change is to a reader, None if all is as before. Raises OSError."""
+        """Describe a change; None if no attribute differs. Raises OSError."""
         new, old = self._side(change, change.new), self._side(change, change.old)
         if new is None or old is None:
             return Difference("D" if new is None else "A", path, new, old, change=change)

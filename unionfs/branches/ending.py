@@ -1,4 +1,4 @@
-"""How a commit ends: forward, back after an error, and after a kill as its journal says."""
+"""Completes a commit, reverts it after an error, and continues either after a kill, by its journal."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _stage(store: Store, entry: Journal, tree: beneath.Beneath, *, make: bool = 
 
 @contextmanager
 def _times_kept(fd: int) -> Iterator[None]:
-    """Restore the times of a directory, which names that come and go in it change."""
+    """Restore the times of a directory, which change with the names in it."""
     st = os.fstat(fd)
     yield
     with suppress(PermissionError):
@@ -59,7 +59,7 @@ def _times_kept(fd: int) -> Iterator[None]:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Let the signals that end a command wait, so that none leaves the tree between old and new."""
+    """Block the signals that end a command, so that none leaves the tree between old and new."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     try:
         yield
@@ -68,7 +68,7 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def discard(store: Store, entry: Journal, tree: beneath.Beneath) -> None:
-    """Remove what was prepared. Nothing of it is in place. Raises OSError."""
+    """Remove the prepared objects, none of which is in place yet. Raises OSError."""
     if entry.inside:
         with _times_kept(tree.fd):
             remove(tree.fd, entry.stage, unlock=True)
@@ -82,9 +82,9 @@ def discard(store: Store, entry: Journal, tree: beneath.Beneath) -> None:
 
 
 def go_on(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple[int, int]) -> None:
-    """Apply a journal, and end the commit; on an error take everything back. Raises UserError.
+    """Apply a journal and complete the commit; revert everything after an error. Raises UserError.
 
-    A commit to a parent still needs `end_in_parent`, when that is unmounted.
+    A commit to a parent needs `end_in_parent` in addition, after the parent was unmounted.
     """
     with _uninterrupted():
         _go_on(store, entry, tree, prepared)
@@ -123,7 +123,8 @@ def _go_on(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple[
 
 
 def end_in_parent(store: Store, entry: Journal, parent: Branch) -> None:
-    """End a commit to a parent, which is claimed and not mounted: what it replaced leaves the layer."""
+    """Complete a commit to a parent, which is claimed and not mounted: move the replaced objects out of its
+    layer."""
     with Owned(os.open(parent.upper, _DIRECTORY)) as layer, suppress(FileNotFoundError), _times_kept(layer):
         os.rename(entry.stage, _kept_stage(store, entry), src_dir_fd=layer)
     step("stage moved")
@@ -138,7 +139,7 @@ def _kept_stage(store: Store, entry: Journal) -> bytes:
 
 
 def _end(store: Store, entry: Journal, tree: beneath.Beneath) -> None:
-    """Keep what `undo` needs, or remove it, and end the branch. All is in place."""
+    """Keep the replaced objects for `undo`, or remove them, and remove the branch. All is in place."""
     branch = store.branch(entry.branch)
     is_there = branch.exists() and branch.record().created == entry.made
     if is_there and entry.keep:
@@ -153,7 +154,7 @@ def _end(store: Store, entry: Journal, tree: beneath.Beneath) -> None:
 
 
 def _keep(store: Store, entry: Journal) -> None:
-    """Keep what `undo` needs, instead of that of an earlier commit to the same tree."""
+    """Keep the replaced objects for `undo`, and drop those of an earlier commit to the same tree."""
     branch = store.branch(entry.branch)
     if branch.exists() and branch.record().created == entry.made and not entry.keep:
         os.rename(branch.path, f"{journal.directory(store, entry.id)}/branch")
@@ -172,7 +173,7 @@ def _keep(store: Store, entry: Journal) -> None:
 
 
 def layer_of(store: Store, entry: Journal) -> str | None:
-    """The layer of a journal's branch, which is with the commit or in its place; None if it is gone."""
+    """The layer of a journal's branch, in the commit's or in the branch's directory; None if it is gone."""
     kept = f"{journal.directory(store, entry.id)}/branch"
     if os.path.isdir(kept):
         return f"{kept}/upper"
@@ -181,23 +182,23 @@ def layer_of(store: Store, entry: Journal) -> str | None:
 
 
 def _accept(branch: Branch, entry: Journal) -> None:
-    """Let the branch take what is below it now as what it was made of, where the commit was."""
+    """Record the present state of the committed paths as the state that the branch was made from."""
     paths = [move.path for move in entry.moves]
     paths += [move.source for move in entry.moves if move.source is not None]
     with viewed(branch) as view:
-        # What is in a directory that stays is accepted only where the commit has changed it.
+        # In a directory that stays only the paths that the commit has changed are accepted.
         seen.accept(branch, view, paths, [setting.former for setting in entry.settings])
 
 
 def _accept_returned(branch: Branch, entry: Journal) -> None:
-    """Let the branch know what a commit that was taken back gave its name again."""
+    """Record the new ctimes of the objects that the revert of a commit has renamed."""
     sources = {move.path: move.source for move in entry.moves if move.source is not None}
     with viewed(branch) as view:
         seen.returned(branch, view, [_former(move.path, sources) for move in entry.moves])
 
 
 def _former(path: str, sources: Mapping[str, str]) -> str:
-    """The path before the commit of what is at a path after it."""
+    """The path before the commit of the object at `path` after it."""
     above = path
     while above:
         if above in sources:
@@ -207,7 +208,7 @@ def _former(path: str, sources: Mapping[str, str]) -> str:
 
 
 def go_back(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple[int, int]) -> None:
-    """Take a commit back, and forget it. Raises UserError if that fails; then the next command goes on."""
+    """Revert a commit, and forget it. Raises UserError if that fails; the next command continues then."""
     with _uninterrupted():
         _go_back(store, entry, tree, prepared)
 
@@ -239,7 +240,7 @@ def _go_back(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tupl
 
 
 def free_name(store: Store, name: str) -> Branch:
-    """The branch of that name, or of one with a number, that does not exist."""
+    """The first branch that does not exist of NAME, NAME-2, NAME-3 and so on."""
     branch, count = store.branch(name), 1
     while branch.exists():
         count += 1
@@ -248,10 +249,10 @@ def free_name(store: Store, name: str) -> Branch:
 
 
 def recover(store: Store, name: str | None = None) -> dict[str, Journal]:
-    """Finish what killed commands left. The caller holds the store's lock.
+    """Complete the commits and undos of killed commands. The caller holds the store's lock.
 
-    Returns the branches whose commit was finished, with its journal. What cannot be finished is left, but
-    raises UserError if it is of the branch `name`.
+    Returns the branches whose commit was completed, with its journal. One that cannot be completed is left;
+    raises UserError for one of the branch `name`.
     """
     finished: dict[str, Journal] = {}
     for id in store.commit_ids():
@@ -274,7 +275,7 @@ def recover(store: Store, name: str | None = None) -> dict[str, Journal]:
 
 
 def finish(store: Store, entry: Journal) -> bool:
-    """Bring a commit to its end, forward or back. Returns whether it is done. Raises UserError, OSError."""
+    """Complete or revert a commit. Returns whether it was completed. Raises UserError, OSError."""
     if entry.parent is None:
         return _settle(store, entry)
     with parent_claimed(store, entry.branch, entry.parent) as parent:
@@ -300,7 +301,7 @@ def finish(store: Store, entry: Journal) -> bool:
 
 
 def _settle(store: Store, entry: Journal) -> bool:
-    """Do or take back what is not done, on the tree that is there. Returns whether it is done."""
+    """Complete or revert a commit to the tree at its base. Returns whether it was completed."""
     with ExitStack() as resources:
         tree = resources.enter_context(beneath.opened(entry.base, entry.inode))
         if entry.state == journal.NEW:

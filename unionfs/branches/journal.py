@@ -1,15 +1,15 @@
-"""The journal of a commit, from which it goes on or back after its process was killed.
+"""The journal of a commit, by which it is completed or reverted after its process was killed.
 
-    ROOT/commits/ID/journal.json    what is done
-    ROOT/commits/ID/state.json      how far it is
-    ROOT/commits/ID/after.json      what is there after it, to see whether that was changed since
-    ROOT/commits/ID/new, old        what is put in place, and what had its place, if they can be here
+    ROOT/commits/ID/journal.json    the operations
+    ROOT/commits/ID/state.json      the state of the commit
+    ROOT/commits/ID/after.json      the state of the base after it, to detect later changes
+    ROOT/commits/ID/new, old        the new objects, and the replaced ones, if they can be here
     BASE/.unionfs-ID/new, old       else there, on the base's filesystem
     ROOT/commits/ID/stage           after a commit to a parent: that directory, taken from the parent's layer
     ROOT/commits/ID/branch          the branch, after its commit, for `undo`
 
-Until the state is `on` nothing has changed in the base; then the commit goes on, or `back` after an error.
-Each operation says by inode numbers what it is about, so it can be seen whether it was done.
+Before the state is `on` nothing has changed in the base; then the commit is applied, or, in the state `back`,
+reverted. Each operation names its objects by inode numbers, which show whether it was applied.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ class Move:
     number: int
     """The name in `new` and `old`."""
     new: int | None
-    """What is put there; None for a drop."""
+    """The new object; None for a drop."""
     old: int | None
-    """What is there before; None if nothing is."""
+    """The replaced object; None if the path does not exist."""
     mode: int | None = None
-    """The mode of a directory that is put there."""
+    """The mode of a new directory."""
     seen: list[int] | None = None
-    """Size and times of a file that is there before, to see whether it was changed."""
+    """Size and times of a replaced file, to detect a change."""
     source: str | None = None
-    """The former path of a directory that is renamed, None of a put or drop."""
+    """The former path of a renamed directory; None for a put or drop."""
     own: bool = False
-    """Whether what is put there is in the branch's layer, at that path; see `sharing`."""
+    """Whether the new object is a file of the branch's layer, at the same path; see `sharing`."""
     shared: list[str] = field(default_factory=list)
-    """Files below a directory that is put there which the layer has, too, by their paths below it."""
+    """Files below a new directory that are hard links of the layer's files: paths below the directory."""
 
 
 @dataclass(slots=True)
@@ -70,14 +70,14 @@ class Setting:
 
 @dataclass(slots=True)
 class Journal:
-    """What one commit does, and how far it is."""
+    """The operations of one commit, and its state."""
 
     id: str
     branch: str
     made: int
-    """When the branch was made: another one of that name is not it."""
+    """When the branch was made, which tells it from another one of that name."""
     parent: str | None
-    """The branch that is changed instead of the base; `base` is where it is mounted meanwhile."""
+    """The branch that is changed instead of the base; `base` is its mountpoint meanwhile."""
     base: str
     inode: int
     inside: bool
@@ -92,7 +92,7 @@ class Journal:
     state: str = NEW
     ended: int = 0
     after: dict[str, list[int]] = field(default_factory=dict)
-    """After it: what is at each path, to see whether that was changed since."""
+    """The state of each path after the commit, to detect later changes."""
     times: dict[str, list[int]] = field(default_factory=dict)
     """Of the layer's directories whose files are shared: atime and mtime, to be set when these come back."""
 
@@ -101,17 +101,17 @@ class Journal:
         self.state = state
 
     def is_applied(self, after: dict[str, list[int]]) -> None:
-        """All is in place; `after` is what is there now, if it can be undone."""
+        """Enter the state in which all is in place; `after`: the states of the paths, if it can be undone."""
         self.state, self.after, self.ended = ENDING, after, time.time_ns()
 
     @property
     def can_undo(self) -> bool:
-        """Whether what it replaces is kept."""
+        """Whether the replaced objects are kept."""
         return self.parent is not None or not self.inside
 
     @property
     def target(self) -> str:
-        """What it changes: the base, or `branch NAME`."""
+        """The tree that it changes: the base, or `branch NAME`."""
         return self.base if self.parent is None else f"branch {self.parent}"
 
     @property
@@ -150,7 +150,7 @@ def write(store: Store, journal: Journal) -> None:
 
 
 def write_after(store: Store, journal: Journal) -> None:
-    """Write what is in place after it, and then the state. Raises OSError."""
+    """Write the states of the paths after the commit, and then its own state. Raises OSError."""
     jsonfiles.write(f"{directory(store, journal.id)}/{_AFTER}", journal.after)
     mark(store, journal)
 
@@ -183,7 +183,7 @@ def read(store: Store, id: str) -> Journal | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"the journal {quoted(path)} cannot be read ({error}), so its commit can neither go on nor back; "
-            "what was replaced is beside it in `old`. Move its directory away."
+            "the replaced files are beside it in `old`. Move its directory away."
         ) from error
 
 

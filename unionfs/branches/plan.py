@@ -1,4 +1,4 @@
-"""What a commit does, step by step: the changes of a branch as operations on the tree below.
+"""Plans a commit: the changes of a branch as operations on the tree below.
 
 - *put*: an object, with a directory everything in it, gets a name, and takes the place of what had it;
 - *drop*: a name is removed, of a directory with everything in it;
@@ -62,7 +62,7 @@ class Set:
     new: FileAttributes
     old: FileAttributes
     former: bytes | None = None
-    """Its path before the commit, if that is another."""
+    """Its path before the commit, if it differs."""
 
 
 @dataclass(slots=True)
@@ -83,7 +83,7 @@ class Planner:
     """Makes the plan of one commit."""
 
     def __init__(self, view: View, selection: Selection, stay: Collection[bytes]) -> None:
-        """`stay`: paths that keep what is below the branch."""
+        """`stay`: paths that keep the version below the branch."""
         self._view = view
         self._selection = selection
         self._stay = sorted(stay)
@@ -107,7 +107,7 @@ class Planner:
         return self._plan
 
     def _goes_on(self, change: Change) -> bool:
-        """Whether a directory stays, and what is in it is looked at."""
+        """Whether a directory stays, and its entries are planned one by one."""
         new, old = change.new, change.old
         if new is None or old is None or not (new.is_directory and old.is_directory):
             return False
@@ -147,7 +147,7 @@ class Planner:
             self._drop_chosen(path, old)
 
     def _drop_chosen(self, path: bytes, old: Object) -> None:
-        """Drop what is chosen of a removed directory, which then stays with the rest."""
+        """Drop the selected entries of a removed directory, which stays with the others."""
         waiting = [(path, old)]
         while waiting:
             above, found = waiting.pop()
@@ -180,7 +180,7 @@ def _all(view: View, path: bytes, *objects: Object) -> Iterator[tuple[bytes, Obj
 
 
 def hazards(view: View, plan: Plan) -> list[str]:
-    """Sentences about what a reader of names alone would not see. Raises OSError."""
+    """Sentences about hazards that a list of names does not show. Raises OSError."""
     found = []
     user = os.geteuid()
     for step in plan.steps:
@@ -195,7 +195,7 @@ def hazards(view: View, plan: Plan) -> list[str]:
 
 
 def _danger(view: View, path: bytes, item: Object) -> str | None:
-    """What an object may let others do, if anything."""
+    """The kind of a hazardous object; None for others."""
     if item.st is None or item.is_directory:
         return None
     mode = item.st.st_mode

@@ -1,4 +1,4 @@
-"""The record of one branch: what it lies over, who made it and when, and what ran in it."""
+"""The record of one branch: its base or parent, its maker and time, and the command that ran in it."""
 
 from __future__ import annotations
 

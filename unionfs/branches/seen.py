@@ -33,12 +33,12 @@ State = list[int] | bool | None
 
 @dataclass(frozen=True, slots=True)
 class Touched:
-    """A path that the branch changes, and what is there below it."""
+    """A path that the branch changes, and the state below it."""
 
     path: bytes
     old: Object | None
     change: Change
-    """The change that touches it: of the path itself, or of a directory above that is gone as a whole."""
+    """The change that affects it: of the path itself, or the removal of a directory above it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +79,9 @@ def _below(view: View, path: bytes, change: Change, directory: Object) -> Iterat
 
 
 def look(branch: Branch, view: View) -> tuple[Mapping[str, State], list[Conflict]]:
-    """Remember what was not seen yet, and compare all that is touched with what is remembered.
+    """Record the states of paths that have none yet, and compare those of all changed paths with the record.
 
-    Returns what is remembered, and the conflicts sorted by path. Raises UserError.
+    Returns the record, and the conflicts sorted by path. Raises UserError.
     """
     complaint = f"what branch {quoted(branch.name)} changes in its base cannot be compared"
     with on_failure(complaint, "check the base, and free space for the store"):

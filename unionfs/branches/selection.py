@@ -1,4 +1,4 @@
-"""Which paths of a branch are meant: patterns of `--only` and `--except`, and what is noise by default."""
+"""Selects paths of a branch: patterns of `--only` and `--except`, and the default patterns of noise."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Selection:
         return not self.only and not self.leave
 
     def has(self, path: bytes) -> bool:
-        """Whether a path, which begins with a slash, is meant."""
+        """Whether a path, which begins with a slash, is selected."""
         if self.is_all:
             return True
         text = os.fsdecode(path)
@@ -40,7 +40,7 @@ class Selection:
 
 
 def relative(pattern: str, base: str) -> str:
-    """A pattern as a user gives it, possibly as an absolute path below the base, for `Selection`."""
+    """Convert a user's pattern, possibly an absolute path below the base, for `Selection`."""
     below = base.rstrip("/") + "/"
     if pattern.startswith(below):
         pattern = "/" + pattern.removeprefix(below)

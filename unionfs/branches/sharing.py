@@ -1,9 +1,9 @@
-"""Files of a branch's layer that a commit puts in place as they are, instead of a copy of each.
+"""Moves files of a branch's layer to the base, instead of copying them.
 
-A file changes places with the one that it replaces; in a directory that is put in place as a whole it gets
-another name, and loses that in the layer when all is in place. `undo`, or an error, gives everything back.
-That needs one filesystem, and a file that the layer alone has: one name, all of its data, and no marker but
-where it was copied from, which is removed.
+A file is exchanged with the one that it replaces. In a directory that is put in place as a whole it is hard
+linked; its name in the layer is removed when all is in place. `undo` or an error restores both. Only for a
+layer on the base's filesystem, and files with one name, all of their data and no marker but `origin`, which
+is removed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Sharing:
         self._directory: os.stat_result | None = None
 
     def inode(self, path: bytes, found: Object) -> int | None:
-        """Make a file fit for its new place. Returns its inode number, None if it must be copied.
+        """Prepare a file for its move. Returns its inode number; None if it must be copied.
 
         `path` begins with a slash. Raises OSError.
         """
@@ -65,7 +65,7 @@ class Sharing:
         return st.st_ino
 
     def link(self, path: bytes, found: Object, at: int, name: bytes) -> bool:
-        """Let `name` be the file at `path`, too. Returns False if it must be copied. Raises OSError."""
+        """Hard link the file at `path` to `name`. Returns False if it must be copied. Raises OSError."""
         directory = self._view.merge.gate.fd(found.parts[0])
         try:
             os.link(
@@ -79,7 +79,7 @@ class Sharing:
 
 
 def _is_at_rest(where: bytes) -> bool:
-    """Whether nothing has a file open, or mapped, for writing; False also if that cannot be said.
+    """Whether no process has a file open or mapped for writing; False also if that is unknown.
 
     The kernel itself serves some open files of a union (FUSE passthrough): they outlive a daemon that was
     killed.
@@ -109,7 +109,7 @@ def opened(layer: str | None) -> Iterator[Beneath | None]:
 
 
 def let_go(entry: Journal, layer: Beneath | None) -> None:
-    """Remove the layer's names of what has another one now. Raises OSError."""
+    """Remove the layer's names of files that are in the base now. Raises OSError."""
     if layer is None:
         return
     for path in (path for move in entry.moves for path in _shared(move)):
@@ -120,7 +120,7 @@ def let_go(entry: Journal, layer: Beneath | None) -> None:
 
 
 def give_back(entry: Journal, layer: Beneath | None, new: int) -> None:
-    """Give the layer these names again, and its directories their times; `new`: an fd of where they are.
+    """Restore these names in the layer, and the times of its directories; `new`: an fd of their directory.
 
     Raises OSError.
     """

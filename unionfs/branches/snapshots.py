@@ -18,7 +18,8 @@ from unionfs.daemon.snapshotting import LACKS_NAMES
 from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.images.indexed import opened_index
 from unionfs.settings.names import check_name
-from unionfs.storage.snapshots import Record, base, opened, path_of, read
+from unionfs.storage.snapshot_record import Record
+from unionfs.storage.snapshots import base, opened, path_of, read
 from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import read_mountinfo
 from unionfs.sys.stopping import Stopped, writers
@@ -32,7 +33,7 @@ _LONGEST_STOP: Final = 120.0
 
 
 def take(mount: LiveMount, name: str | None, *, stop: bool = True) -> dict[str, Any]:
-    """Take a snapshot; returns what the daemon says of it, and how many processes were `stopped` meanwhile:
+    """Take a snapshot. Returns the daemon's answer, and the number of processes that were `stopped` for it:
     those that have files open for writing, unless `stop` is False. Raises UserError."""
     _check_own(mount)
     if name is not None:
@@ -70,7 +71,7 @@ def _writers(mount: LiveMount) -> set[int]:
 
 
 def restore(mount: LiveMount, name: str) -> dict[str, Any]:
-    """Go back to a snapshot; returns what the daemon says. Raises UserError."""
+    """Restore a snapshot. Returns the daemon's answer. Raises UserError."""
     _check_own(mount)
     check_name(name, "snapshot")
     return ask_for(mount, {"order": "restore", "name": name})
@@ -99,12 +100,12 @@ def record_of(mount: LiveMount) -> tuple[str, Record]:
 
 
 def lowers_of(mount: LiveMount, upper: str, record: Record, id_: str | None) -> list[str]:
-    """The layers of a snapshot, topmost first: what a mount of it has as lowers."""
+    """The layers of a snapshot, topmost first, as the lowers of a mount of it."""
     return [*(path_of(upper, one) for one in record.chain(id_)), *base(upper, mount.settings.lowers)]
 
 
 def complete_links(mountpoint: str) -> None:
-    """Copy up all names of hard links that a copy in the index stands for. Raises UserError."""
+    """Copy up all names of the hard links that are copied up in the index. Raises UserError."""
     try:
         for path, st in _linked(mountpoint):
             # A change of metadata links the copy under this name in the upper.
@@ -150,7 +151,7 @@ def shown(mount: LiveMount) -> list[dict[str, Any]]:
 
 
 def remove(mount: LiveMount, names: Sequence[str]) -> bool:
-    """Take the names from snapshots. Returns whether `merge` has something to do. Raises UserError."""
+    """Remove the names of snapshots. Returns whether `merge` has layers to join. Raises UserError."""
     upper, record = record_of(mount)
     for name in names:
         check_name(name, "snapshot")
@@ -171,7 +172,7 @@ def remove(mount: LiveMount, names: Sequence[str]) -> bool:
 
 
 def has_to_join(mount: LiveMount) -> bool:
-    """Whether `merge` has something to do. Raises UserError."""
+    """Whether `merge` has layers to join or to remove. Raises UserError."""
     upper, record = record_of(mount)
     return next(_steps(mount, upper, record), None) is not None
 
@@ -206,8 +207,8 @@ def merge(mount: LiveMount) -> None:
 
 
 def _steps(mount: LiveMount, upper: str, record: Record) -> Iterator[tuple[str, str | None]]:
-    """What can be joined: a removed layer and the only one on it, or none. The upper's index knows the layer
-    that the upper lies on, so that one stays until another one lies on it."""
+    """The pairs that can be joined: a removed layer and the only one on it, or None. The upper's index refers
+    to the layer below the upper, so that one stays until another one lies on it."""
     user_of = partial(_user_of, mount, upper, record)
     for one in record.layers.values():
         children = record.children(one.id)
@@ -233,11 +234,11 @@ def _user_of(mount: LiveMount, upper: str, record: Record, id_: str) -> str | No
 
 @contextmanager
 def compared(mount: LiveMount, name: str, other: str | None) -> Iterator[View]:
-    """What changed from a snapshot to another one, None: to the present state. Raises UserError."""
+    """The changes from a snapshot to another one, or, for None, to the present state. Raises UserError."""
     upper, record = record_of(mount)
     before = lowers_of(mount, upper, record, record.named(name, upper).id)
     if other is None:
-        # What programs have written may be in the page cache of the mount.
+        # Written data may still be in the page cache of the mount.
         give(mount, "sync", "compared", _CURE)
         now = [upper, *lowers_of(mount, upper, record, record.head)]
     else:

@@ -1,9 +1,8 @@
-"""Prepares what a commit puts in place, complete with all attributes, in a directory on the base's
-filesystem.
+"""Prepares the new objects of a commit, with all attributes, in a directory on the base's filesystem.
 
-The branch stays as it is until the commit has ended. A file of its layer gets another name where it can
-(`sharing`); other objects are copied, their data is shared where the filesystem can (reflinks), and holes
-stay holes. Names that are one file in the branch are one file again.
+The branch does not change before the commit has ended. Files of its layer are moved where possible
+(`sharing`); other objects are copied, by reflink where the filesystem supports it, and holes are kept. Hard
+links of the branch are hard links again.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ class Staged(NamedTuple):
     mode: int = 0
     """As st_mode. A directory lacks these permission bits until it is in place, if they exclude its owner."""
     own: bool = False
-    """Whether it is in the branch's layer, and stays there until it is put in place."""
+    """Whether it is a file of the branch's layer, and stays there until it is put in place."""
     shared: Sequence[str] = ()
-    """Files below a directory that the layer has, too, by their paths below it."""
+    """Files below a directory that are hard links of the layer's files: paths below the directory."""
 
 
 @dataclass(slots=True)
@@ -65,10 +64,9 @@ class Stager:
         texts: Mapping[bytes, bytes],
         sharing: Sharing | None,
     ) -> None:
-        """`has`: which paths below a new directory are meant. `base`: the layer that is changed, if any.
+        """`has`: whether a path below a new directory is selected. `base`: the layer that is changed, if any.
 
-        `texts`: the contents of files that were merged. `sharing`: what gives the layer's own files, if they
-        may be used.
+        `texts`: the contents of merged files. `sharing`: moves files of the branch's layer; None copies all.
         """
         self._view = view
         self._at = at
@@ -81,7 +79,7 @@ class Stager:
         self._never_clones: set[int] = set()
 
     def put(self, name: bytes, step: Put) -> Staged:
-        """Copy the object of one step, with a directory everything in it, to `name`. Raises OSError."""
+        """Copy the object of one step, a directory with its content, to `name`. Raises OSError."""
         self._shared = []
         if not step.new.is_directory:
             inode = self._own(step.path, step.new)
@@ -146,7 +144,7 @@ class Stager:
     def _object(
         self, at: int, name: bytes, above: list[Place], path: bytes, found: Object, staged: bytes
     ) -> None:
-        """Copy a non-directory; `staged`: its path below the directory of all."""
+        """Copy a non-directory; `staged`: its path below the staging directory."""
         sharing = self._sharing if at != self._at else None
         if sharing and self._own(path, found) is not None and sharing.link(path, found, at, name):
             self._shared.append(os.fsdecode(staged.partition(b"/")[2]))
@@ -175,13 +173,13 @@ class Stager:
                 self._links[key] = staged
 
     def _own(self, path: bytes, found: Object) -> int | None:
-        """The inode number of a file that can be taken from the layer."""
+        """The inode number of a file that can be moved from the layer; None for others."""
         if self._sharing is None or path in self._texts:
             return None
         return self._sharing.inode(path, found)
 
     def _linked(self, at: int, name: bytes, path: bytes, found: Object) -> bool:
-        """Take the base's own file, as a rename does, if it has other names, which may stay."""
+        """Hard link the base's file itself, since it may have other names that stay."""
         place = found.parts[0]
         if place.layer is not self._base:
             return False

@@ -122,7 +122,7 @@ class Store:
         return branch
 
     def _put(self, branch: Branch, record: Record, below: int) -> None:
-        """Make the directory of a branch, and give it its name; `below`: an fd of the root below."""
+        """Make the directory of a branch, and rename it to its name; `below`: an fd of the root below."""
         new = f"{self.path}/.new-{os.urandom(8).hex()}"
         os.mkdir(new, 0o700)
         try:

@@ -24,7 +24,7 @@ _WAY = RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
 
 
 class Surroundings:
-    """What is around a branch over `base`, of a store at `root`."""
+    """The surroundings of a branch over `base`, of a store at `root`."""
 
     def __init__(self, base: str, root: str, hide: Sequence[str], writable: Sequence[str]) -> None:
         """`hide`, `writable`: paths that are empty, or can be changed for good. Raises UserError."""
@@ -55,7 +55,7 @@ class Surroundings:
         return is_in(path, [*_PRIVATE, _RUN, *self._hide]) and not is_in(path, shown)
 
     def start(self, here: str) -> str:
-        """Where a command starts that is called in the directory `here`."""
+        """The working directory of a command that is called in the directory `here`."""
         if not is_in(here, [self.base]) or (self.is_whole and is_in(here, _OWN)):
             return self.base
         return here

@@ -39,7 +39,7 @@ class Wish:
 
     command: Sequence[str]
     here: str
-    """Where the command starts if that is in the base, as an absolute path; else in the base."""
+    """The working directory of the command, absolute, if it is in the base; else the base is taken."""
     own_network: bool = False
     hide: Sequence[str] = ()
     """Paths that are empty for the command."""
@@ -89,7 +89,7 @@ class _Try:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _waited(self, command: Command) -> int:
-        """The exit code of the command, which ends with this process, also if that is killed."""
+        """Run the command, which is killed with this process. Returns its exit code."""
 
         def clear(_: str) -> None:
             command.kill()
@@ -123,7 +123,7 @@ class _Try:
                 umount(merged, lazy=True)
 
     def _check(self, merged: str) -> None:
-        """Refuse a directory or a command that is not there, before anything is started. Raises UserError."""
+        """Refuse a missing directory or command before anything is started. Raises UserError."""
         inside = self._around.inside(self._workdir)
         way = RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
         with Owned(os.open(merged, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as root:
@@ -168,7 +168,8 @@ class _Try:
 
 
 def _find_command(name: str, workdir: str, merged: str, around: Surroundings) -> None:
-    """Raise CommandError for a command that is not there, or not executable, where it will be looked for."""
+    """Raise CommandError for a command that is not found in the branch or its surroundings, or cannot be
+    executed."""
     directories = [workdir] if "/" in name else os.environ.get("PATH", bubblewrap.PATH).split(":")
     found = False
     for place in directories:

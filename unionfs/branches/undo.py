@@ -15,7 +15,7 @@ from unionfs.errors import UserError, on_failure, quoted
 
 
 def undo(store: Store) -> Journal:
-    """Undo the latest commit that is kept; its branch is there again. Returns its journal. Raises
+    """Undo the latest commit that is kept, and restore its branch. Returns its journal. Raises
     UserError.
     """
     with store.committing():
@@ -61,7 +61,7 @@ def _refuse_changed_parent(store: Store, last: Journal) -> None:
 
 
 def _interrupted(store: Store) -> Journal | None:
-    """An undo that was killed, which `recover` goes on with."""
+    """A killed undo, which `recover` continues."""
     for id in store.commit_ids():
         entry = journal.read(store, id)
         if entry is not None and entry.state == journal.BACK and entry.ended:

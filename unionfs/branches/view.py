@@ -1,4 +1,4 @@
-"""What a branch changes: both trees opened, and the objects in them.
+"""The changes of a branch: both trees opened, and the objects in them.
 
 *Now* is the branch over what lies below it, *before* is what lies below it, as it is at this moment.
 Objects are read from the layers, so nothing needs to be mounted.
@@ -95,7 +95,7 @@ class View:
 
     @contextmanager
     def entry(self, name: bytes, found: Object, *, old: bool = False) -> Iterator[Entry]:
-        """The non-directory `name`, as it is shown; with `old` as it is below the branch. Raises OSError."""
+        """Open the non-directory `name` as the branch shows it, or with `old` as below it. Raises OSError."""
         st, place = found.st, found.parts[0]
         if st is None:
             raise OSError(errno.EIO, "it cannot be read in its layer", os.fsdecode(name))
@@ -206,7 +206,7 @@ class View:
         return False
 
     def _find_linked(self, index: Index) -> None:
-        """List the names of lowers that show a copy of the index, which no entry of the upper says."""
+        """List the names in lowers that show a copy in the index, of which the upper has no entry."""
         root = self.root.new
         assert root is not None
         waiting: list[tuple[bytes, Change, Object]] = [(b"", self.root, root)]

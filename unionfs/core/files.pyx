@@ -322,7 +322,7 @@ cdef class Use:
         """Record the id under which the kernel knows the backing file."""
         self.backing_id, self.of_upper, self.resized = backing_id, of_upper, False
 
-    def lies_below(self):
+    def becomes_lower(self):
         """Record that the backing file belongs to a lower now."""
         self.of_upper = False
         if self.file is not None:

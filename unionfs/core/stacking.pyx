@@ -37,7 +37,7 @@ def unlink(NodeTable nodes not None, Node node not None):
             del nodes.by_inode[key]
 
 
-def lies_below(Node node not None, Layer layer not None):
+def becomes_lower(Node node not None, Layer layer not None):
     """Record that the layer of a node's object, which may have been the copy in the index, is a lower now: the object is
     found by each of its names, all of which the layer has."""
     cdef Rare rare = node.rare

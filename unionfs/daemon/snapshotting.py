@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
@@ -15,11 +15,12 @@ import trio
 from unionfs.core.places import Layer
 from unionfs.daemon.serving import Serving
 from unionfs.daemon.syncing import write_back
-from unionfs.errors import UserError, quoted
+from unionfs.errors import UserError, on_failure, quoted
 from unionfs.fuse.operations import Operations
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.names import check_name
-from unionfs.storage.snapshots import Record, Store, added, base, has_some, is_beside, path_of
+from unionfs.storage.snapshot_record import Record, added
+from unionfs.storage.snapshots import Store, base, has_some, is_beside, path_of
 from unionfs.union.layers import LayerStack
 from unionfs.union.stacking import Copied, lacking_names
 
@@ -85,37 +86,30 @@ class Snapshotting:
 
     async def _take(self, store: Store, name: str | None, *, still: bool) -> dict[str, Any]:
         """`still`: all processes that have files open for writing are stopped."""
-        settings, stack = self._serving.settings, self._stack
-        upper = store.upper
+        settings, stack, upper = self._serving.settings, self._stack, store.upper
         await write_back(self._serving.locate())
         with store.locked():
-            record = store.record()
-            id_, fd = store.stage(record)
-            with _closed_after_failure(fd):
-                new = added(record, id_, name)
-            stack.claim(fd, upper)
-            store.announce(new, fd)
-            former = stack.upper
-            assert former is not None
-            try:
+            new, id_ = added(store.record(), name)
+            layer = path_of(upper, id_)
+            with store.staged(id_) as fd:
+                stack.claim(fd, upper)
+                store.announce(new, fd)
+                former = stack.upper
+                assert former is not None
                 copied, seconds = await self._operations.snapshots.take(
                     fd, upper, partial(store.exchange, id_)
                 )
-            except BaseException:
-                store.withdraw(id_)
-                raise
-            former.is_moved_to(path_of(upper, id_))
+            former.is_moved_to(layer)
             stack.protect(former.root_fd)
             files = tuple(_shown(one) for one in copied if one.changed or (one.mapped and not still))
-            new = new.with_layer(replace(new.layers[id_], files=files[:_MOST_FILES]))
-            if stack.durable:
-                await trio.to_thread.run_sync(stack.sync_upper)
-            await trio.to_thread.run_sync(store.finish, new)
-        self._changed(replace(settings, lowers=(path_of(upper, id_), *settings.lowers)))
-        one = new.layers[id_]
+            one = replace(new.layers[id_], files=files[:_MOST_FILES])
+            with trio.CancelScope(shield=True), _recorded(f"snapshot {quoted(one.name)} was taken"):
+                self._changed(replace(settings, lowers=(layer, *settings.lowers)))
+                if stack.durable:
+                    await trio.to_thread.run_sync(stack.sync_upper)
+                await trio.to_thread.run_sync(store.finish, new.with_layer(one))
         return {
-            "done": True, "name": one.name, "layer": path_of(upper, id_), "created": one.created,
-            "seconds": seconds,
+            "done": True, "name": one.name, "layer": layer, "created": one.created, "seconds": seconds,
             "open_files": len(copied), "files": list(one.files),
         }  # fmt: skip
 
@@ -123,24 +117,21 @@ class Snapshotting:
         settings, stack, upper = self._serving.settings, self._stack, store.upper
         with store.locked():
             record = store.record()
-            one = record.named(name, upper)
-            id_, fd = store.stage(record)
-            stack.claim(fd, upper)
+            one, id_ = record.named(name, upper), record.next_id()
             new = replace(record, head=one.id, last=int(id_))
-            store.announce(new, fd)
             lowers = [
                 *(path_of(upper, layer) for layer in record.chain(one.id)),
                 *base(upper, settings.lowers),
             ]
-            try:
+            with store.staged(id_) as fd:
+                stack.claim(fd, upper)
+                store.announce(new, fd)
                 await self._operations.snapshots.replace(
                     fd, upper, [self._layer(store, path) for path in lowers], partial(store.exchange, id_)
                 )
-            except BaseException:
-                store.withdraw(id_)
-                raise
-            store.finish(new)
-        self._changed(replace(settings, lowers=tuple(lowers)))
+            with _recorded(f"snapshot {quoted(one.name)} was restored"):
+                self._changed(replace(settings, lowers=tuple(lowers)))
+                store.finish(new)
         if settings.io != "cached":  # else files may be open without an fd here
             trio.lowlevel.spawn_system_task(self.clean)
         return {"done": True, "name": one.name, "lowers": lowers}
@@ -162,8 +153,8 @@ def recover(stack: LayerStack, settings: MountSettings) -> None:
     UserError, OSError."""
     with _store(stack, settings) as store:
         if store is not None:
-            with store.locked():
-                if store.recover():
+            with store.locked() as forgotten:
+                if forgotten:
                     stack.renew_index()
 
 
@@ -192,19 +183,10 @@ def _clean(stack: LayerStack, settings: MountSettings) -> None:
         log.warning("what snapshots have left cannot be removed: %s", error)
 
 
-class _closed_after_failure:
-    """Closes an fd if the block fails."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, *exc: object) -> None:
-        if kind is not None:
-            with suppress(OSError):
-                os.close(self._fd)
+def _recorded(done: str) -> on_failure:
+    """For what follows the exchange, which makes the change, and the record of it valid."""
+    cure = "check the disk, and take or restore another one to complete it"
+    return on_failure(f"{done}, but could not be recorded", cure)
 
 
 def _shown(one: Copied) -> dict[str, Any]:

@@ -94,7 +94,8 @@ class Refreshing:
             found = work.take()
             found.names.extend(outdated.names)
             found.nodes.update(outdated.nodes)
-            await self.tell(found)
+            with trio.CancelScope(shield=True):  # what was done cannot be taken back
+                await self.tell(found)
 
     async def tell(self, outdated: Outdated) -> None:
         """Make the kernel forget it."""

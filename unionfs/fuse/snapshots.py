@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Final, Protocol
 
+import trio
+
 from unionfs.core.opening import Handles
 from unionfs.core.places import Layer
 from unionfs.fuse.refreshing import Refreshing
@@ -58,16 +60,13 @@ class Snapshots:
             async with self._requests.held(_SECONDS):
                 began = time.monotonic()
                 stacking = Stacking(self._union, self._copy_up, self._handles.all())
-                stacking.begin(fd, path)
-                try:
+                with stacking.on_top(fd, path):
                     copied = stacking.move_written()
                     commit()
-                except BaseException:
-                    stacking.undo()
-                    raise
                 stacking.finish()
                 seconds = time.monotonic() - began
-            await self._refreshing.tell(Outdated(names=stacking.outdated))
+            with trio.CancelScope(shield=True):  # what was done cannot be taken back
+                await self._refreshing.tell(Outdated(names=stacking.outdated))
         return copied, seconds
 
     async def replace(

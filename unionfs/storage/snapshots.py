@@ -18,15 +18,15 @@ import fcntl
 import os
 import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Final
+from typing import Final
 
 from unionfs.errors import UserError, quoted, reason
 from unionfs.storage import jsonfiles
+from unionfs.storage.snapshot_record import Record, joined
 from unionfs.sys import calls
-from unionfs.sys.fds import Owned, open_for_listing
+from unionfs.sys.fds import Owned, close_quietly, open_for_listing
 from unionfs.sys.trees import remove
 
 SUFFIX: Final = ".snapshots"
@@ -35,94 +35,6 @@ _PENDING: Final = "pending.json"
 _JOINING: Final = ".joining"
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LOCK_SECONDS: Final = 2.0
-_MOST: Final = 450
-"""Kernel overlayfs takes 500 lowers (fs/overlayfs/params.h, OVL_MAX_STACK)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """One layer."""
-
-    id: str
-    """The name of its directory."""
-    name: str
-    parent: str | None
-    """The id of the layer below it; None: it lies on the lowers of the mount."""
-    created: float
-    """Seconds since the epoch."""
-    removed: bool = False
-    """Whether only others need it: it has no name any more."""
-    files: tuple[Mapping[str, Any], ...] = ()
-    """Files that were written while they were copied: `path`, `size`, `state`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """All snapshots of an upper."""
-
-    head: str | None = None
-    """The id of the layer that the upper lies on."""
-    last: int = 0
-    layers: Mapping[str, Snapshot] = field(default_factory=dict)
-
-    def chain(self, id_: str | None) -> list[str]:
-        """The ids of a layer and of all below it, topmost first. Raises ValueError for a broken record."""
-        found: list[str] = []
-        while id_ is not None:
-            if id_ in found or id_ not in self.layers:
-                raise ValueError("a layer is missing")
-            found.append(id_)
-            id_ = self.layers[id_].parent
-        return found
-
-    def named(self, name: str, upper: str) -> Snapshot:
-        """The snapshot of that name. Raises UserError."""
-        for one in self.layers.values():
-            if one.name == name and not one.removed:
-                return one
-        raise UserError(
-            f"upper {quoted(upper)} has no snapshot {quoted(name)}; `unionfs snapshot ls` lists them."
-        )
-
-    def shown(self) -> list[Snapshot]:
-        """Those that have a name, the oldest first."""
-        return sorted((one for one in self.layers.values() if not one.removed), key=lambda one: one.created)
-
-    def children(self, id_: str) -> list[str]:
-        """The ids of the layers that lie on one."""
-        return [one.id for one in self.layers.values() if one.parent == id_]
-
-    def with_layer(self, one: Snapshot) -> Record:
-        """The same with a layer added or replaced."""
-        return replace(self, layers={**self.layers, one.id: one})
-
-    def without(self, id_: str) -> Record:
-        """The same without a layer."""
-        return replace(self, layers={key: one for key, one in self.layers.items() if key != id_})
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        layers = [asdict(one) for one in self.layers.values()]
-        return {"version": 1, "head": self.head, "last": self.last, "layers": layers}
-
-    @classmethod
-    def from_json(cls, values: Any) -> Record:
-        """Read the values of `to_json`. Raises KeyError, TypeError or ValueError for others."""
-        if values["version"] != 1:
-            raise ValueError("another version of unionfs wrote it")
-        layers = {}
-        for one in values["layers"]:
-            id_ = str(one["id"])
-            if not id_.isdecimal():
-                raise ValueError("a layer has no number")
-            layers[id_] = Snapshot(
-                id_, str(one["name"]), one["parent"], float(one["created"]), bool(one["removed"]),
-                tuple(one["files"]),
-            )  # fmt: skip
-        record = cls(values["head"], int(values["last"]), layers)
-        for top in (record.head, *layers):
-            record.chain(top)
-        return record
 
 
 def path_of(upper: str, id_: str) -> str:
@@ -207,9 +119,8 @@ class Store:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        os.close(self._above)
-        if self.fd >= 0:
-            os.close(self.fd)
+        for fd in (self._above, self.fd):
+            close_quietly(fd)
 
     def open(self, *, make: bool) -> bool:
         """Open the directory; whether it exists. Raises UserError, OSError."""
@@ -234,8 +145,9 @@ class Store:
         return True
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """No other process changes the record within the context. Raises UserError, OSError."""
+    def locked(self) -> Iterator[bool]:
+        """No other process changes the record within the context; a change of one that was killed is finished
+        or forgotten before. Yields whether one was forgotten. Raises UserError, OSError."""
         deadline = time.monotonic() + _LOCK_SECONDS
         with Owned(open_for_listing(self.fd)) as fd:
             while True:
@@ -249,7 +161,7 @@ class Store:
                             f"the snapshots of upper {upper} are in use by another process; try again."
                         ) from None
                 time.sleep(_LOCK_SECONDS / 100)
-            yield
+            yield self._settle()
 
     def record(self) -> Record:
         """The record as it is after the last change that was begun. Raises UserError."""
@@ -258,9 +170,7 @@ class Store:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise _unreadable(self.upper, error) from error
 
-    def recover(self) -> bool:
-        """Finish a change that a process has begun which was killed, or forget it. Returns whether one was
-        forgotten. Raises UserError, OSError."""
+    def _settle(self) -> bool:
         try:
             record, pending = _read(self.fd, os.fstat(self._upper_fd).st_ino)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -273,23 +183,32 @@ class Store:
         return not pending
 
     def save(self, record: Record) -> None:
-        """Store a record. Raises OSError."""
-        jsonfiles.write(self._path(_RECORD), record.to_json())
+        """Store a record, under :meth:`locked`. Raises OSError."""
+        self._write(_RECORD, record.to_json())
 
     # -- changes --------------------------------------------------------------------------------------------
 
-    def stage(self, record: Record) -> tuple[str, int]:
-        """Make a new, empty directory that is to become the upper. Returns the id of the layer that takes its
-        place, and an O_PATH fd of it. Raises OSError."""
-        number = record.last + 1
-        id_ = f"{number:04d}"
+    @contextmanager
+    def staged(self, id_: str) -> Iterator[int]:
+        """A new, empty directory that is to become the upper within the context, as an O_PATH fd, which the
+        caller closes. The upper will be the layer `id_`. After an error before :meth:`exchange` the directory
+        is removed, and what was announced is forgotten. Raises OSError."""
         remove(self.fd, id_.encode())
         os.mkdir(id_, 0o700, dir_fd=self.fd)
-        return id_, os.open(id_, _DIRECTORY, dir_fd=self.fd)
+        fd = os.open(id_, _DIRECTORY, dir_fd=self.fd)
+        new = os.fstat(fd)
+        try:
+            yield fd
+        except BaseException:
+            # After the exchange the former upper has this name, and the record that was announced is valid.
+            if os.path.samestat(os.stat(id_, dir_fd=self.fd, follow_symlinks=False), new):
+                self._forget_pending()
+                remove(self.fd, id_.encode())
+            raise
 
     def announce(self, record: Record, fd: int) -> None:
         """Store the record that is valid after :meth:`exchange`. Raises OSError."""
-        jsonfiles.write(self._path(_PENDING), {"new": os.fstat(fd).st_ino, "record": record.to_json()})
+        self._write(_PENDING, {"new": os.fstat(fd).st_ino, "record": record.to_json()})
 
     def exchange(self, id_: str) -> None:
         """Exchange the upper with the new directory: from now on the record that was announced is valid.
@@ -298,16 +217,9 @@ class Store:
 
     def finish(self, record: Record) -> None:
         """Store the record after the exchange. Raises OSError."""
+        _sync_directory(self._above)
         self.save(record)
         self._forget_pending()
-        for fd in (self.fd, self._above):
-            with Owned(open_for_listing(fd)) as directory:
-                os.fsync(directory)
-
-    def withdraw(self, id_: str) -> None:
-        """Forget what was announced. Raises OSError."""
-        self._forget_pending()
-        remove(self.fd, id_.encode())
 
     def waste(self) -> list[str]:
         """The directories that the record does not name, and that no process fills. Call it under
@@ -339,8 +251,10 @@ class Store:
         return os.open(_JOINING, _DIRECTORY, dir_fd=self.fd)
 
     def put_joint(self, below: str, above: str) -> None:
-        """Let it take the place of two layers, if these still are what they were. Raises UserError,
-        OSError."""
+        """Write it to disk, and let it take the place of two layers, if these still are what they were.
+        Raises UserError, OSError."""
+        with Owned(open_for_listing(self.fd)) as fd:
+            calls.syncfs(fd)
         with self.locked():
             record = self.record()
             one = record.layers.get(above)
@@ -351,7 +265,7 @@ class Store:
                 or above == record.head
             ):
                 return
-            id_ = f"{record.last + 1:04d}"
+            id_ = record.next_id()
             remove(self.fd, id_.encode())
             os.rename(_JOINING, id_, src_dir_fd=self.fd, dst_dir_fd=self.fd)
             self.save(joined(record, below, above, id_))
@@ -368,8 +282,9 @@ class Store:
         with suppress(FileNotFoundError):
             os.unlink(_PENDING, dir_fd=self.fd)
 
-    def _path(self, name: str) -> str:
-        return f"/proc/self/fd/{self.fd}/{name}"
+    def _write(self, name: str, values: object) -> None:
+        jsonfiles.write(f"/proc/self/fd/{self.fd}/{name}", values)
+        _sync_directory(self.fd)
 
 
 @contextmanager
@@ -381,34 +296,9 @@ def opened(upper: str) -> Iterator[Store]:
         yield store
 
 
-def joined(record: Record, below: str, above: str, id_: str) -> Record:
-    """The record after two layers were joined to the layer `id_`."""
-    layers = {}
-    for one in record.layers.values():
-        if one.id == above:
-            layers[id_] = replace(one, id=id_, parent=record.layers[below].parent)
-        elif one.id != below:
-            layers[one.id] = replace(one, parent=id_) if one.parent == above else one
-    return Record(id_ if record.head == above else record.head, int(id_), layers)
-
-
-def added(record: Record, id_: str, name: str | None) -> Record:
-    """The record with a new snapshot of the upper. Raises UserError if the name is taken."""
-    taken = {one.name for one in record.shown()}
-    if name in taken:
-        raise UserError(
-            f"there is a snapshot {quoted(name or '')} already; choose another name, or remove it."
-        )
-    if len(record.chain(record.head)) >= _MOST:
-        raise UserError(f"an upper lies on {_MOST} snapshots at most; remove some by `unionfs snapshot rm`.")
-    if name is None:
-        name = first = time.strftime("%Y%m%d-%H%M%S")
-        number = 1
-        while name in taken:
-            number += 1
-            name = f"{first}.{number}"
-    one = Snapshot(id_, name, record.head, time.time())
-    return replace(record.with_layer(one), head=id_, last=int(id_))
+def _sync_directory(fd: int) -> None:
+    with Owned(open_for_listing(fd)) as directory:
+        os.fsync(directory)
 
 
 def _read(fd: int, inode: int) -> tuple[Record, bool | None]:

@@ -236,15 +236,9 @@ class LayerStack:
         remove(self._work_root, b"index")
         os.mkdir(b"index", 0o700, dir_fd=self._work_root)
 
-    def set_index_aside(self, at: int, name: bytes) -> None:
-        """Move WORKDIR/index to a name in a directory, and make an empty one. Raises ``OSError``."""
-        os.rename(b"index", name, src_dir_fd=self._work_root, dst_dir_fd=at)
-        os.mkdir(b"index", 0o700, dir_fd=self._work_root)
-
-    def restore_index(self, at: int, name: bytes) -> None:
-        """Undo :meth:`set_index_aside`."""
-        remove(self._work_root, b"index")
-        os.rename(name, b"index", src_dir_fd=at, dst_dir_fd=self._work_root)
+    def exchange_index(self, at: int, name: bytes) -> None:
+        """Exchange WORKDIR/index with another directory on its filesystem. Raises ``OSError``."""
+        calls.renameat2(self._work_root, b"index", at, name, calls.RENAME_EXCHANGE)
 
     def index_directory(self, *, make: bool) -> int:
         """An O_PATH fd of WORKDIR/index, private like work; -1 if it is missing, and not made."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from contextlib import suppress
 from typing import Final
 
 from unionfs.core.files import OpenFile, RestingFiles
@@ -100,10 +101,14 @@ class OpenFiles:
         take_back(node, file)
 
     def keep_object(self, node: Node) -> None:
-        """Hold the object of a node that lost its last name, if it is open."""
+        """Hold the object of a node that lost its last name, if it is open.
+
+        If no fd is free, the open file can still be read and written, but its attributes cannot be queried.
+        """
         file = None if node.use is None else node.use.file
         if file is not None and file.users and file.is_open and node.lower_data is None and node.held < 0:
-            node.hold(os.open(b"/proc/self/fd/%d" % file.fd, os.O_PATH | os.O_CLOEXEC))
+            with suppress(OSError):
+                node.hold(os.open(b"/proc/self/fd/%d" % file.fd, os.O_PATH | os.O_CLOEXEC))
 
     # -- files that stay open -------------------------------------------------------------------------
 

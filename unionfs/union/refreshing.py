@@ -193,6 +193,8 @@ class Refresh:
         try:
             names = node.territory.listing(node).names()
         except OSError:
+            if node.parent is not None:  # without its name the kernel has no names below it, either
+                self._outdated.names.append((node.parent.id, node.name))
             return  # the next listing reports it
         known = node.children or {}
         self._outdated.names += ((node.id, name) for name in names if name not in known)
@@ -204,19 +206,11 @@ class Refresh:
         if self._is_busy(node):
             return True
         try:
-            found = self._union.merge.search(parent.parts, name)
-        except OSError:
-            return True  # the next request reports it
-        if found is not None and stat.S_IFMT(found[0].st_mode) == node.kind:
-            st, places = found
-            if node.is_dir:
-                still = self._is_directory_still(node, places, told)
-            else:
-                still = self._is_file_still(parent, name, node, st, places[0], told)
-            if still:
+            if self._is_found(parent, name, node, told):
                 return True
-        elif found is not None and stat.S_ISDIR(found[0].st_mode):
-            self._union.merge.forget(found[1])
+        except OSError:
+            if self._is_in_present_layers(node):
+                return True  # the next request reports it
         if node.layer in self._union.stack.layers:
             self._union.nodes.lose(node, parent, name)
         else:  # another process has not touched it, so who has it open finds it there
@@ -228,6 +222,24 @@ class Refresh:
         elif node.unlinked:
             self._union.files.keep_object(node)
         return False
+
+    def _is_found(self, parent: Node, name: bytes, node: Node, told: Told) -> bool:
+        """Look a name up; whether it still belongs to the node. Raises ``OSError``."""
+        found = self._union.merge.search(parent.parts, name)
+        if found is None:
+            return False
+        st, places = found
+        if stat.S_IFMT(st.st_mode) == node.kind:
+            if node.is_dir:
+                return self._is_directory_still(node, places, told)
+            return self._is_file_still(parent, name, node, st, places[0], told)
+        if stat.S_ISDIR(st.st_mode):
+            self._union.merge.forget(places)
+        return False
+
+    def _is_in_present_layers(self, node: Node) -> bool:
+        places = node.parts if node.is_dir else [node.place]
+        return all(place is not None and place.layer in self._union.stack.layers for place in places)
 
     def _is_directory_still(self, node: Node, places: list[Place], told: Told) -> bool:
         """Whether a directory's topmost part is the same; then it gets the parts that it has now."""

@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from unionfs.core import stacking
 from unionfs.core.files import Handle
 from unionfs.core.places import Layer
-from unionfs.union.index import open_index
+from unionfs.union.newupper import new_upper
 from unionfs.union.refreshing import Outdated
-from unionfs.union.stacking import like
 from unionfs.union.tree import Union
 
 
@@ -32,47 +31,30 @@ def relayer(
     Returns what is outdated besides. Raises what ``commit`` raises, ``OSError``, ``LayerError``; then nothing
     has changed.
     """
-    stack, work = union.stack, union.work
-    former, upper = list(stack.layers), union.require_upper()
+    former = set(union.stack.layers)
     layers: list[Layer] = []
     for lower in reversed(lowers):
         if not isinstance(lower, Layer):
             lower = Layer(layers[0].index - 1, *lower, is_upper=False, quiet=True)
         layers.insert(0, lower)
-    like(union, layers[0].root_fd, fd)
-    new = Layer(layers[0].index - 1, path, fd, is_upper=True, quiet=upper.quiet)
-    new.root.knows_named(some=False)
     for layer in layers:
         marks = union.markers.directory(layer.root_fd)
         layer.root.marked(impure=marks.impure, copied=False)
-    stack.has_layers([new, *layers])
-    index, aside = union.index, None
-    try:
-        if index is not None:
-            aside = work.next_name()
-            stack.set_index_aside(work.fd, aside)
-            index = open_index(stack, union.origins)
+    root = union.nodes.root
+    with new_upper(union, fd, path, layers) as index:
+        names = root.territory.listing(root).names()
         commit()
-    except BaseException:
-        if aside is not None:
-            stack.restore_index(work.fd, aside)
-        stack.has_layers(former)
-        raise
-    union.merge.has_layers(stack.layers)
     union.files.kept.clear()
-    gone = set(former) - set(stack.layers)
+    gone = former - set(union.stack.layers)
     for handle in handles:
         if handle.node.place is not None and handle.node.place.layer in gone:
             union.files.keep_object(handle.node)
     outdated = _lose_linked(union, gone)
     union.has_index(index)
-    if aside is not None:
-        work.discard(aside)
-    root = union.nodes.root
     root.know_flags(None)
     root.changes()
     outdated.add(root)
-    known, names = root.children or {}, root.territory.listing(root).names()
+    known = root.children or {}
     outdated.names.extend((root.id, name) for name in names if name not in known)
     return outdated
 

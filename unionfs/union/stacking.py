@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Final, NamedTuple
 
 from unionfs.core import stacking
@@ -30,9 +30,9 @@ from unionfs.sys import attributes, calls
 from unionfs.sys.fds import Owned
 from unionfs.union.copyup import CopyUp
 from unionfs.union.filedata import clone, copy_data
-from unionfs.union.index import open_index
+from unionfs.union.index import Index
+from unionfs.union.newupper import new_upper
 from unionfs.union.tree import Union
-from unionfs.union.xattrs import copied_xattrs
 
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -65,48 +65,43 @@ class Stacking:
         self._copy_up = copy_up
         self._handles = list(handles)
         self._former = union.require_upper()
-        self._quiet = self._former.quiet
         self._moved: list[_Moved] = []
-        self._index_aside: bytes | None = None
-        self._index = union.index
+        self._index: Index | None = None
         #: Names that the kernel must look up again: parent's id and name.
         self.outdated: list[tuple[int, bytes]] = []
 
     # -- the new upper --------------------------------------------------------------------------------------
 
-    def begin(self, fd: int, path: str) -> Layer:
-        """Put the empty directory ``fd`` (O_PATH, on the mount of upper and work) on top. Raises ``OSError``,
-        and then nothing has changed."""
+    @contextmanager
+    def on_top(self, fd: int, path: str) -> Iterator[None]:
+        """Within the context the empty directory ``fd`` (O_PATH, on the mount of upper and work) is the
+        upper; an error takes everything back. Raises ``OSError``, ``LayerError``."""
         union, former = self._union, self._former
-        like(union, former.root_fd, fd)
-        new = Layer(former.index - 1, path, fd, is_upper=True, quiet=self._quiet)
-        new.root.knows_named(some=False)
         shown = union.nodes.root.attributes_of(os.stat(former.root_fd)).ctime_ns
-        former.becomes_lower()
-        union.stack.has_layers([new, *union.stack.layers])
-        union.merge.has_layers(union.stack.layers)
-        union.nodes.root.show_ctime(shown, os.stat(fd).st_ctime_ns)
-        try:
-            self._new_index()
-        except BaseException:
-            self.undo()
-            raise
-        return new
+        with new_upper(union, fd, path, union.stack.layers) as self._index:
+            union.nodes.root.show_ctime(shown, os.stat(fd).st_ctime_ns)
+            try:
+                yield
+            except BaseException:
+                self._take_back(union.require_upper())
+                raise
 
-    def _new_index(self) -> None:
-        if self._index is None:
-            return
-        work = self._union.work
-        name = work.next_name()
-        self._union.stack.set_index_aside(work.fd, name)
-        self._index_aside = name
-        self._index = open_index(self._union.stack, self._union.origins)
+    def _take_back(self, new: Layer) -> None:
+        gate = self._union.gate
+        for moved in reversed(self._moved):
+            for below, above, name in reversed(moved.names):
+                st = os.stat(gate.fd(below))
+                calls.renameat2(gate.fd(above), name, gate.fd(below), name, calls.RENAME_EXCHANGE)
+                calls.set_times(gate.fd(below), st.st_atime_ns, st.st_mtime_ns)
+        for node in self._union.nodes:
+            if node.is_dir and node.parent is not None and node.parts and node.parts[0].layer is new:
+                gate.forget(node.parts.pop(0))
 
     # -- files that are open for writing ------------------------------------------------------------------
 
     def move_written(self) -> list[Copied]:
-        """Give the new upper every file that is open for writing. Raises ``OSError``; then call
-        :meth:`undo`."""
+        """Move every file that is open for writing to the new upper, within :meth:`on_top`. Raises
+        ``OSError``."""
         return [self._move(node) for node in self._written()]
 
     def _written(self) -> list[Node]:
@@ -209,7 +204,8 @@ class Stacking:
     # -- the end ------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """The directories are exchanged on disk: go on with the new upper."""
+        """Go on with the new upper: the directories are exchanged on disk, and :meth:`on_top` has ended, so
+        that the former index is not counted among the names of files."""
         union, former, new = self._union, self._former, self._union.require_upper()
         for moved in self._moved:
             moved.node.lies_in(moved.names[0][1])
@@ -220,9 +216,8 @@ class Stacking:
             if node.place is None or node.place.layer is not former or node.successor is not None:
                 continue
             if not node.unlinked and node.use is not None and node.use.of_upper:
-                node.use.lies_below()
+                node.use.becomes_lower()
         union.files.kept.clear()
-        self._drop_index_aside()  # before names are counted
         written = {moved.node for moved in self._moved}
         for node in stacking.linked(union.nodes):
             self._relink(node, new if node in written else former)
@@ -233,7 +228,7 @@ class Stacking:
         union = self._union
         if node.unlinked or node.place is None or node.place.layer not in (self._former, layer):
             return
-        stacking.lies_below(node, layer)
+        stacking.becomes_lower(node, layer)
         if layer is not self._former:
             with suppress(OSError):
                 fd = union.gate.fd(node.place)
@@ -259,43 +254,6 @@ class Stacking:
             nodes.lose(node, parent, name)
             self.outdated.append((parent.id, name))
         stacking.unlink(nodes, node)
-
-    def _drop_index_aside(self) -> None:
-        if self._index_aside is not None:
-            self._union.work.discard(self._index_aside)
-            self._index_aside = None
-
-    def undo(self) -> None:
-        """Go on with the former upper, before the directories are exchanged."""
-        union, former, gate = self._union, self._former, self._union.gate
-        new = union.stack.layers[0]
-        for moved in reversed(self._moved):
-            for below, above, name in reversed(moved.names):
-                st = os.stat(gate.fd(below))
-                calls.renameat2(gate.fd(above), name, gate.fd(below), name, calls.RENAME_EXCHANGE)
-                calls.set_times(gate.fd(below), st.st_atime_ns, st.st_mtime_ns)
-        if self._index_aside is not None:
-            union.stack.restore_index(union.work.fd, self._index_aside)
-        for node in union.nodes:
-            if node.is_dir and node.parent is not None and node.parts and node.parts[0].layer is new:
-                gate.forget(node.parts.pop(0))
-        former.becomes_upper_again(quiet=self._quiet)
-        union.stack.has_layers(union.stack.layers[1:])
-        union.merge.has_layers(union.stack.layers)
-
-
-def like(union: Union, source: int, fd: int) -> None:
-    """Give an empty directory the attributes of the root of a layer, which was an upper (both O_PATH)."""
-    markers = union.markers
-    path = b"/proc/self/fd/%d" % fd
-    with Owned(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as target:
-        st = os.stat(source)
-        xattrs = copied_xattrs(markers, union.gate.rights, source, path_only=True)
-        for name in (markers.uuid, markers.protattr):
-            with suppress(OSError):  # if it has one
-                xattrs[name] = os.getxattr(b"/proc/self/fd/%d" % source, name)
-        owner = not union.identity.owns(st)
-        attributes.write(target, None, attributes.attributes(st, xattrs), attributes.unsupported, owner=owner)
 
 
 def lacking_names(union: Union) -> bool:

@@ -30,7 +30,7 @@ Examples:
 @click.option("--except", "leave", multiple=True, metavar="PATTERN",
               help="All but these paths; may be repeated.")  # fmt: skip
 @click.option("--ours", "conflicts", flag_value="ours", help="In conflicts take the branch's version.")
-@click.option("--theirs", "conflicts", flag_value="theirs", help="In conflicts keep what is below.")
+@click.option("--theirs", "conflicts", flag_value="theirs", help="In conflicts keep the version below.")
 @click.option("--merge", "conflicts", flag_value="merge",
               help="In conflicts merge texts by git merge-file, if `try` has kept the original.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, and the conflicts.")
@@ -44,8 +44,8 @@ def commit(
     """Apply the branch NAME to what lies below it, its base or its parent, all or nothing; then the branch
     ends.
 
-    What was changed below since the branch was made is a conflict: it is listed, and nothing is done,
-    unless --ours, --theirs or --merge decides. A commit that was killed goes on by the same command.
+    A path that was also changed below since the branch was made is a conflict: conflicts are listed, and
+    nothing is done, unless --ours, --theirs or --merge decides. The same command completes a killed commit.
 
     The exit code is 0 if all is done, 3 if there are conflicts and nothing was changed, else 1.
     """

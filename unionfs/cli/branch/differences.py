@@ -98,7 +98,7 @@ def show(lines: Sequence[str]) -> None:
 
 
 def hidden(count: int) -> Iterator[str]:
-    """The line about what is not listed."""
+    """The line with the number of changes that are not listed."""
     if count:
         yield f"and {count} in caches and temporary directories; --all lists them"
 

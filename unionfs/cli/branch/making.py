@@ -41,9 +41,9 @@ def create(
     from unionfs.branches.store import Store
 
     if (base is None) == (parent is None):
-        raise click.UsageError("give either --base DIR or --from BRANCH")
+        raise click.UsageError("either --base DIR or --from BRANCH is needed")
     if no_mount and mountpoint is not None:
-        raise click.UsageError("give either --no-mount or a mountpoint")
+        raise click.UsageError("--no-mount and a mountpoint exclude each other")
     store = Store(root)
     made = make(store, name, base or "", parent)
     place = None

@@ -34,14 +34,14 @@ Examples:
   unionfs try -D / -n nginx -- apt-get install nginx
 """,
 )
-@click.option("-n", "--name", metavar="NAME", help="The branch's name; an existing one goes on.")
+@click.option("-n", "--name", metavar="NAME", help="The branch's name; an existing branch is continued.")
 @click.option("-D", "--dir", "base", metavar="DIR", help="The directory that the branch lies over.  [.]")
 @click.option("--from", "parent", metavar="BRANCH", shell_complete=complete_branches,
               help="Lie over another branch instead.")  # fmt: skip
 @click.option("--net", "own_network", type=click.Choice(["host", "none"]), default="host", show_default=True,
               callback=lambda context, parameter, net: net == "none",
               help="The host's network, or none but loopback.")  # fmt: skip
-@click.option("--hide", multiple=True, metavar="PATH", help="Let the command see nothing there.")
+@click.option("--hide", multiple=True, metavar="PATH", help="Hide PATH from the command.")
 @click.option("--rw", "writable", multiple=True, metavar="PATH",
               help="Let the command change this outside DIR, for good; may be repeated.")  # fmt: skip
 @click.option("--commit", "then", flag_value="commit", help="Then commit, if the exit code is 0; else keep.")
@@ -95,7 +95,7 @@ def shell(root: str | None, name: str) -> int:
 def _branch(store: Store, name: str | None, base: str | None, parent: str | None) -> tuple[bool, Branch]:
     """The branch to use, and whether it is new."""
     if base is not None and parent is not None:
-        raise click.UsageError("give either -D or --from")
+        raise click.UsageError("-D and --from exclude each other")
     if name is not None and (branch := store.branch(name)).exists():
         record = branch.record()
         if base is not None and os.path.realpath(base) != record.base:
@@ -136,7 +136,7 @@ def _run(store: Store, branch: Branch, fresh: bool, wish: dict[str, Any]) -> int
 def _afterwards(
     store: Store, branch: Branch, code: int, *, fresh: bool, then: str | None, quiet: bool, report: str | None
 ) -> int:
-    """Say what was changed, and do what is wished."""
+    """Print the changes, and do as the options or the answer say."""
     found, lines = _described(branch, code, report)
     if not found and fresh:
         branch.remove()

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 def create(no_stop: bool, as_json: bool, mountpoint: str, name: str | None) -> None:
     """Take a snapshot of the mount at MOUNTPOINT, by default with the present time as its NAME.
 
-    Programs go on, also with open files. Of a file that is open for writing the snapshot has a copy. For the
-    moment that this takes, programs that have such files are stopped, so that all files are of one moment;
-    with --no-stop, and where this user may not stop them, files that were written meanwhile are listed.
+    Programs continue, also with open files. Files that are open for writing are copied into the snapshot;
+    meanwhile programs that have such files are stopped, so that all files are of one moment. With --no-stop,
+    and where this user may not stop them, files that were written meanwhile are listed.
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.snapshots import has_to_join, take
@@ -57,11 +57,10 @@ def create(no_stop: bool, as_json: bool, mountpoint: str, name: str | None) -> N
 @click.argument("mountpoint", shell_complete=complete_mountpoints)
 @click.argument("name", shell_complete=complete_snapshots)
 def restore(as_json: bool, mountpoint: str, name: str) -> None:
-    """Let the mount at MOUNTPOINT show its snapshot NAME again, and drop what was changed since the newest
-    one.
+    """Restore the snapshot NAME of the mount at MOUNTPOINT, and drop the changes since the newest snapshot.
 
-    To keep that, take a snapshot before. Other snapshots stay, also those that were taken after NAME. Files
-    that are open stay as they are for those who have them open, as if they had been removed.
+    To keep these, take a snapshot before. Other snapshots stay, also those taken after NAME. Programs keep
+    the files that they have open, as after a removal.
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.branches import snapshots

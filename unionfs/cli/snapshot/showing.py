@@ -19,8 +19,8 @@ from unionfs.errors import quoted
 def ls(as_json: bool, mountpoint: str) -> None:
     """List the snapshots of the mount at MOUNTPOINT: name, time, the one below it, and where its layer is.
 
-    `*` marks those that the mount lies on. With --json, `lowers` is what a mount of a snapshot has as lowers,
-    for kernel overlayfs, too.
+    `*` marks those that the mount lies on. With --json, `lowers` lists the lowers of a mount of the snapshot,
+    also by kernel overlayfs.
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.snapshots import shown
