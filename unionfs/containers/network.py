@@ -126,8 +126,9 @@ class Network:
         for port in ports:
             _check_free(port)
         with ExitStack() as stack, on_failure(
-            f"{program.program} cannot be started", "check its installation, or run the command without -p"
-        ):
+            f"{program.program} cannot be started", "check its installation, or run the command without -p",
+            OSError, subprocess.SubprocessError,
+        ):  # fmt: skip
             path = f"/proc/{init}/ns/net"
             namespace = stack.enter_context(Owned(os.open(path, os.O_RDONLY | os.O_CLOEXEC)))
             owner = _owner(namespace)

@@ -300,6 +300,7 @@ class _Run:
             watcher.dismiss()
             if self._network is not None:
                 self._network.end()
+                self._network = None
             entrances.remove(self._container)
         last = state.ended(begun, code)
         state.write(self._container, last)
