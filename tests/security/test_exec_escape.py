@@ -103,7 +103,7 @@ def test_what_enters_is_hunted(cell: Cell, options: list[str]) -> None:
     try:
         hunter = _HUNTER.replace("MARK", f"tmp/{mark}").replace("'", "'\\''")
         cell.up(*options, script=f"{PYTHON} -c '{hunter}'; cat /tmp/seen; echo end; {_WAIT}")
-        for _ in range(40):
+        for _ in range(12):
             assert cell.exec("cell", "true").returncode == 0
         assert cell.exec("cell", "touch", "/tmp/over").returncode == 0
         assert wait_for(lambda: "end\n" in cell.said())
