@@ -15,7 +15,7 @@ packages_for() {
             printf '%s\n' "${build_packages[@]}" acl attr btrfs-progs bubblewrap busybox-static debootstrap \
                 dosfstools e2fsprogs erofs-utils fio fish fuse-overlayfs git glusterfs-client glusterfs-server \
                 keyutils libseccomp2 make mergerfs mount nginx-light openssh-sftp-server openssl procps rclone rsync \
-                sqlite3 squashfs-tools sshfs strace tar util-linux xfsprogs zsh
+                passt slirp4netns sqlite3 squashfs-tools sshfs strace tar util-linux xfsprogs zsh
             ;;
         dev) packages_for test ;;
         slow) # servers that the slow tests start

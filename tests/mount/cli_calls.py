@@ -64,8 +64,8 @@ def succeed(done: Done) -> str:
 
 
 def refused(done: Done, *parts: str, program: str = "unionfs") -> str:
-    """The command must have failed with code 1 (`run`: 125) and one sentence with these parts on stderr."""
-    code = 125 if "run" in done.args else 1
+    """The command must have failed with one sentence with these parts, and code 1 (`run`, `exec`: 125)."""
+    code = 125 if {"run", "exec"} & set(done.args) else 1
     assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
     assert done.stdout == ""
     assert done.stderr.startswith(f"{program}: "), done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import select
@@ -95,6 +96,26 @@ class Containers:
     def is_over(self) -> bool:
         """Whether no union is mounted any more."""
         return areas.mounts_below(self.area) == []
+
+
+class Life(Containers):
+    """Detached containers, and what is done with them."""
+
+    def call(self, *words: str | Path, **more: str) -> Done:
+        return cli_calls.unionfs(*words, env=self.environment(**more))
+
+    def ok(self, *words: str | Path) -> str:
+        return cli_calls.succeed(self.call(*words))
+
+    def detached(self, name: str, script: str) -> None:
+        assert self.ok("run", "-d", "--name", name, "-l", self.base, "--", "sh", "-c", script) == f"{name}\n"
+
+    def state(self, name: str) -> dict[str, object]:
+        (found,) = [one for one in json.loads(self.ok("ps", "-a", "--json")) if one["name"] == name]
+        return dict(found)
+
+    def said(self, name: str, text: str) -> bool:
+        return text in self.ok("logs", name)
 
 
 @contextmanager

@@ -10,29 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount import cli_calls
-from tests.mount.cli_calls import Done, refused, wait_for
-from tests.mount.run_calls import Containers, containers
+from tests.mount.cli_calls import refused, wait_for
+from tests.mount.run_calls import Life, containers
 
 _LOOP = "trap 'echo term; exit 3' TERM; trap 'echo hup' HUP; echo up; while :; do sleep 0.05; done"
-
-
-class Life(Containers):
-    def call(self, *words: str | Path, **more: str) -> Done:
-        return cli_calls.unionfs(*words, env=self.environment(**more))
-
-    def ok(self, *words: str | Path) -> str:
-        return cli_calls.succeed(self.call(*words))
-
-    def detached(self, name: str, script: str) -> None:
-        assert self.ok("run", "-d", "--name", name, "-l", self.base, "--", "sh", "-c", script) == f"{name}\n"
-
-    def state(self, name: str) -> dict[str, object]:
-        (found,) = [one for one in json.loads(self.ok("ps", "-a", "--json")) if one["name"] == name]
-        return dict(found)
-
-    def said(self, name: str, text: str) -> bool:
-        return text in self.ok("logs", name)
 
 
 @pytest.fixture

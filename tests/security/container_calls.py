@@ -43,7 +43,10 @@ class Prison:
 
     def call(self, *arguments: str | Path) -> Done:
         """Run `unionfs run` with these arguments."""
-        words = self.words(*arguments)
+        return self.unionfs(*self.words(*arguments))
+
+    def unionfs(self, *words: str | Path) -> Done:
+        """Run `unionfs` with these arguments."""
         if self.host is None:
             return cli_calls.unionfs(*words, env={"PATH": self.path})
         return self.host.run("env", f"PATH={self.path}", *self.host.command, *map(str, words))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _F = TypeVar("_F", bound=Callable[..., Any])
 _COMMANDS = {
     "ls": ("unionfs.cli.container:ps", "List containers."),
+    "exec": ("unionfs.cli.execute:execute", "Run a command in a running container."),
     "logs": ("unionfs.cli.container:logs", "Show the output of a detached container."),
     "stop": ("unionfs.cli.container:stop", "Stop containers."),
     "kill": ("unionfs.cli.container:kill", "Send a signal to containers."),
@@ -33,6 +34,7 @@ _COMMANDS = {
 _KEYS = ("name", "state", "image")
 _FIELDS = {
     "Names": "NAME", "Image": "IMAGE", "Command": "COMMAND", "CreatedAt": "STARTED", "Status": "STATUS",
+    "Ports": "PORTS",
     "State": "STATE", "ID": "NAME",
 }  # fmt: skip
 
@@ -72,10 +74,10 @@ Examples:
 def ps(
     every: bool, quiet: bool, filters: tuple[str, ...], template: str | None, as_json: bool, root: str | None
 ) -> None:
-    """List the containers that run: name, image or topmost lower, command, start and status.
+    """List the containers that run: name, image or topmost lower, command, start, status, ports.
 
-    A template has the fields .Names .Image .Command .CreatedAt .Status .State; `--format json` prints one
-    object per line.
+    A template has the fields .Names .Image .Command .CreatedAt .Status .State .Ports; `--format json` prints
+    one object per line.
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.containers.state import every as of_root
@@ -84,24 +86,23 @@ def ps(
 
     wanted = parse_filters(filters, _KEYS)
     found = [facts(*one) for one in of_root(storage_root(root))]
-    found = [
-        one for one in found
-        if (every or one["state"] == "running") and all(str(one[key] or "") == value for key, value in wanted)
-    ]  # fmt: skip
+    found = [one for one in found if every or one["state"] in ("running", "restarting")]
+    found = [one for one in found if all(str(one[key] or "") == value for key, value in wanted)]
     if as_json:
         for one in found:
             one["since"], one["ended"] = (t and moment(t) for t in (one["since"], one["ended"]))
         print_json(found)
         return
     rows = [_fields(one) for one in found]
-    shown = ("Names", "Image", "Command", "CreatedAt", "Status")
+    shown = ("Names", "Image", "Command", "CreatedAt", "Status", "Ports")
     table = [_FIELDS[name] for name in shown], [[row[name] for name in shown] for row in rows]
     print_list(rows, table, _FIELDS, template, names=[one["name"] for one in found] if quiet else None)
 
 
 def _fields(one: Mapping[str, Any]) -> dict[str, str]:
     """Return docker's fields."""
-    status = {"created": "Created", "dead": "Dead", "exited": f"Exited ({one['code']})"}.get(one["state"])
+    status = {"created": "Created", "dead": "Dead", "exited": f"Exited ({one['code']})",
+              "restarting": f"Restarting ({one['code']})"}.get(one["state"])  # fmt: skip
     if status is None:
         status = f"Up {_duration(time.time() - one['since'])}"
     elif one["ended"] is not None:
@@ -114,6 +115,7 @@ def _fields(one: Mapping[str, Any]) -> dict[str, str]:
         "CreatedAt": moment(one["since"])[:19].replace("T", " ") if one["since"] else "-",
         "Status": status,
         "State": one["state"],
+        "Ports": ", ".join(one["ports"]),
     }
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,10 @@ from unionfs.cli.rules import complete_images, tell
 from unionfs.cli.run import CodedError, complain, for_each
 from unionfs.cli.storage_options import storage_options
 from unionfs.errors import UserError, on_failure, quoted
+
+if TYPE_CHECKING:
+    from unionfs.settings.ports import Port
+    from unionfs.settings.restart import Policy
 
 
 def parse_environment(given: Iterable[str], option: str) -> dict[str, str]:
@@ -32,7 +36,21 @@ def parse_environment(given: Iterable[str], option: str) -> dict[str, str]:
     return values
 
 
-class _Run(click.Command):
+def _ports(given: Iterable[str]) -> tuple[Port, ...]:
+    # For start-up time: few containers publish ports.
+    from unionfs.settings.ports import parse_ports
+
+    return parse_ports(given)
+
+
+def _policy(given: str | None) -> Policy:
+    # For start-up time: --help and completion do not need it.
+    from unionfs.settings.restart import Policy, parse_policy
+
+    return Policy() if given is None else parse_policy(given)
+
+
+class CodedCommand(click.Command):
     """Ends with 125, as docker's, if it fails itself."""
 
     def make_context(self, *words: Any, **settings: Any) -> click.Context:
@@ -58,14 +76,14 @@ def _coded() -> Iterator[None]:
 
 
 @click.command(
-    cls=_Run,
+    cls=CodedCommand,
     context_settings={"allow_interspersed_args": False},
     epilog="""\b
 Examples:
   unionfs run --rm -l /srv/debian -- bash
   unionfs run --name web -l /srv/debian -v ./site:/srv:ro -- nginx
   unionfs run --rm --image oci-archive:web.tar
-  unionfs run -d --name web -l /srv/debian -- nginx -g 'daemon off;'
+  unionfs run -d -p 8080:80 -l /srv/debian -- nginx -g 'daemon off;'
   unionfs run --rm -l /srv/debian -u tmpfs:size=64m --net none -- bash
 """,
 )
@@ -98,14 +116,19 @@ Examples:
               help="Variables, one a line, as for -e; # begins a comment.")  # fmt: skip
 @click.option("-d", "--detach", is_flag=True,
               help="Run in the background, and print the name; `unionfs logs` shows the output.")  # fmt: skip
+@click.option("--restart", metavar="WHEN", callback=lambda context, option, given: _policy(given),
+              help="Start the command of -d again after its end: on-failure[:N], always or unless-stopped, "
+                   "until `unionfs stop`. Not after a reboot.")  # fmt: skip
 @click.option("-i", "--interactive", is_flag=True, help="As always; accepted as for docker.")
 @click.option("-t", "--tty", is_flag=True, help="As always where stdin is a terminal; else an error.")
 @click.option("--read-only", is_flag=True,
               help="Make the root read-only; volumes, bind mounts and tmpfs stay writable.")  # fmt: skip
 @click.option("--hostname", metavar="NAME", help="The host name inside.  [the container's name]")
-@click.option("--net", "own_network", type=click.Choice(["host", "none"]), default="host", show_default=True,
-              callback=lambda context, parameter, net: net == "none",
-              help="The host's network, or none but loopback.")  # fmt: skip
+@click.option("--net", type=click.Choice(["host", "none"]),
+              help="The host's network, or none but loopback.  [host; its own with -p]")  # fmt: skip
+@click.option("-p", "--publish", "ports", multiple=True, metavar="[IP:]HOST:CONTAINER[/udp]",
+              callback=lambda context, option, given: _ports(given),
+              help="Let a port of the host lead to the container, which gets its own network.")  # fmt: skip
 @click.option("--cap-add", metavar="CAP", multiple=True, help="Add a capability, or ALL.")
 @click.option("--cap-drop", metavar="CAP", multiple=True, help="Drop a capability, or ALL.")
 @click.option("--security-opt", "security", metavar="OPT", multiple=True,
@@ -125,6 +148,7 @@ def run(
     detach: bool,
     interactive: bool,
     tty: bool,
+    net: str | None,
     **wish: Any,
 ) -> int:
     """Run COMMAND with a union as its root, in new mount, pid, uts and ipc namespaces (bubblewrap).
@@ -144,9 +168,15 @@ def run(
     from unionfs.containers.process import CommandError
     from unionfs.containers.store import new_name
 
-    environment = {**_from_files(env_files), **environment}
+    environment = {**variables_from_files(env_files), **environment}
     if tty and not sys.stdin.isatty():
         raise UserError("-t is given, but standard input is not a terminal; leave -t out.")
+    wish["own_network"] = net == "none"
+    if net is not None and wish["ports"]:
+        if net == "none":
+            raise UserError("--net none has no network to publish ports of; omit it, or -p.")
+        complain("unionfs", "with --net host the ports of the command are the host's; -p is ignored.")
+        wish["ports"] = ()
     plain = image is None and wish["name"] is None
     if plain and not command:
         raise click.UsageError("Missing argument 'COMMAND...'.")
@@ -185,10 +215,11 @@ def _detach(given: _Given, wish: dict[str, Any]) -> int:
     from unionfs.containers.detached import start
 
     code, said = start(lambda started, report: _start(given, wish, started, report))
-    if code:
-        return complain("unionfs", said, code)
-    print(wish["name"])
-    return 0
+    if said:
+        complain("unionfs", said)
+    if not code:
+        print(wish["name"])
+    return code
 
 
 def _start(
@@ -216,7 +247,7 @@ def _start(
         return start(whole, report, started)
 
 
-def _from_files(paths: tuple[str, ...]) -> dict[str, str]:
+def variables_from_files(paths: tuple[str, ...]) -> dict[str, str]:
     """Read files of variables, in docker's format: K=V, or K for the caller's value; # begins a comment."""
     values: dict[str, str] = {}
     for path in paths:
@@ -242,7 +273,7 @@ def rm(root: str | None, force: bool, with_volumes: bool, names: tuple[str, ...]
     are still removed.
     """
     # For start-up time: --help and completion do not need it.
-    from unionfs.containers.state import kill
+    from unionfs.containers.state import end
     from unionfs.containers.store import Container
     from unionfs.storage.root import storage_root
     from unionfs.storage.volumes import Volumes
@@ -253,8 +284,7 @@ def rm(root: str | None, force: bool, with_volumes: bool, names: tuple[str, ...]
     def remove(name: str) -> bool:
         container = Container(place, name)
         if force and container.is_running():
-            with suppress(UserError):  # it has ended just now
-                kill(container, "KILL")
+            end(container)
         with container.claimed(make=False):
             anonymous = container.volumes() if with_volumes else {}
             container.remove()

@@ -29,6 +29,7 @@ _COMMANDS = {
     "check": ("unionfs.cli.check:check", "Examine an upper that is not mounted."),
     "convert": ("unionfs.cli.convert:convert", "Rewrite an upper's markers for other programs."),
     "run": ("unionfs.cli.containers:run", "Run a command in a union."),
+    "exec": ("unionfs.cli.execute:execute", "Run a command in a running container."),
     "ps": ("unionfs.cli.container:ps", "List containers."),
     "logs": ("unionfs.cli.container:logs", "Show the output of a detached container."),
     "stop": ("unionfs.cli.container:stop", "Stop containers."),
@@ -71,8 +72,8 @@ def is_mount_helper_call(arguments: Sequence[str], program: str) -> bool:
         return True
     if len(arguments) < 3 or arguments[0].startswith("-") or arguments[0] == "mount":
         return False
-    if arguments[0] in ("volume", "layer", "try", "branch") and not arguments[1].startswith("/"):
-        return False  # some of their commands take -o; mount(8) passes absolute mountpoints
+    if arguments[0] in ("volume", "layer", "try", "branch", "exec") and not arguments[1].startswith("/"):
+        return False  # they or what they run take -o; mount(8) passes absolute mountpoints
     if arguments[0] == "try" and not (len(arguments) == 4 and os.path.isdir(arguments[1])):
         return False  # the command that it runs takes -o
     # No other subcommand takes -o, so a SOURCE may have a subcommand's name.

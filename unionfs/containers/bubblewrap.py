@@ -63,11 +63,13 @@ def arguments(
     filter_fd: int | None,
     account: Account | None = None,
     read_only: bool = False,
+    resolver_fd: int | None = None,
 ) -> list[str]:
     """Return its arguments: the merged tree as root, with its mounts, /proc, /dev and /sys, and the command.
 
-    bubblewrap reads `environment_arguments` from `environment_fd`. It is called by this user, or as `account`
-    if this is root; an ordinary user's command only sees itself as that.
+    bubblewrap reads `environment_arguments` from `environment_fd`, and from `resolver_fd` the resolv.conf of
+    a network that is neither the host's nor none. It is called by this user, or as `account` if this is root;
+    an ordinary user's command only sees itself as that.
     """
     by_root = os.geteuid() == 0 and account is None
     if confinement.privileged:
@@ -81,8 +83,12 @@ def arguments(
         # bubblewrap's own mounts cover the union's mounts there. Mounts below such a target are included:
         # no path is followed through a volume, which other containers can change.
         words += [bind, merged + target, target]
-    if not own_network:
-        words += _name_resolution(merged, {spec.target for spec in storage}, makes=account is None)
+    if not own_network or resolver_fd is not None:
+        resolver = ["--ro-bind", "/etc/resolv.conf"]
+        if resolver_fd is not None:
+            resolver = ["--ro-bind-data", str(resolver_fd)]
+        targets = {spec.target for spec in storage}
+        words += _name_resolution(merged, targets, resolver, makes=account is None)
     if read_only:
         # The mounts on it keep theirs.
         words += ["--remount-ro", "/"]
@@ -154,13 +160,15 @@ def _outermost(paths: Iterable[str]) -> list[str]:
     return found
 
 
-def _name_resolution(merged: str, targets: set[str], *, makes: bool) -> list[str]:
-    """Bind the host's resolv.conf and hosts: the host's network needs its name resolution.
+def _name_resolution(
+    merged: str, targets: set[str], resolver: Sequence[str], *, makes: bool
+) -> list[str]:
+    """Bind resolv.conf by the words of `resolver`, and the host's hosts.
 
     `makes`: whether bubblewrap makes files in /etc like this user.
     """
     words: list[str] = []
-    for path in ("/etc/resolv.conf", "/etc/hosts"):
+    for path, source in (("/etc/resolv.conf", resolver), ("/etc/hosts", ("--ro-bind", "/etc/hosts"))):
         if not os.path.exists(path) or path in targets or "/etc" in targets:
             continue
         try:
@@ -171,7 +179,7 @@ def _name_resolution(merged: str, targets: set[str], *, makes: bool) -> list[str
             can = makes and os.path.isdir(etc) and os.access(etc, os.W_OK | os.X_OK)
             kind = stat.S_IFREG if can else 0
         if kind == stat.S_IFREG and not os.path.islink(merged + "/etc"):
-            words += ["--ro-bind", path, path]
+            words += [*source, path]
     return words
 
 

@@ -19,8 +19,8 @@ OWN_FAILURE: Final = 125
 def start(run: Callable[[Callable[[], None], Callable[[str], None]], int]) -> tuple[int, str]:
     """Call `run` in a new session; return when it has called its first argument, or has ended.
 
-    `run` gets what reports that the command has started, and what reports a sentence. Returns 0, or the exit
-    code and the sentences of a failure.
+    `run` gets what reports that the command has started, and what reports a sentence. Returns 0 or the exit
+    code of a failure, and the sentences.
     """
     reader, writer = os.pipe()
     pid = os.fork()
@@ -31,7 +31,7 @@ def start(run: Callable[[Callable[[], None], Callable[[str], None]], int]) -> tu
     with os.fdopen(reader, "rb") as pipe:
         said = pipe.read()
     if said.endswith(_STARTED):
-        return 0, ""
+        return 0, said[: -len(_STARTED)].decode("utf-8", "surrogateescape").strip()
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
     return code if code > 0 else OWN_FAILURE, said.decode("utf-8", "surrogateescape").strip()

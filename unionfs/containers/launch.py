@@ -11,12 +11,10 @@ shows only itself and the container's processes.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
 import signal
-import stat
 import termios
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -24,11 +22,11 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from unionfs.containers.account import Account
+from unionfs.containers.inherited import default_signals, inherit_only, join_new_keyring, unreachable
 from unionfs.containers.small_root import enter_small_root, new_namespaces
 from unionfs.containers.terminal import Terminal
 from unionfs.errors import UserError, quoted, reason
-from unionfs.sys import detached
-from unionfs.sys.calls import new_session_keyring, prctl
+from unionfs.sys.calls import prctl
 from unionfs.sys.capabilities import NUMBERS, capability_sets, drop_from_bounding_set, set_capabilities
 
 # linux/prctl.h
@@ -128,8 +126,8 @@ class Launch:
     def _execute(self, failure: int) -> NoReturn:
         """Execute bubblewrap; write earlier errors to `failure`, which execve closes."""
         try:
-            _join_new_keyring()
-            program = _unreachable(self.program)
+            join_new_keyring()
+            program = unreachable(self.program)
             if self.small_root is not None:
                 as_root = os.geteuid() == 0 and self.account is None
                 enter_small_root(self.small_root, self._slave_path(), as_root=as_root)
@@ -138,14 +136,8 @@ class Launch:
                     os.dup2(self.terminal.slave, fd)
             for fd, end in self.streams.items():
                 os.dup2(end, fd)
-            for name in os.listdir("/proc/self/fd"):
-                # A directory of the host would be a way out of the container.
-                if int(name) > 2:
-                    with suppress(OSError):
-                        os.set_inheritable(int(name), int(name) in self.keep)
-            for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-                signal.signal(number, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            inherit_only(self.keep)
+            default_signals()
             if os.geteuid() == 0 and self.account is not None:
                 # A process of the host with that uid can trace this one, and must not execute set-id files
                 # of the union by it.
@@ -169,15 +161,6 @@ class Launch:
         return None
 
 
-def _join_new_keyring() -> None:
-    """Leave the caller's session keyring, whose keys the container could use. Raises OSError."""
-    try:
-        new_session_keyring()
-    except OSError as error:
-        if error.errno != errno.ENOSYS:
-            raise OSError(error.errno, f"no new session keyring ({reason(error)})") from error
-
-
 def _bound_capabilities(names: Collection[str]) -> None:
     """Reduce the bounding set. bubblewrap keeps its capabilities: execve by uid 0 adds the inheritable set.
 
@@ -190,27 +173,3 @@ def _bound_capabilities(names: Collection[str]) -> None:
         return  # no_new_privs keeps the command from gaining more in any case
     kept = {NUMBERS[name.removeprefix("CAP_")] for name in names}
     drop_from_bounding_set(set(range(64)) - kept)
-
-
-def _unreachable(program: str) -> int | None:
-    """Return an fd of the program through which the container cannot write; None if the file is safe.
-
-    Bubblewrap is pid 1 of the container, and /proc/1/exe leads to its file on the host: uid 0 could write it,
-    or change its mode (CVE-2019-5736). Through a read-only mount that fails with EROFS. Where no such mount
-    is possible (an ordinary user who owns the file, an old kernel) the fd is a sealed copy in memory.
-    """
-    if os.geteuid() == 0:
-        with suppress(OSError):
-            return detached.clone(program, read_only=True)
-    st = os.stat(program)
-    if st.st_mode & stat.S_ISUID or not (st.st_uid == os.geteuid() or os.access(program, os.W_OK)):
-        return None
-    fd = os.memfd_create("bwrap", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    with open(program, "rb") as source:
-        while os.sendfile(fd, source.fileno(), None, 1 << 20):
-            pass
-    fcntl.fcntl(
-        fd, fcntl.F_ADD_SEALS,
-        fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE,
-    )  # fmt: skip
-    return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)

@@ -13,7 +13,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 
 from unionfs.containers.account import Account
@@ -22,14 +22,15 @@ from unionfs.containers.streams import Streams
 from unionfs.containers.terminal import Terminal, standard_terminals
 from unionfs.errors import UserError
 from unionfs.sys.calls import prctl
-from unionfs.sys.process import is_alive, start_time
+from unionfs.sys.fds import Owned
+from unionfs.sys.process import is_alive, start_time, wait_gone
 
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _FORWARDED = frozenset({
     signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2,
     signal.SIGWINCH, signal.SIGCONT,
 })  # fmt: skip
-_ENDING = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
+ENDING = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
 _START_SECONDS = 2.0
 _POLL_SECONDS = 0.02
 
@@ -54,6 +55,11 @@ def hold_signals() -> frozenset[signal.Signals]:
     return held
 
 
+def wait_for_end(seconds: float) -> bool:
+    """Wait while signals are held, but not after SIGTERM. Returns whether it came."""
+    return signal.sigtimedwait({signal.SIGTERM}, seconds) is not None
+
+
 class Command:
     """bubblewrap with a command in it. Signals are held while it runs."""
 
@@ -66,22 +72,27 @@ class Command:
         bounding: Collection[str],
         small_root: str | None,
         account: Account | None = None,
+        connect: Callable[[int], object] | None = None,
     ) -> None:
         """Start it. Raises UserError.
+
+        `connect` is called with the container's pid 1 before the command starts, unless it could not be made.
 
         `keep` are the fds that the arguments name. `bounding`, `small_root`, `account`: as for Launch.
         """
         self._held = hold_signals()
-        prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
         fds = standard_terminals()
         self.terminal = Terminal(fds) if fds else None
         self._streams = Streams({0, 1, 2}.difference(fds))
         reader, writer = os.pipe()
+        held, release = os.pipe()
         try:
+            wait = [] if connect is None else ["--block-fd", str(held)]
             leader, self._outer = Launch(
                 program,
-                [program, "--info-fd", str(writer), *arguments],
-                keep={writer, *keep},
+                [program, "--info-fd", str(writer), *wait, *arguments],
+                keep={writer, *keep, *([] if connect is None else [held])},
                 terminal=self.terminal,
                 streams=self._streams.ends,
                 bounding=bounding,
@@ -91,30 +102,56 @@ class Command:
             self._leader = os.pidfd_open(leader)
         except BaseException:
             os.close(reader)
+            os.close(release)
             raise
         finally:
             os.close(writer)
+            os.close(held)
             self._streams.close_ends()
             if self.terminal is not None:
                 self.terminal.close_slave()
+        self._nested = small_root is not None
         with os.fdopen(reader, "rb") as info:
-            self._init = _child_pid(info.read())
+            self._identify(info.read())
+        #: Whether this process was told to end (SIGTERM).
+        self.told_to_end = False
+        #: The command's pid and start time.
+        self._command: tuple[int, int] | None = None
+        with Owned(release):
+            if connect is not None and self._init is not None:
+                self._connect(connect, self._init)
+
+    def _identify(self, info: bytes) -> None:
+        """Find the container's processes by what bubblewrap has reported."""
+        self._init = _child_pid(info)
         #: Whether bubblewrap has created the container.
         self.made = self._init is not None
         # The number is that of bubblewrap's own pid namespace.
-        self._nested = small_root is not None
         if self._nested and self.made:
             self._init = next(iter(_children(self._outer)), None)
         # When this process ends, everything in the container ends.
         self._top = self._outer if self._nested else self._init
         self._started = None if self._top is None else start_time(self._top)
-        #: The command's pid and start time.
-        self._command: tuple[int, int] | None = None
+
+    @property
+    def init(self) -> tuple[int, int] | None:
+        """The container's pid 1, and its start time."""
+        started = None if self._init is None else start_time(self._init)
+        return None if self._init is None or started is None else (self._init, started)
 
     @property
     def top(self) -> tuple[int, int] | None:
         """The process whose end is that of everything in the container, and its start time."""
         return None if self._top is None or self._started is None else (self._top, self._started)
+
+    def _connect(self, connect: Callable[[int], object], init: int) -> None:
+        """Connect its network; if that fails, end it."""
+        try:
+            connect(init)
+        except BaseException:
+            self._end_the_rest()
+            self._end_session()
+            raise
 
     def kill(self) -> None:
         """End everything in the container at once."""
@@ -133,10 +170,11 @@ class Command:
         self._streams.start()
         try:
             code = self._wait()
-            self._streams.finish(lambda: signal.sigtimedwait(self._held & _ENDING, 0) is not None)
+            self._streams.finish(lambda: signal.sigtimedwait(self._held & ENDING, 0) is not None)
             return code
         finally:
             self._end_session()
+            self._streams.close()
 
     def _wait(self) -> int:
         signals = self._held | {signal.SIGCHLD}
@@ -182,6 +220,8 @@ class Command:
     def _end_the_rest(self) -> None:
         """Kill pid 1 and everything below it, and wait until the namespaces are gone."""
         self.kill()
+        if self._top is not None and self._started is not None:
+            wait_gone(self._top, self._started, _START_SECONDS)
         if self._init is not None:
             with suppress(ChildProcessError):
                 os.waitpid(self._init, 0)
@@ -192,10 +232,12 @@ class Command:
             signal.pidfd_send_signal(self._leader, signal.SIGKILL)
         with suppress(ChildProcessError):
             os.waitid(os.P_PIDFD, self._leader, os.WEXITED)
+        os.close(self._leader)
         if self.terminal is not None:
             self.terminal.finish()
 
     def _forward(self, number: int) -> None:
+        self.told_to_end = self.told_to_end or number == signal.SIGTERM
         if self.terminal is not None and number == signal.SIGWINCH:
             self.terminal.resize()
             return

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -12,10 +10,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from unionfs.containers import bubblewrap, state
-from unionfs.containers.account import Account, find_account
+from unionfs.containers import entrance as entrances
+from unionfs.containers import network as networks
 from unionfs.containers.bubblewrap import Confinement
 from unionfs.containers.confinement import settle_confinement
-from unionfs.containers.process import Command, CommandError, hold_signals
+from unionfs.containers.entrance import Entrance
+from unionfs.containers.inside import Inside, prepare_inside, refuse_kernel_trees
+from unionfs.containers.network import Network
+from unionfs.containers.process import Command, hold_signals, wait_for_end
 from unionfs.containers.state import State
 from unionfs.containers.store import Container, new_name
 from unionfs.daemon import live
@@ -23,25 +25,21 @@ from unionfs.daemon.preflight import check_lower
 from unionfs.daemon.process import mount
 from unionfs.daemon.settle import absolute, settle
 from unionfs.daemon.unmount import umount
-from unionfs.errors import UserError, on_failure, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted
 from unionfs.settings.mount import MountSettings
+from unionfs.settings.ports import Port
+from unionfs.settings.restart import Policy, Restarts
 from unionfs.settings.specs import Spec, VolumeSpec
 from unionfs.storage.root import storage_root
-from unionfs.storage.targets import MountedTree, find, prepare
 from unionfs.storage.volumes import Volumes
 from unionfs.sys import guardian
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability, may_use_trusted_xattrs
 from unionfs.sys.fds import Owned
-from unionfs.sys.openat2 import open_in_root
 from unionfs.sys.process import start_time, wait_gone
 from unionfs.union.hiding import hide, parts_below
 
-_NOT_FOUND = 127
-_NOT_EXECUTABLE = 126
-_INTERPRETER_LINE = 256  # BINPRM_BUF_SIZE, linux/binfmts.h
 _LONGEST_HOSTNAME = 64  # HOST_NAME_MAX
 _END_SECONDS = 20.0
-_KERNEL_TREES = (b"proc", b"dev", b"sys")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +62,9 @@ class Wish:
     environment: Mapping[str, str] = field(default_factory=dict)
     hostname: str | None = None
     own_network: bool = False
+    """Whether it has no network but loopback."""
+    ports: Sequence[Port] = ()
+    """Published ports; with these it has its own network, connected to the host's."""
     cap_add: Sequence[str] = ()
     cap_drop: Sequence[str] = ()
     security: Sequence[str] = ()
@@ -72,6 +73,8 @@ class Wish:
     """Whether the command may write only to its storage."""
     detached: bool = False
     """Whether the container keeps the command's output."""
+    restart: Policy = field(default_factory=Policy)
+    """Of a detached container."""
 
 
 def run(wish: Wish, complain: Callable[[str], object], started: Callable[[], object] = lambda: None) -> int:
@@ -86,6 +89,9 @@ def run(wish: Wish, complain: Callable[[str], object], started: Callable[[], obj
 
 
 def _check(wish: Wish) -> None:
+    if wish.restart.word != "no" and (wish.remove or not wish.detached):
+        cause = "with --rm nothing is left to start" if wish.remove else "it is for containers of -d"
+        raise UserError(f"--restart {wish.restart} is refused: {cause}; leave it out.")
     if "" in wish.lowers or wish.upper == "" or wish.work == "":
         raise UserError("an empty path is given; name a directory.")
     if wish.work is not None and wish.upper is None:
@@ -100,7 +106,8 @@ def _check(wish: Wish) -> None:
         )
     if not wish.workdir.startswith("/"):
         raise UserError(f"--workdir {quoted(wish.workdir)} is a relative path; give an absolute one.")
-    _refuse_kernel_trees(wish.workdir, os.fsencode(os.path.normpath(wish.workdir)).strip(b"/").split(b"/")[0])
+    first = os.fsencode(os.path.normpath(wish.workdir)).strip(b"/").split(b"/")[0]
+    refuse_kernel_trees(wish.workdir, first)
     hostname = wish.hostname
     if hostname is not None and not 0 < len(os.fsencode(hostname)) <= _LONGEST_HOSTNAME:
         raise UserError(
@@ -119,10 +126,17 @@ class _Run:
         self._confinement = settle_confinement(
             wish.cap_add, wish.cap_drop, wish.security, privileged=wish.privileged
         )
+        self._connector = networks.choose() if wish.ports else None
+        self._network: Network | None = None
         self._container = Container(storage_root(wish.root), wish.name or new_name())
 
     def run(self) -> int:
         wish, container = self._wish, self._container
+        if wish.ports and self._connector is None:
+            self._complain(
+                "-p needs pasta or slirp4netns, and neither is installed: the command has the host's network "
+                "and its own port numbers; install the package passt or slirp4netns."
+            )
         new = not container.exists()
         if not new and wish.remove:
             raise UserError(
@@ -234,17 +248,44 @@ class _Run:
                 self._try(partial(volumes.remove, spec.name, missing_ok=True))
 
     def _in_union(self, entry: live.LiveMount) -> int:
-        command = self._started(entry)
+        """Run the command, again as `--restart` says; return its last exit code."""
+        state.clear_killed(self._container)
+        restarts = Restarts(self._wish.restart)
+        while True:
+            begun = time.monotonic()
+            last, told_to_end = self._once(entry, restarts)
+            code = last.code or 0
+            pause = restarts.pause(code, time.monotonic() - begun)
+            if pause is None or told_to_end or state.is_killed(self._container):
+                return code
+            state.write(self._container, state.restarting(last, restarts.count))
+            if wait_for_end(pause) or not entry.is_alive():
+                state.write(self._container, last)
+                return code
+
+    def _once(self, entry: live.LiveMount, restarts: Restarts) -> tuple[State, bool]:
+        """Run the command; return the last state, and whether this process was told to end."""
+        inside = self._prepared(entry.settings.mountpoint)
+        command = self._started(entry, inside)
+        self._record_entrance(command, inside)
         me = os.getpid()
-        begun = State(tuple(self._wish.command), me, start_time(me) or 0, time.time(), command.top)
+        ports = () if self._network is None else tuple(map(str, self._wish.ports))
+        begun = State(
+            tuple(self._wish.command), me, start_time(me) or 0, time.time(), command.top, ports=ports,
+            policy=str(restarts.policy), restarts=restarts.count,
+        )  # fmt: skip
         state.write(self._container, begun)
-        self._report_start()
+        if not restarts.count:
+            self._report_start()
+        elif state.is_killed(self._container):  # while it was started
+            command.kill()
 
         def clear(_: str) -> None:
             """Clean up after this process was killed; the daemon, which ends with it, unmounts the union."""
             command.kill()
             if command.terminal is not None:
                 command.terminal.restore_from_outside()
+            entrances.remove(self._container)
             wait_gone(entry.pid, entry.started, _END_SECONDS)
             if self._wish.remove:
                 self._complain = lambda sentence: None
@@ -257,87 +298,77 @@ class _Run:
             code = command.wait()
         finally:
             watcher.dismiss()
-        state.write(self._container, state.ended(begun, code))
+            if self._network is not None:
+                self._network.end()
+                self._network = None
+            entrances.remove(self._container)
+        last = state.ended(begun, code)
+        state.write(self._container, last)
         if not command.made:
             raise UserError(
                 f"bubblewrap could not create the container (exit code {code}); see its own message, and "
                 "`unionfs doctor` for what this host lacks."
             )
-        return code
+        return last, command.told_to_end
 
-    def _started(self, entry: live.LiveMount) -> Command:
+    def _record_entrance(self, command: Command, inside: Inside) -> None:
+        """Let `unionfs exec` find the container."""
+        if command.init is None:
+            return
+        confinement = self._confinement
+        record = Entrance(
+            *command.init, inside.root, inside.environment, inside.workdir, inside.account,
+            () if inside.account else tuple(confinement.capabilities), confinement.filter,
+        )  # fmt: skip
+        self._try(lambda: entrances.write(self._container, record))
+
+    def _prepared(self, merged: str) -> Inside:
+        wish = self._wish
+        hostname = wish.hostname or self._container.name[:_LONGEST_HOSTNAME]
+        return prepare_inside(
+            merged, wish.command[0], user=wish.user, workdir=wish.workdir, hostname=hostname,
+            given=wish.environment, privileged=wish.privileged,
+        )  # fmt: skip
+
+    def _started(self, entry: live.LiveMount, inside: Inside) -> Command:
         """The command, started in the union."""
         wish, confinement, merged = self._wish, self._confinement, entry.settings.mountpoint
-        hostname = wish.hostname or self._container.name[:_LONGEST_HOSTNAME]
-        with Owned(os.open(merged, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as root:
-            _check_mountpoints(root)
-            account = _account(root, wish)
-            home = None if account is None else account.home
-            environment = bubblewrap.environment(wish.environment, hostname, home)
-            workdir = _workdir(MountedTree(root), wish.workdir)
-            if account is not None and os.geteuid() == 0:
-                # bubblewrap makes what is missing, but not as another user.
-                for name in ("dev", "proc", "sys"):
-                    prepare(MountedTree(root), f"/{name}", "--user", directory=True)
-            _find_command(root, wish.command[0], workdir, environment["PATH"])
         os.umask(0o022)
-        small = _wants_small_root(confinement, workdir, entry.settings.storage)
+        connector = self._connector
+        small = _wants_small_root(confinement, inside.workdir, entry.settings.storage)
         with ExitStack() as stack:
-            data = [bubblewrap.environment_arguments(environment)]
+            data = [bubblewrap.environment_arguments(inside.environment)]
             data += [] if confinement.filter is None else [confinement.filter]
             fds = [stack.enter_context(Owned(bubblewrap.in_memory(part))) for part in data]
+            resolver = None
+            if connector is not None:
+                lines = bubblewrap.in_memory(f"nameserver {connector.nameserver}\n".encode())
+                resolver = stack.enter_context(Owned(lines))
             return Command(
                 self._program,
                 bubblewrap.arguments(
                     merged,
                     wish.command,
-                    workdir=workdir,
-                    hostname=hostname,
-                    own_network=wish.own_network,
+                    workdir=inside.workdir,
+                    hostname=inside.hostname,
+                    own_network=wish.own_network or connector is not None,
                     storage=entry.settings.storage,
                     confinement=confinement,
                     environment_fd=fds[0],
                     filter_fd=None if len(fds) == 1 else fds[1],
-                    account=account,
+                    account=inside.account,
                     read_only=wish.read_only,
+                    resolver_fd=resolver,
                 ),
-                keep=fds,
+                keep=[*fds, *([] if resolver is None else [resolver])],
                 bounding=confinement.capabilities,
                 small_root=merged if small else None,
-                account=account,
+                account=inside.account,
+                connect=None if connector is None else partial(self._connect, connector),
             )
 
-
-def _account(root: int, wish: Wish) -> Account | None:
-    """Return whom the command runs as, or None for this user. Raises UserError."""
-    if wish.user is None:
-        return None
-    account = find_account(root, wish.user)
-    if (account.uid, account.gid) == (os.geteuid(), os.getegid()) or (os.geteuid() == 0 == account.uid):
-        return None
-    if wish.privileged:
-        raise UserError(
-            f"--privileged is for root, and the command would run as {quoted(wish.user)}; add --user root, "
-            "or leave --privileged out."
-        )
-    return account
-
-
-def _check_mountpoints(root: int) -> None:
-    """Refuse a union in which the kernel's filesystems would be mounted elsewhere. Raises UserError.
-
-    bubblewrap follows symlinks there, including those to the host's tree while it still sees that.
-    """
-    for name in ("dev", "proc", "sys"):
-        try:
-            kind = stat.S_IFMT(os.stat(name, dir_fd=root, follow_symlinks=False).st_mode)
-        except FileNotFoundError:
-            continue
-        if kind != stat.S_IFDIR:
-            raise UserError(
-                f"/{name} in the union is not a directory, so nothing can be mounted there; remove it from "
-                "the layers."
-            )
+    def _connect(self, connector: networks.Program, init: int) -> None:
+        self._network = Network(connector, init, self._wish.ports)
 
 
 def _wants_small_root(confinement: Confinement, workdir: str, storage: Sequence[Spec]) -> bool:
@@ -348,73 +379,3 @@ def _wants_small_root(confinement: Confinement, workdir: str, storage: Sequence[
     if confinement.privileged:
         return False
     return os.geteuid() == 0 or any(workdir.startswith(f"{spec.target}/") for spec in storage)
-
-
-def _refuse_kernel_trees(given: str, first: bytes) -> None:
-    if first in _KERNEL_TREES:
-        raise UserError(
-            f"--workdir {quoted(given)} leads into /proc, /dev, or /sys, from where it could leave the "
-            "container; choose another directory."
-        )
-
-
-def _workdir(tree: MountedTree, given: str) -> str:
-    """The command's working directory, normalized as in Docker; created if missing. Raises UserError."""
-    clean = "/" + os.path.normpath(given).strip("/")
-    with on_failure(f"--workdir {quoted(given)} cannot be used", "choose another directory"):
-        names, missing = find(tree, clean)
-        if not names and not missing:
-            return "/"
-        _refuse_kernel_trees(given, (names + missing)[0])
-        if not missing and tree.kind(names) != stat.S_IFDIR:
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    return prepare(tree, clean, "--workdir", directory=True).path
-
-
-def _find_command(root: int, name: str, workdir: str, search: str) -> None:
-    """Refuse a command that cannot be started, with its exit code, before starting. Raises CommandError."""
-    directories = [workdir] if "/" in name else [part or "." for part in search.split(":")]
-    found = False
-    for directory in directories:
-        path = os.path.join(workdir, directory, name)
-        try:
-            opened = Owned(open_in_root(root, os.fsencode(path)))
-        except OSError:
-            continue
-        with opened as fd:
-            mode = os.stat(fd).st_mode
-            found = found or not stat.S_ISDIR(mode) or "/" in name
-            if stat.S_ISREG(mode) and mode & 0o111:
-                _check_interpreter(root, fd, name, workdir)
-                return
-    if found:
-        raise CommandError(
-            f"{quoted(name)} in the union is not executable; check its mode.", _NOT_EXECUTABLE
-        )
-    where = "" if "/" in name else f" in {search}"
-    raise CommandError(
-        f"{quoted(name)} does not exist in the union{where}; check the name and the lowers.", _NOT_FOUND
-    )
-
-
-def _check_interpreter(root: int, fd: int, name: str, workdir: str) -> None:
-    """Refuse a script whose interpreter is missing, for which execve(2) fails with ENOENT."""
-    try:
-        with open(f"/proc/self/fd/{fd}", "rb") as script:
-            first = script.read(_INTERPRETER_LINE).partition(b"\n")[0]
-    except OSError:
-        return  # not readable even for root: let the kernel decide
-    if not first.startswith(b"#!"):
-        return
-    words = first[2:].split(maxsplit=1)
-    if not words:
-        return
-    try:
-        os.close(open_in_root(root, os.path.join(os.fsencode(workdir), words[0])))
-    except OSError as error:
-        interpreter = quoted(os.fsdecode(words[0]))
-        raise CommandError(
-            f"{quoted(name)} is a script for {interpreter}, which cannot be found in the union: "
-            f"{reason(error)}; check its first line and the lowers.",
-            _NOT_FOUND,
-        ) from error

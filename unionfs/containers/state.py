@@ -21,6 +21,7 @@ FORWARDED: Final = ("HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "WINCH", "CONT
 """The signals that a container's process forwards to the command; KILL ends the container itself."""
 _FILE: Final = "state.json"
 _OUTPUT: Final = "output"
+_KILLED: Final = "killed"
 _END_SECONDS: Final = 30.0
 _POLL_SECONDS: Final = 0.1
 _CHUNK: Final = 1 << 16
@@ -38,17 +39,27 @@ class State:
     """The process whose end is that of everything in the container, and its start time."""
     code: int | None = None
     ended: float | None = None
+    ports: tuple[str, ...] = ()
+    """Published ports, in docker's spelling."""
+    policy: str = "no"
+    """When it is started again; `Policy`."""
+    restarts: int = 0
+    between: bool = False
+    """Whether its process waits before it starts the command again."""
 
     @property
     def is_running(self) -> bool:
-        return self.code is None and is_alive(self.pid, self.started)
+        """Whether it runs, or waits to be started again."""
+        return (self.code is None or self.between) and is_alive(self.pid, self.started)
 
     @property
     def word(self) -> str:
-        """`running`, `exited`, or `dead` if its process was killed before it could record the exit code."""
+        """`running`, `restarting` if it waits, `exited`, or `dead` if its process was killed before it could
+        record the exit code.
+        """
         if self.is_running:
-            return "running"
-        return "dead" if self.code is None else "exited"
+            return "restarting" if self.between else "running"
+        return "dead" if self.code is None or self.between else "exited"
 
 
 def write(container: Container, state: State) -> None:
@@ -65,7 +76,8 @@ def read(container: Container) -> State | None:
         return State(
             tuple(map(str, values["command"])), int(values["pid"]), int(values["started"]),
             float(values["since"]), None if top is None else (int(top[0]), int(top[1])),
-            values["code"], values["ended"],
+            values["code"], values["ended"], tuple(map(str, values.get("ports", ()))),
+            str(values.get("policy", "no")), int(values.get("restarts", 0)), values.get("between") is True,
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -73,6 +85,28 @@ def read(container: Container) -> State | None:
 
 def ended(state: State, code: int) -> State:
     return replace(state, code=code, ended=time.time())
+
+
+def restarting(state: State, count: int) -> State:
+    """Return the state of a container between two runs, before its restart number `count`."""
+    return replace(state, between=True, restarts=count, ports=())
+
+
+def is_killed(container: Container) -> bool:
+    """Return whether `kill` has ended the container: its process does not see such a signal."""
+    return os.path.lexists(f"{container.path}/{_KILLED}")
+
+
+def clear_killed(container: Container) -> None:
+    with suppress(OSError):
+        os.unlink(f"{container.path}/{_KILLED}")
+
+
+def _mark_killed(container: Container) -> None:
+    """Raises UserError."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    with on_failure(f"container {quoted(container.name)} would be started again", "free space"):
+        os.close(os.open(f"{container.path}/{_KILLED}", flags, 0o600))
 
 
 def every(root: str) -> Iterator[tuple[Container, State | None]]:
@@ -99,6 +133,10 @@ def kill(container: Container, name: str) -> None:
     name = name.upper().removeprefix("SIG")
     state = running(container)
     if name == "KILL":
+        if state.policy != "no":
+            _mark_killed(container)
+            if state.between:
+                _send(state.pid, state.started, signal.SIGTERM)
         pid, started = state.top or (state.pid, state.started)
         _send(pid, started, signal.SIGKILL)
         if not wait_gone(state.pid, state.started, _END_SECONDS):
@@ -119,8 +157,16 @@ def stop(container: Container, seconds: float) -> None:
     state = running(container)
     _send(state.pid, state.started, signal.SIGTERM)
     if not wait_gone(state.pid, state.started, seconds):
-        with suppress(UserError):  # it has ended just now
-            kill(container, "KILL")
+        end(container)
+
+
+def end(container: Container) -> None:
+    """Kill everything in a container, and wait until its mount has ended, too."""
+    state = read(container)
+    with suppress(UserError):  # it has ended just now
+        kill(container, "KILL")
+    if state is not None:
+        wait_gone(state.pid, state.started, _END_SECONDS)
 
 
 def _send(pid: int, started: int, number: signal.Signals) -> None:
@@ -167,6 +213,9 @@ def facts(container: Container, state: State | None) -> dict[str, Any]:
         "command": [] if state is None else list(state.command),
         "image": container.image(),
         "lowers": list(container.lowers()),
+        "restart": "no" if state is None else state.policy,
+        "restarts": 0 if state is None else state.restarts,
+        "ports": [] if state is None or not state.is_running else list(state.ports),
         "since": None if state is None else state.since,
         "ended": None if state is None else state.ended,
     }

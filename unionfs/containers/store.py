@@ -71,6 +71,13 @@ class Container:
     def exists(self) -> bool:
         return os.path.isdir(self.path)
 
+    def check(self) -> None:
+        """Refuse one that another user could have changed. Raises UserError."""
+        if os.path.lexists(self._root):
+            open_root(self._root)
+            check_directory(self.above)
+            check_directory(self.path)
+
     def is_running(self) -> bool:
         """Return whether a process holds the lock of the container."""
         try:

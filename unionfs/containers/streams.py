@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 
 from unionfs.errors import UserError, on_failure, reason
+from unionfs.sys.fds import close_quietly
 
 _CHUNK = 1 << 18
 _POLL_SECONDS = 0.05
@@ -30,11 +31,15 @@ _GONE = select.POLLERR | select.POLLHUP | select.POLLNVAL
 class Streams:
     """Pipes in place of some standard files; `ends` maps the replaced fd numbers to the container's ends."""
 
-    def __init__(self, fds: Collection[int]) -> None:
-        """`fds`: which of 0 to 2 get a pipe. Raises UserError."""
+    def __init__(self, fds: Collection[int], *, outlived: bool = False) -> None:
+        """`fds`: which of 0 to 2 get a pipe. Raises UserError.
+
+        With `outlived`, other processes may keep the pipes: `finish` copies what is in them.
+        """
+        self._outlived = outlived
         self.ends: dict[int, int] = {}
         #: Both ends of stdin's pipe: data left in it at the end has not been read.
-        self._input: tuple[int, int] | None = None
+        self._input: tuple[int, ...] | None = None
         self._outputs: list[tuple[int, int]] = []
         self._threads: list[threading.Thread] = []
         self._reader: threading.Thread | None = None
@@ -73,7 +78,8 @@ class Streams:
     def finish(self, give_up: Callable[[], bool]) -> None:
         """Put back unread input, and copy the remaining output until its end or `give_up()`.
 
-        All processes of the container have ended. Raises UserError if the output cannot be written.
+        All processes of the container have ended, or the pipes are `outlived`. Raises UserError if the output
+        cannot be written.
         """
         os.write(self._wake, b".")
         if self._reader is not None and self._input is not None:
@@ -87,6 +93,12 @@ class Streams:
             raise UserError(
                 f"the command's output cannot be written: {reason(self._error)}; part of it is lost."
             ) from self._error
+
+    def close(self) -> None:
+        """Close what `finish` has left open; a reader that still waits keeps its ends."""
+        if self._reader is None or not self._reader.is_alive():
+            for fd in (self._woken, self._wake, *(self._input or ())):
+                close_quietly(fd)
 
     def _give_back(self, reader: int) -> None:
         """Leave the rest of a file for the next reader: `while read line; do unionfs run ...; done <FILE`."""
@@ -117,17 +129,22 @@ class Streams:
             except OSError:
                 break
         os.close(writer)
+        self._input = (self._input[0],) if self._input else None
 
     def _copy_output(self, reader: int, target: int) -> None:
         """Copy to the caller's file until all processes of the container have closed the pipe."""
         poll = select.poll()
         poll.register(reader, select.POLLIN)
         poll.register(target, 0)
+        if self._outlived:
+            poll.register(self._woken, select.POLLIN)
         try:
             while True:
                 ready = dict(poll.poll())
-                if ready.get(target, 0) & _GONE:
+                if ready.get(target, 0) & _GONE or set(ready) == {self._woken}:
                     return
+                if reader not in ready:
+                    continue
                 data = memoryview(os.read(reader, _CHUNK))
                 if not data:
                     return

@@ -35,8 +35,12 @@ def standard_terminals() -> list[int]:
 class Terminal:
     """A pty for the container. `slave` is closed in this process by `close_slave`."""
 
-    def __init__(self, fds: Collection[int]) -> None:
-        """`fds`: the standard files that are terminals, at least one. Raises UserError."""
+    def __init__(self, fds: Collection[int], *, outlived: bool = False) -> None:
+        """`fds`: the standard files that are terminals, at least one. Raises UserError.
+
+        With `outlived`, other processes may keep a slave: `finish` relays what they have written.
+        """
+        self._outlived = outlived
         with on_failure(
             "the container cannot get a terminal",
             "check that /dev/pts is mounted, or redirect stdin, stdout, and stderr",
@@ -89,7 +93,9 @@ class Terminal:
             self._make_raw()
 
     def finish(self) -> None:
-        """Relay the container's remaining output, and restore the terminal. All slaves are closed."""
+        """Relay the container's remaining output, and restore the terminal. All slaves are closed, or it is
+        `outlived`.
+        """
         with self._lock:
             self._over = True
         os.write(self._wake, b".")
@@ -146,9 +152,12 @@ class Terminal:
     def _relay_output(self) -> None:
         """Copy the container's output to the terminal, until all slaves are closed (EIO; pty(7))."""
         broken = False
+        sources = [self.master, *([self._woken] if self._outlived else [])]
         while True:
             try:
-                select.select([self.master], [], [])
+                # Asking takes what slaves have written into account (drivers/tty/n_tty.c, n_tty_poll).
+                if self.master not in select.select(sources, [], [])[0]:
+                    return
                 data = os.read(self.master, _CHUNK)
             except BlockingIOError:
                 continue

@@ -31,6 +31,7 @@ CAP_SYS_RESOURCE: Final = NUMBERS["SYS_RESOURCE"]
 _PR_CAPBSET_DROP: Final = 24
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _PR_CAP_AMBIENT: Final = 47
+_PR_CAP_AMBIENT_RAISE: Final = 2
 _PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 
 
@@ -91,6 +92,26 @@ def keep_capabilities(numbers: Iterable[int]) -> None:
         data[half].inheritable = 0
     if not set_capabilities(data):
         raise fail()
+
+
+def have_only(numbers: Iterable[int]) -> None:
+    """Reduce all capability sets of this thread, also the bounding set, to these; raise ambient ones.
+
+    So a program that it executes has them, whatever its uid. Raises ``OSError``.
+    """
+    kept = set(numbers)
+    drop_from_bounding_set(set(range(64)) - kept)
+    prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    data = capability_sets()
+    for half in range(2):
+        bits = sum(1 << (number - 32 * half) for number in kept if number // 32 == half)
+        data[half].permitted &= bits
+        data[half].effective = data[half].inheritable = data[half].permitted
+    if not set_capabilities(data):
+        raise fail()
+    for number in kept:
+        if data[number // 32].permitted >> number % 32 & 1:
+            prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, number)
 
 
 def no_new_privileges() -> None:

@@ -68,7 +68,12 @@ def take_over(pid: int) -> None:
 
     Raises OSError if one of them cannot be had: the caller's start would have given it.
     """
-    _take_cgroups(pid)
+    take_cgroups(pid)
+    take_limits(pid)
+
+
+def take_limits(pid: int) -> None:
+    """Take the limits and priorities of `pid`. Raises OSError if one of them cannot be had."""
     for number in _LIMITS:
         theirs = resource.prlimit(pid, number)
         if theirs != resource.getrlimit(number):
@@ -94,8 +99,11 @@ def _write(path: str, content: bytes) -> None:
         file.write(content)
 
 
-def _take_cgroups(pid: int) -> None:
-    """Source: cgroups(7), /proc/PID/cgroup. Raises OSError."""
+def take_cgroups(pid: int) -> None:
+    """Move this process into the control groups of `pid`. Raises OSError.
+
+    Source: cgroups(7), /proc/PID/cgroup.
+    """
     theirs = _content(f"/proc/{pid}/cgroup")
     ours = _content("/proc/self/cgroup")
     if theirs == ours:
