@@ -24,6 +24,9 @@ packages_for() {
         clients) # container engines
             printf '%s\n' buildah containerd crun docker.io podman postgresql runc skopeo uidmap
             ;;
+        deb) # what builds the Debian package
+            printf '%s\n' "${build_packages[@]}" debhelper dpkg-dev git python3 python3-dev python3-venv
+            ;;
         perf)
             printf '%s\n' coreutils findutils fio fuse-overlayfs fuse3 gcc git grep libc6-dev libseccomp2 make mergerfs \
                 mount sqlite3 tar unionfs-fuse
@@ -36,7 +39,7 @@ packages_for() {
             printf '%s\n' ca-certificates iproute2 kmod nfs-common nfs-kernel-server python3 python3-dev \
                 python3-venv xz-utils zstd
             ;;
-        *) die "unknown purpose $1; choose run, test, dev, slow, clients, perf, vm or guest" ;;
+        *) die "unknown purpose $1; choose run, test, dev, slow, clients, deb, perf, vm or guest" ;;
     esac
 }
 

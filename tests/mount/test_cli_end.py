@@ -7,8 +7,6 @@ import mmap
 import os
 import shutil
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import time
@@ -83,30 +81,6 @@ def _using(path: Path, how: str = "cwd") -> Iterator[subprocess.Popen[bytes]]:
     finally:
         process.kill()
         process.communicate()
-
-
-def test_the_service_manager_learns_when_the_mount_is_usable(place: Place) -> None:
-    """sd_notify(3), as contrib/unionfs@.service has it; the message is the daemon's own."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        manager.settimeout(patient(20))
-        manager.bind(str(place.root / "notify"))
-        environment = {"PYTHONPATH": str(cli_calls.REPOSITORY), "NOTIFY_SOCKET": str(place.root / "notify")}
-        process = subprocess.Popen(
-            [*UNIONFS, "mount", "-f", *map(str, place.layers), str(place.merged)],
-            stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, env={**os.environ, **environment},
-        )  # fmt: skip
-        try:
-            message, ancillary, _, _ = manager.recvmsg(100, 100)
-            assert message == b"READY=1"
-            pid, _, _ = struct.unpack("3i", ancillary[0][2])
-            assert pid == process.pid
-            assert (place.merged / "base").read_text() == "base\n"
-            process.terminate()
-            assert process.wait(patient(10)) == 0
-        finally:
-            process.kill()
-            process.wait()
 
 
 def test_umount_waits_for_the_daemon(place: Place) -> None:

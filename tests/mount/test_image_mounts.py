@@ -355,3 +355,27 @@ def test_an_ordinary_users_image(host: Host) -> None:
     (one, *_) = json.loads(host.unionfs("image", "ls", "--json", *words).stdout)
     assert stat.S_IMODE(storage.stat().st_mode) & 0o022 == 0
     assert one["Layers"][0]["Paths"][0].startswith(f"{storage}/images/layers/user/")
+
+
+def test_the_progress_of_unpacking(images: Images) -> None:
+    """As lines on demand, for each command that unpacks; else nothing, as stderr is no terminal."""
+    reference = images.archive(BASE, MIDDLE, TOP)
+    place, layer = images.place, images.place.root / "layer.tar"
+    layer.write_bytes(BASE)
+    for what, words in (
+        (f"unpacking {reference}", ("mount", "--image", reference, place.merged)),
+        (f"unpacking {reference}", ("image", "import", reference)),
+        (f"import of {layer}", ("layer", "import", layer, place.root / "new")),
+        ("unpacking", ("layer", "squash", layer, layer, "-o", place.root / "both.tar")),
+    ):
+        done = images.call(*words, "--progress", "plain")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.splitlines()[-1] == f"unionfs: {what}: done"
+        if words[0] == "mount":
+            succeed(images.call("umount", place.merged))
+        for path in (place.root / "new", place.root / "both.tar"):
+            shutil.rmtree(path, ignore_errors=True)
+            path.unlink(missing_ok=True)
+        succeed(images.call(*words))
+        if words[0] == "mount":
+            succeed(images.call("umount", place.merged))

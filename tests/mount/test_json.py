@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,31 @@ def test_volumes(place: Place, call: Any) -> None:
     assert pruned["removed"] == ["data", "other"]
 
 
+def test_images(place: Place, call: Any) -> None:
+    upper, layer = ("-u", place.upper), place.root / "layer.tar.gz"
+    (place.upper / "new").write_text("content")
+    exported = call("layer", "export", "--json", *upper, "-o", layer)
+    _agrees("layer export --json", exported)
+    with tarfile.open(layer) as tar:
+        assert exported["entries"] == len(tar.getnames())
+    assert (exported["size"], exported["whiteouts"]) == (7, 0)
+    assert exported["blob_size"] == layer.stat().st_size
+    imported = call("layer", "import", "--json", layer, place.root / "unpacked")
+    _agrees("layer import --json LAYER DIR", imported)
+    assert imported["diff_id"] == exported["diff_id"]
+    squashed = call("layer", "squash", "--json", layer, layer, "-o", place.root / "both.tar")
+    _agrees("layer export --json", squashed)
+    assert squashed["digest"] == squashed["diff_id"]
+    place.mount()
+    archive = f"oci-archive:{place.root}/image.tar:web:2"
+    committed = call("commit", "--json", place.merged, "--image", archive)
+    _agrees("commit --json MOUNTPOINT", committed)
+    assert len(committed["layers"]) == 3  # two lowers and the upper
+    added = call("image", "import", "--json", archive)
+    _agrees("image import --json IMAGE", added)
+    assert added["id"] == committed["id"]
+
+
 def test_containers(place: Place, call: Any) -> None:
     (place.root / "storage/containers/made").mkdir(parents=True)
     for path in (place.root / "storage", place.root / "storage/containers"):
@@ -192,6 +218,6 @@ def test_every_command_with_json_is_documented() -> None:
     have = {path for path, command in commands(cli) if any("--json" in p.opts for p in command.params)}
     known = {
         "volume import", "container ls", "image ls", "image prune", "image inspect", "branch mount",
-        "branch rm",
+        "branch rm", "layer squash",
     }  # fmt: skip
     assert have - documented - known == set()

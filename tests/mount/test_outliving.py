@@ -305,7 +305,7 @@ def test_upgrade(place: Place) -> None:
         file.flush()
         said = succeed(unionfs("upgrade", mount.top))
         after = mount.entry()
-        assert said == f"{mount.top}: daemon {before.pid} was exchanged for {after.pid}\n"
+        assert said == f"{mount.top}: daemon {before.pid} was replaced by {after.pid}\n"
         assert os.pread(file.fileno(), 10, 0) == b"text"
     assert json.loads(succeed(unionfs("inspect", "--json", mount.top)))["since"] is not None
     assert after.since == before.since

@@ -10,6 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from unionfs.cli.fuse_unionfs import HELP
 from unionfs.cli.main import cli
 from unionfs.cli.manual import commands, main, pages
 
@@ -46,7 +47,7 @@ def test_help_has_an_example_and_80_columns(path: str, monkeypatch: pytest.Monke
 
 def test_every_command_has_a_page() -> None:
     names = {f"man1/unionfs{'-' if path else ''}{path.replace(' ', '-')}.1" for path in EVERY}
-    assert set(pages()) == {*names, "man8/mount.fuse.unionfs.8"}
+    assert set(pages()) == {*names, "man1/fuse-unionfs.1", "man8/mount.fuse.unionfs.8"}
 
 
 def test_the_pages_are_as_the_help(directory: Path) -> None:
@@ -80,3 +81,13 @@ def test_no_page_starts_a_line_with_a_request_by_mistake() -> None:
     for path, page in pages().items():
         requests = {line.split(" ")[0] for line in page.splitlines() if line.startswith((".", "'"))}
         assert requests <= known, path
+
+
+def test_the_page_of_the_launcher_is_its_help(directory: Path) -> None:
+    if shutil.which("man") is None:
+        pytest.skip("man is not installed")
+    text = _shown(directory / "man1/fuse-unionfs.1")
+    for section in ("NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "EXAMPLES", "SEE ALSO"):
+        assert section in text
+    for words in HELP.removeprefix("usage: ").replace("Example: ", "").split("\n"):
+        assert " ".join(words.split()) in text

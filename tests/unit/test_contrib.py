@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,38 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
         ["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True, check=False
     )
     assert (done.returncode, [line for line in done.stderr.splitlines() if "unionfs" in line]) == (0, [])
+
+
+def test_systemd_makes_a_unit_of_the_line_for_fstab(tmp_path: Path) -> None:
+    """That of docs/install.md."""
+    generator = Path("/usr/lib/systemd/system-generators/systemd-fstab-generator")
+    if not generator.exists() or shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd is not installed")
+    page = (CONTRIB.parent / "docs/install.md").read_text()
+    (line,) = re.findall(r"^ {4}(none .*)$", page, re.MULTILINE)
+    (tmp_path / "fstab").write_text(f"{line}\n")
+    made = tmp_path / "units"
+    made.mkdir()
+    subprocess.run([generator, made, made, made], check=True, env={"SYSTEMD_FSTAB": str(tmp_path / "fstab")})
+    mount = (made / "mnt.mount").read_text()
+    assert "\nType=fuse.unionfs\n" in mount
+    assert "\nWhere=/mnt\n" in mount
+    assert f"\nOptions={line.split()[3]}\n" in mount
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", made / "mnt.mount"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_services_are_watched() -> None:
+    """A service that hangs is started again; to start, one may take as long as it has volumes to fill."""
+    for name in ("unionfs@.service", "unionfs-plugin.service"):
+        service = _unit(name)["Service"]
+        assert service["Type"] == "notify"
+        assert int(service["WatchdogSec"]) > 0
+        assert service["Restart"] in ("on-failure", "on-watchdog", "always")
+    assert _unit("unionfs@.service")["Service"]["TimeoutStartSec"] == "infinity"
 
 
 def test_all_name_the_same_socket() -> None:

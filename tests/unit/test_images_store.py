@@ -31,6 +31,7 @@ from unionfs.images.documents import REF_NAME
 from unionfs.images.rules import DEFAULTS, Rules
 from unionfs.images.store import Image, Store, markers_of
 from unionfs.images.using import image_layers, users_of_layers
+from unionfs.storage.archive.progress import Progress
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BASE = tar([directory("d"), file("d/x", b"x"), file("f", b"f")])
@@ -339,3 +340,33 @@ def test_removal(root: None, area: Path) -> None:
     assert nothing_left(area / "root")
     with pytest.raises(UserError, match="there is no image a:1"):
         take(area, "a:1")
+
+
+class _Shares(Progress):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shares: list[float] = []
+
+    def show(self) -> None:
+        assert self.share is not None
+        self.shares.append(self.share)
+
+
+def test_progress(root: None, area: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes over all layers that are missing, and nothing is counted for those that are there."""
+    monkeypatch.setattr("unionfs.storage.archive.progress._SECONDS", 0.0)
+    data = [os.urandom(300_000) for _ in range(8)]
+    big = tar([file(f"big{number}", content) for number, content in enumerate(data[:6])])
+    layout = Layout(big, tar([file(f"more{number}", content) for number, content in enumerate(data[6:])]))
+    seen = _Shares()
+    words = {"userxattr": False, "rules": DEFAULTS}
+    reference = layout.archive(area / "image.tar")
+    with image_layers(reference, str(area / "root"), notes=[], progress=seen, **words):
+        assert (seen.entries, seen.size) == (8, 8 * 300_000)
+    assert seen.shares == sorted(seen.shares)
+    assert seen.share == 1.0
+    # Entries of the first layer, the larger one, are no more than its share of both.
+    assert all(0.0 <= share < 0.8 for share in seen.shares[:5])
+    again = _Shares()
+    with image_layers(reference, str(area / "root"), notes=[], progress=again, **words):
+        assert again.shares == []

@@ -149,7 +149,7 @@ def test_mount(text: str, spec: object) -> None:
         ("type=volume,source=db,target=/t,tmpfs-size=1m", ["tmpfs-size cannot go with type volume"]),
         ("type=tmpfs,target=/t,bind-propagation=rslave", ["bind-propagation cannot go with type tmpfs"]),
         ("type=tmpfs,target=/t,volume-opt=a=b", ["volume-opt cannot go with type tmpfs"]),
-        ("source=db,target=/t,readonly=maybe", ["maybe", "true nor false"]),
+        ("source=db,target=/t,readonly=maybe", ["readonly=maybe", "true or false"]),
         ("source=db,target", ["target has no value"]),
         ("source=db,target=t", ["target t", "relative"]),
         ("source=db,target=/t,volume-opt==x", ["volume-opt has no name"]),

@@ -335,7 +335,8 @@ class TestFullDisks:
         (data / "more").write_bytes(os.urandom(8 << 20))
         for name in ("b.tar.zst", "other.tar", "third.tar.gz"):
             refused(
-                store("backup", "data", "-o", small / name), "no space left", name, "nothing is left of it"
+                store("backup", "data", "-o", small / name), "no space left", name,
+                "the incomplete file was removed",
             )
         assert [path.name for path in small.iterdir()] == ["b.tar.zst"]
         assert (small / "b.tar.zst").read_bytes() == good

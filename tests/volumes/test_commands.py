@@ -65,7 +65,7 @@ class TestLs:
         [
             ("x", "KEY=VALUE"),
             ("size=1", "filter size"),
-            ("dangling=maybe", "neither true nor false"),
+            ("dangling=maybe", "invalid value dangling=maybe; write true or false"),
             ("name=[", "regular expression"),
             ("=x", "KEY=VALUE"),
         ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import click
@@ -17,13 +18,15 @@ from unionfs.errors import UserError, quoted
 @click.option("--image", metavar="oci-archive:FILE[:TAG]", required=True, shell_complete=complete_images,
               help="Write an image: the mount's lowers as layers, and its changes as one more.")  # fmt: skip
 @click.option("--compress", type=click.Choice(("zstd", "gzip", "none")), default="gzip", show_default=True,
-              help="How new layers are compressed; old docker reads no zstd.")  # fmt: skip
+              help="How new layers are compressed; old versions of docker cannot read zstd.")  # fmt: skip
 @click.option("--author", metavar="TEXT", help="Who made it.")
 @click.option("-m", "--message", metavar="TEXT", help="What was changed.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @root_option
 @click.argument("mountpoint", shell_complete=complete_mountpoints)
 def commit(
-    image: str, compress: str, author: str | None, message: str | None, root: str | None, mountpoint: str
+    image: str, compress: str, author: str | None, message: str | None, as_json: bool, root: str | None,
+    mountpoint: str,
 ) -> int:
     """Write what the mount at MOUNTPOINT shows as an image, and print its id.
 
@@ -64,6 +67,9 @@ def commit(
         Markers(prefix, follows_redirects=follows), settings.userxattr,
     )  # fmt: skip
     done = write(stack, place, wish)
+    if as_json:
+        print(json.dumps({"id": done.id, "layers": done.layers, "notes": done.notes}, indent=2))
+        return 0
     print(done.id)
     tell(done.notes)
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -236,13 +236,18 @@ def _start(
         )  # fmt: skip
         return start(whole, report, started)
     # For start-up time: only images need it.
+    from unionfs.cli.progress import shown_progress
     from unionfs.containers.imaged import Given, wished
 
     notes: list[str] = []
     wanted = Given(
         given.image, given.command, given.entrypoint, given.workdir, given.user, given.environment
     )
-    with wished(Wish((), detached=given.detached, **wish), wanted, notes) as whole:
+    with ExitStack() as held:
+        with shown_progress(f"unpacking {given.image}", "auto") as shown:
+            whole = held.enter_context(
+                wished(Wish((), detached=given.detached, **wish), wanted, notes, shown)
+            )
         tell(notes)
         return start(whole, report, started)
 

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from unionfs import __version__
 from unionfs.cli.run import failed, leave, prepare_streams
@@ -22,7 +23,7 @@ from unionfs.daemon.settle import settle
 from unionfs.errors import UserError, quoted
 from unionfs.sys import libfuse
 
-_HELP = """\
+HELP: Final = """\
 usage: fuse-unionfs [-f] [-d] [-o OPTION,...]... MOUNTPOINT
        fuse-unionfs SOURCE MOUNTPOINT [-o OPTION,...]... [-sfnv] [-t TYPE]
 
@@ -143,7 +144,7 @@ def _run(arguments: Sequence[str], program: str, *, helper: bool) -> int:
     try:
         call = _parse(arguments, helper=helper)
         if call.show == "help":
-            print(_HELP, end="")
+            print(HELP, end="")
             return 0
         if call.show == "version":
             _print_version()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from unionfs.cli.lazy import LazyGroup
+from unionfs.cli.progress import progress_option, shown_progress
 from unionfs.cli.rules import complete_images, rules_options, tell
 from unionfs.cli.run import for_each, moment, print_table
 from unionfs.cli.volume.common import root_option
@@ -64,9 +65,11 @@ def _users(root: str | None) -> dict[str, str]:
 
 @click.command(name="import", epilog="Example: unionfs image import docker-archive:web.tar")
 @rules_options
+@progress_option
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @root_option
 @click.argument("source", metavar="IMAGE", shell_complete=complete_images)
-def import_(rules: Rules, root: str | None, source: str) -> int:
+def import_(rules: Rules, progress: str, as_json: bool, root: str | None, source: str) -> int:
     """Unpack IMAGE into the store, and print its id.
 
     A layer of strangers cannot leave its directory, or fill the disk beyond the limits below. As an ordinary
@@ -79,8 +82,14 @@ def import_(rules: Rules, root: str | None, source: str) -> int:
 
     notes: list[str] = []
     userxattr = not may_use_trusted_xattrs()
-    with image_layers(source, storage_root(root), userxattr=userxattr, rules=rules, notes=notes) as found:
-        print(found[0].id)
+    with shown_progress(f"unpacking {source}", progress) as shown, image_layers(
+        source, storage_root(root), userxattr=userxattr, rules=rules, notes=notes, progress=shown
+    ) as found:
+        pass
+    if as_json:
+        print(json.dumps({"id": found[0].id, "names": list(found[0].names), "notes": notes}, indent=2))
+        return 0
+    print(found[0].id)
     tell(notes)
     return 0
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from unionfs.cli.lazy import LazyGroup
+from unionfs.cli.progress import progress_option, shown_progress
 from unionfs.cli.rules import rules_options, tell
 from unionfs.cli.volume.common import root_option
 from unionfs.errors import on_failure, quoted
@@ -25,6 +28,7 @@ _OUTPUT = click.option(
     "-o", "--output", metavar="FILE", required=True,
     help="The layer: a tar, compressed by gzip (.gz, .tgz) or zstd (.zst).",
 )  # fmt: skip
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 _USERXATTR = click.option(
     "--userxattr", is_flag=True, help="Markers are user.overlay.* xattrs (always without root)."
 )
@@ -51,8 +55,9 @@ def layer() -> None:
 @click.option("-w", "--work", metavar="DIR", help="Its work directory, for changed hard links of lowers.")
 @_OUTPUT
 @_USERXATTR
+@_JSON
 def export(
-    upper: str, lowers: tuple[str, ...], work: str | None, output: str, userxattr: bool
+    upper: str, lowers: tuple[str, ...], work: str | None, output: str, userxattr: bool, as_json: bool
 ) -> int:
     """Write an upper as a layer, and print the digest of the file and its diff id.
 
@@ -79,21 +84,33 @@ def export(
     output = os.path.abspath(output)
     override_modes()
     below = [absolute(path) for path in lowers]
-    _print(export_layer(upper, below, output, work=work, userxattr=userxattr))
+    _print(export_layer(upper, below, output, work=work, userxattr=userxattr), [], as_json=as_json)
     return 0
 
 
-def _print(written: Written) -> None:
+def _print(written: Written, notes: list[str], *, as_json: bool) -> None:
+    notes = [*notes, *written.packed.notes]
+    if as_json:
+        packed = written.packed
+        print(json.dumps({
+            "digest": written.digest, "diff_id": written.diff_id, "blob_size": written.size,
+            "entries": packed.entries, "size": packed.size, "whiteouts": packed.whiteouts, "notes": notes,
+        }, indent=2))  # fmt: skip
+        return
     print(f"digest   {written.digest}\ndiff id  {written.diff_id}")
-    tell(written.packed.notes)
+    tell(notes)
 
 
 @click.command(name="import", epilog="Example: unionfs layer import layer.tar.gz /srv/layer")
 @rules_options
 @_USERXATTR
+@progress_option
+@_JSON
 @click.argument("file", metavar="LAYER")
 @click.argument("directory", metavar="DIR")
-def import_(rules: Rules, userxattr: bool, file: str, directory: str) -> int:
+def import_(
+    rules: Rules, userxattr: bool, progress: str, as_json: bool, file: str, directory: str
+) -> int:
     """Unpack a layer into DIR as an upper or lower in kernel overlayfs's format, and print its diff id.
 
     DIR must be missing or empty; it gets its content when the whole layer is there.
@@ -103,7 +120,13 @@ def import_(rules: Rules, userxattr: bool, file: str, directory: str) -> int:
     from unionfs.sys.capabilities import may_use_trusted_xattrs
 
     userxattr = userxattr or not may_use_trusted_xattrs()
-    contents, diff_id = import_layer(file, directory, userxattr=userxattr, rules=rules)
+    with shown_progress(f"import of {file}", progress) as shown:
+        contents, diff_id = import_layer(file, directory, userxattr=userxattr, rules=rules, progress=shown)
+    if as_json:
+        facts = asdict(contents)
+        del facts["opaque"], facts["root_opaque"]
+        print(json.dumps({"diff_id": diff_id, **facts}, indent=2))
+        return 0
     print(f"diff id  {diff_id}")
     tell(contents.notes)
     return 0
@@ -112,9 +135,13 @@ def import_(rules: Rules, userxattr: bool, file: str, directory: str) -> int:
 @click.command(epilog="Example: unionfs layer squash base.tar.gz changes.tar.gz -o both.tar.gz")
 @rules_options
 @_OUTPUT
+@progress_option
+@_JSON
 @root_option
 @click.argument("files", metavar="LAYER...", nargs=-1, required=True)
-def squash(rules: Rules, output: str, root: str | None, files: tuple[str, ...]) -> int:
+def squash(
+    rules: Rules, output: str, progress: str, as_json: bool, root: str | None, files: tuple[str, ...]
+) -> int:
     """Make one layer of several, the lowest first, and print the digest of the file and its diff id.
 
     It shows the same tree over any layers below. What it hides of those stays hidden.
@@ -123,8 +150,10 @@ def squash(rules: Rules, output: str, root: str | None, files: tuple[str, ...]) 
     from unionfs.images.layers import squash_layers
     from unionfs.storage.root import storage_root
 
-    with on_failure(f"{quoted(output)} cannot be written", "free space"):
-        written, notes = squash_layers(files, output, storage_root(root), rules)
-    tell(notes)
-    _print(written)
+    with (
+        on_failure(f"{quoted(output)} cannot be written", "free space"),
+        shown_progress("unpacking", progress) as shown,
+    ):
+        written, notes = squash_layers(files, output, storage_root(root), rules, shown)
+    _print(written, notes, as_json=as_json)
     return 0

@@ -19,7 +19,7 @@ _COMMANDS = {
     "cleanup": ("unionfs.cli.cleanup:cleanup", "Unmount what killed daemons left."),
     "sync": ("unionfs.cli.orders:sync", "Write all data of a mount to disk."),
     "refresh": ("unionfs.cli.orders:refresh", "Make changes to a mount's lowers visible."),
-    "upgrade": ("unionfs.cli.upgrade:upgrade", "Exchange daemons for the installed version."),
+    "upgrade": ("unionfs.cli.upgrade:upgrade", "Replace daemons by the installed version."),
     "snapshot": ("unionfs.cli.snapshot:snapshot", "Take and restore snapshots of a mount."),
     "ls": ("unionfs.cli.mounts:ls", "List active mounts."),
     "inspect": ("unionfs.cli.mounts:inspect", "Show a mount's settings and figures."),

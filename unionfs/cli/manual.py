@@ -1,6 +1,7 @@
 """The manual as man pages, made from the same source as --help: `python -m unionfs.cli.manual DIRECTORY`.
 
-Writes man1/unionfs.1, one page for each command, and man8/mount.fuse.unionfs.8. Language: man(7).
+Writes man1/unionfs.1, one page for each command, man1/fuse-unionfs.1 and man8/mount.fuse.unionfs.8. Language:
+man(7).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import click
 
 from unionfs import __version__
+from unionfs.cli.fuse_unionfs import HELP
 from unionfs.cli.main import cli
 
 _VERBATIM = "\b"
@@ -47,6 +49,7 @@ def pages() -> dict[str, str]:
         below = [f"{name}-{other.rpartition(' ')[2]}" for other in every if other.startswith(f"{path} ")]
         found[f"man1/{name}.1"] = _page(name, path, command, [above, *below])
     found["man8/mount.fuse.unionfs.8"] = _mount_page(every["mount"])
+    found["man1/fuse-unionfs.1"] = _launcher_page()
     return found
 
 
@@ -96,6 +99,21 @@ def _mount_page(mount: click.Command) -> str:
         "".join(f".PP\n{_block(block)}" for block in described),
         f".SH EXAMPLES\n.nf\n{_MOUNT_EXAMPLE}\n.fi\n",
         _see_also(["unionfs-mount", "unionfs-umount"]),
+    ])  # fmt: skip
+
+
+def _launcher_page() -> str:
+    """The page of `fuse-unionfs`, with the text of its --help."""
+    usage, text, options, example = HELP.strip().split("\n\n")
+    lines = [line[len("usage: ") :] for line in usage.splitlines()]
+    return "".join([
+        _head("fuse-unionfs", 1),
+        ".SH NAME\nfuse\\-unionfs \\- mount a union, with the arguments of fuse\\-overlayfs\n",
+        ".SH SYNOPSIS\n" + _verbatim(lines).removeprefix(".PP\n"),
+        f".SH DESCRIPTION\n{_text(text)}\n",
+        ".SH OPTIONS\n" + _verbatim(options.splitlines()),
+        f".SH EXAMPLES\n{_text(example.removeprefix('Example: '))}\n",
+        ".SH SEE ALSO\n.BR unionfs\\-mount (1)\n.BR mount.fuse.unionfs (8)\n",
     ])  # fmt: skip
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from unionfs.cli.progress import progress_option, shown_progress
 from unionfs.cli.rules import complete_images, tell
 from unionfs.cli.storage_options import HELP, storage_options
 from unionfs.settings.mount import IO_MODES, LOG_LEVELS, SESSIONS
@@ -125,6 +126,7 @@ Examples:
     help="The log level. The log goes to syslog, else to /run/unionfs/unionfs.log (of users: "
          "$XDG_RUNTIME_DIR/unionfs/unionfs.log); `unionfs inspect` shows the place.  [default: info]",
 )
+@progress_option
 @click.argument("mountpoint")
 def mount(
     lowers: tuple[str, ...],
@@ -134,6 +136,7 @@ def mount(
     root: str | None,
     foreground: bool,
     log_level: str | None,
+    progress: str,
     mountpoint: str,
     **chosen: Any,
 ) -> int:
@@ -142,7 +145,7 @@ def mount(
     from unionfs.daemon.process import mount as start
     from unionfs.daemon.settle import settle
 
-    with layers_of(image, root, options) as more:
+    with layers_of(image, root, options, progress) as more:
         settings = settle(
             mountpoint, lowers=[*lowers, *more], options=options, log_level=log_level and log_level.lower(),
             storage=storage, storage_root=root, **chosen,
@@ -151,7 +154,9 @@ def mount(
 
 
 @contextmanager
-def layers_of(image: str | None, root: str | None, options: tuple[str, ...]) -> Iterator[list[str]]:
+def layers_of(
+    image: str | None, root: str | None, options: tuple[str, ...], progress: str
+) -> Iterator[list[str]]:
     """The layers of the image of --image as lowers, which stay during the context."""
     if image is None:
         yield []
@@ -165,8 +170,10 @@ def layers_of(image: str | None, root: str | None, options: tuple[str, ...]) -> 
 
     notes: list[str] = []
     userxattr = parse_options(options).userxattr or not may_use_trusted_xattrs()
-    with image_layers(
-        image, storage_root(root), userxattr=userxattr, rules=DEFAULTS, notes=notes
-    ) as (_, paths):
+    with ExitStack() as held:
+        with shown_progress(f"unpacking {image}", progress) as shown:
+            _, paths = held.enter_context(image_layers(
+                image, storage_root(root), userxattr=userxattr, rules=DEFAULTS, notes=notes, progress=shown
+            ))  # fmt: skip
         tell(notes)
         yield paths

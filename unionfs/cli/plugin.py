@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-
 import click
 
 from unionfs.cli.lazy import LazyGroup
@@ -48,6 +45,7 @@ def serve(path: str | None, root: str | None) -> None:
     socket that systemd passes (see contrib/) takes the place of --socket.
     """
     # For start-up time: --help and completion do not need these.
+    from unionfs.daemon.logs import to_stream
     from unionfs.daemon.runtime import runtime_directory
     from unionfs.plugin.listening import own_socket, passed_socket
     from unionfs.plugin.requests import Requests
@@ -58,18 +56,14 @@ def serve(path: str | None, root: str | None) -> None:
 
     place = storage_root(root)
     open_root(place)
-    logging.basicConfig(stream=sys.stderr, format="unionfs: %(message)s", level=logging.WARNING)
+    to_stream("warning", shape="unionfs: %(message)s")
     manager, requests = Manager(), Requests(place)
-
-    def ready() -> None:
-        manager.tell("READY=1")
-
     listener = passed_socket()
     if listener is not None:
-        run(listener, requests.answer, ready)
+        run(listener, requests.answer, manager)
         return
     if path is None:
         path = SYSTEM_SOCKET if is_host_root() else f"{runtime_directory().path}/plugin.sock"
     with own_socket(path) as listener:
         tell(f"serves the volumes in {place} at {path}")
-        run(listener, requests.answer, ready)
+        run(listener, requests.answer, manager)

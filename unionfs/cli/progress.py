@@ -5,17 +5,17 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from unionfs.cli.terminal import printable
 from unionfs.settings.sizes import shown_size
 from unionfs.storage.archive.progress import Progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
-    from rich.progress import TaskID
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _LINE_SECONDS = 1.0
@@ -39,17 +39,8 @@ def shown_progress(what: str, how: str) -> Iterator[Progress | None]:
     elif how == "none" or not sys.stderr.isatty():
         yield None
     else:
-        # For start-up time: only a terminal needs it.
-        from rich.console import Console
-        from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bar
-
-        columns = (
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20),
-            TextColumn("{task.fields[done]}"), TimeElapsedColumn(),
-        )  # fmt: skip
-        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-            yield _OnTerminal(bar, bar.add_task(what, total=None, done=""))
+        with ExitStack() as bars:
+            yield _OnTerminal(what, bars)
 
 
 class _Timed(Progress):
@@ -71,16 +62,35 @@ class _Timed(Progress):
 
 
 class _OnTerminal(_Timed):
-    def __init__(self, bar: Bar, task: TaskID) -> None:
+    """A bar from the first step on: there may be none, as for an image that is in the store."""
+
+    def __init__(self, what: str, bars: ExitStack) -> None:
         super().__init__()
-        self._bar = bar
-        self._task = task
+        self._what = what
+        self._bars = bars
+        self._bar: Bar | None = None
 
     def show(self) -> None:
+        if self._bar is None:
+            self._bar = self._bars.enter_context(_bar())
+            self._task = self._bar.add_task(printable(self._what), total=None, done="")
         share = self.share
         self._bar.update(
             self._task, done=self.words(), completed=share or 0, total=None if share is None else 1.0
         )
+
+
+def _bar() -> Bar:
+    # For start-up time: only a terminal needs it.
+    from rich.console import Console
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=20),
+        TextColumn("{task.fields[done]}"), TimeElapsedColumn(),
+    )  # fmt: skip
+    return Bar(*columns, console=Console(stderr=True), transient=True)
 
 
 class _Lines(_Timed):

@@ -13,6 +13,7 @@ import click
 
 from unionfs.cli.terminal import printable
 from unionfs.errors import UserError, path_in, quoted, reason
+from unionfs.sys.manager import journal_prefix
 from unionfs.sys.process import open_standard_files
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def prepare_streams() -> None:
 def complain(program: str, sentence: str, code: int = 1) -> int:
     """Print an error as `PROGRAM: SENTENCE` and return the exit code."""
     with suppress(OSError):
-        print(f"{program}: {sentence}", file=sys.stderr)
+        print(f"{journal_prefix(sys.stderr)}{program}: {sentence}", file=sys.stderr)
     return code
 
 

@@ -45,10 +45,10 @@ Examples:
               help="The column to sort by, the busiest first.")  # fmt: skip
 @click.option("--seconds", type=click.FloatRange(0.1, 600), default=1.0, show_default=True,
               help="The measured span.")  # fmt: skip
-@click.option("--once", is_flag=True, help="Print one table and end; as where stdout is no terminal.")
+@click.option("--once", is_flag=True, help="Print one table and end; as if stdout is not a terminal.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
 def top(sort: str, seconds: float, once: bool, as_json: bool) -> None:
-    """Show the activity of all mounts of this user, again and again.
+    """Show the activity of all mounts of this user, continuously.
 
     \b
     REQ/S      requests a second         P50, P99  their latency

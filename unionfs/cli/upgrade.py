@@ -17,12 +17,11 @@ from unionfs.errors import UserError, quoted
 @click.option("--all", "every", is_flag=True, help="All mounts of this user that outlive their daemons.")
 @click.argument("mountpoints", nargs=-1, metavar="[MOUNTPOINT]...")
 def upgrade(mountpoints: Sequence[str], every: bool) -> int:
-    """Exchange the daemons of mounts for the installed version, while the mounts are in use.
+    """Replace the daemons of mounts by the installed version, while the mounts are in use.
 
-    Only mounts with the option outlive have a holder, which starts the other daemon. Programs with open
-    files go
-    on; their requests wait until it serves. If the installed version cannot take over what the running daemon
-    knows, nothing changes.
+    Only mounts with the option outlive have a holder, which starts the other daemon. Programs go on, also
+    with open files; their requests wait until it serves. If the installed version cannot take over what the
+    running daemon knows, nothing changes.
     """
     if not mountpoints and not every:
         raise UserError("no mount is given; name mountpoints, or give --all.")
@@ -33,7 +32,7 @@ def upgrade(mountpoints: Sequence[str], every: bool) -> int:
     for mount in mounts:
         try:
             pid = exchange(mount)
-            print(f"{quoted(mount.settings.mountpoint)}: daemon {mount.pid} was exchanged for {pid}")
+            print(f"{quoted(mount.settings.mountpoint)}: daemon {mount.pid} was replaced by {pid}")
         except UserError as error:
             code = complain("unionfs", str(error))
     return code

@@ -17,6 +17,7 @@ from unionfs.images.documents import Runtime, decode_config
 from unionfs.images.rules import Rules
 from unionfs.images.store import Image, shown
 from unionfs.images.using import image_layers
+from unionfs.storage.archive.progress import Progress
 from unionfs.storage.root import storage_root
 from unionfs.sys.capabilities import may_use_trusted_xattrs
 
@@ -34,7 +35,9 @@ class Given:
 
 
 @contextmanager
-def wished(wish: Wish, given: Given, notes: list[str]) -> Iterator[Wish]:
+def wished(
+    wish: Wish, given: Given, notes: list[str], progress: Progress | None = None
+) -> Iterator[Wish]:
     """The wish with what the image says, whose layers stay during the context.
 
     A kept container remembers its image. Raises UserError.
@@ -53,7 +56,9 @@ def wished(wish: Wish, given: Given, notes: list[str]) -> Iterator[Wish]:
         )  # fmt: skip
         return
     userxattr = not may_use_trusted_xattrs()
-    with image_layers(reference, root, userxattr=userxattr, rules=Rules(), notes=notes) as (image, paths):
+    with image_layers(
+        reference, root, userxattr=userxattr, rules=Rules(), notes=notes, progress=progress
+    ) as (image, paths):
         yield _completed(wish, given, image, [] if known else paths)
 
 

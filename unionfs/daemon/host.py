@@ -26,6 +26,7 @@ from unionfs.fuse.protocol.flags import KERNEL_VERSION
 from unionfs.fuse.protocol.requests import InitRequest
 from unionfs.sys import calls, libfuse
 from unionfs.sys.capabilities import (
+    CAP_CHOWN,
     CAP_SYS_ADMIN,
     has_capability,
     in_initial_user_namespace,
@@ -63,7 +64,7 @@ def examine(directory: str | None = None) -> list[Finding]:
         "name a directory that can be written by --dir",
     ), _scratch(directory) as place:
         findings += _filesystem(place)
-    findings += [_overlayfs(), _passthrough(), _idle_states(), _session()]
+    findings += [_owners(), _overlayfs(), _passthrough(), _idle_states(), _session()]
     findings += [Finding("rights of a daemon", "ok", described())]
     findings += [_user_namespaces(), _bubblewrap(), _open_files(), *_dead_mounts()]
     return findings
@@ -225,6 +226,15 @@ def _reflink(place: str) -> None:
         source.write(b"x" * 65536)
         source.flush()
         calls.clone_file(target.fileno(), source.fileno())
+
+
+def _owners() -> Finding:
+    name = "owners of lowers"
+    if has_capability(CAP_CHOWN):
+        return Finding(name, "ok", "what belongs to others can be copied up")
+    detail = "what belongs to others cannot be copied up (EPERM), so a lower's /tmp takes no new files"
+    options = f"squash_to_uid={os.geteuid()},squash_to_gid={os.getegid()}"
+    return Finding(name, "limited", detail, f"mount as root, or with -o {options}: all belongs to you then")
 
 
 def _overlayfs() -> Finding:

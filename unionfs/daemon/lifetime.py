@@ -15,8 +15,10 @@ from contextlib import suppress
 import trio
 
 from unionfs.daemon.clearing import end_from_within
+from unionfs.errors import quoted
 from unionfs.settings.mount import MountSettings
 from unionfs.sys.fds import Owned
+from unionfs.sys.manager import Manager
 from unionfs.sys.process import is_alive
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -44,14 +46,23 @@ def hold_signals() -> None:
 class Lifetime:
     """Ends a session; calls `finish` if the mount is still in use."""
 
-    def __init__(self, settings: MountSettings, finish: Callable[[], bool], *, foreground: bool) -> None:
-        """`finish` releases everything and returns whether the upper is on disk.
+    def __init__(
+        self,
+        settings: MountSettings,
+        finish: Callable[[], bool],
+        manager: Manager | None,
+        *,
+        foreground: bool,
+    ) -> None:
+        """`finish` releases everything and returns whether the upper is on disk. `manager`: tell it what is
+        waited for.
 
         With `foreground`, SIGHUP (loss of the terminal) ends the mount.
         """
         self._mountpoint = settings.mountpoint
         self._owner = settings.lives_with
         self._finish = finish
+        self._manager = manager
         self._foreground = foreground
         self._device = ""
         self._ending = False
@@ -88,6 +99,10 @@ class Lifetime:
         else:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    def _tell(self, *states: str) -> None:
+        if self._manager is not None:
+            self._manager.tell(*states)
+
     async def watch_signals(
         self, session: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
@@ -119,6 +134,7 @@ class Lifetime:
             return
         self._ending = True
         log.info("%s: unmounting %s", why, self._mountpoint)
+        self._tell("STOPPING=1", f"STATUS=Unmounting {quoted(self._mountpoint)}")
         if not self._device:
             session.cancel()
             return
@@ -141,6 +157,7 @@ class Lifetime:
                 self._mountpoint,
                 patience,
             )
+            self._tell(f"STATUS=Unmounted, but in use: served for at most {patience:.0f} seconds")
         with trio.move_on_after(patience):
             await self._at_once.wait()
         log.warning("%s is still in use: its users are cut off", self._mountpoint)

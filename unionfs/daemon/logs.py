@@ -1,4 +1,7 @@
-"""Where a daemon logs: stderr with `-f`, else syslog if the host has one, else a file beside the registry."""
+"""Where a daemon logs: stderr with `-f`, else syslog if the host has one, else a file beside the registry.
+
+Lines for the journal of systemd start with their priority instead of time and level; sd-daemon(3).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from io import TextIOWrapper
 from typing import TextIO
 
 from unionfs.daemon.runtime import RuntimeDirectory
+from unionfs.sys.manager import is_journal
 
 _SYSLOG = "/dev/log"
 _FILE = "unionfs.log"
@@ -43,11 +47,29 @@ def current_place() -> str:
     return "stderr" if any(isinstance(handler, logging.StreamHandler) for handler in handlers) else "syslog"
 
 
-def to_stream(level: str, stream: TextIO | None = None) -> None:
-    """Log to a stream (None: stderr), each line with time and level."""
-    handler = logging.StreamHandler(sys.stderr if stream is None else stream)
-    handler.setFormatter(logging.Formatter("%(asctime)s unionfs %(levelname)s %(message)s"))
+def to_stream(
+    level: str, stream: TextIO | None = None, shape: str = "%(asctime)s unionfs %(levelname)s %(message)s"
+) -> None:
+    """Log to a stream (None: stderr), each message in this shape, or as the journal takes it."""
+    stream = sys.stderr if stream is None else stream
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_Prioritised("%(message)s") if is_journal(stream) else logging.Formatter(shape))
     _install(handler, level)
+
+
+class _Prioritised(logging.Formatter):
+    """Each line with its priority: the journal makes an entry of every line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The lines of a message, and of its traceback."""
+        prefix = f"<{priority(record.levelno)}>"
+        return "\n".join(prefix + line for line in super().format(record).split("\n"))
+
+
+def priority(level: int) -> int:
+    """Return the priority of syslog(3) for a level of `logging`."""
+    steps = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
+    return next((found for least, found in steps if level >= least), 7)
 
 
 def to_host(level: str, directory: RuntimeDirectory, mountpoint: str) -> None:

@@ -8,6 +8,7 @@ into a memfd and becomes part of the error message.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import logging
@@ -129,16 +130,19 @@ def explain(error: BaseException, printed: str) -> str:
 
 def _serve_here(settings: MountSettings, directory: RuntimeDirectory) -> int:
     captured, manager = CapturedStderr(), Manager()
+    if manager.watchdog_seconds is not None:
+        # Its SIGABRT ends a process that hangs: the journal gets to know where.
+        faulthandler.enable()
 
     def on_usable() -> None:
         captured.release()
-        manager.tell("READY=1")
+        manager.tell("READY=1", f"STATUS=Mounted at {quoted(settings.mountpoint)}")
 
     logs.to_stream(settings.log_level, os.fdopen(captured.saved(), "w", buffering=1))
     # The caller's directory may be inside the mountpoint and would keep it busy.
     os.chdir("/")
     try:
-        return 0 if _serve(settings, directory, on_usable, foreground=True) else 1
+        return 0 if _serve(settings, directory, on_usable, manager, foreground=True) else 1
     except KeyboardInterrupt:
         raise _interrupted(settings) from None
     except Exception as error:
@@ -153,6 +157,7 @@ def _serve(
     settings: MountSettings,
     directory: RuntimeDirectory,
     on_usable: Callable[[], None],
+    manager: Manager | None = None,
     *,
     foreground: bool,
 ) -> bool:
@@ -167,7 +172,9 @@ def _serve(
     # stops a mount with a million nodes for a second.
     gc.set_threshold(10_000, 20, 10_000)
     gc.enable()
-    return Service(settings, directory, on_usable, CALLER.pages, foreground=foreground).run()
+    return Service(
+        settings, directory, on_usable, CALLER.pages, foreground=foreground, manager=manager
+    ).run()
 
 
 def _start_daemon(settings: MountSettings, directory: str) -> None:

@@ -11,12 +11,12 @@ import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
 from unionfs.core.samepages import SamePages
-from unionfs.daemon import live, logs
+from unionfs.daemon import live, logs, watchdog
 from unionfs.daemon.announcement import Announcement
 from unionfs.daemon.answering import serve_control
 from unionfs.daemon.claiming import Claim
@@ -36,6 +36,7 @@ from unionfs.fuse.operations import Operations
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.options import ATIME_WORDS
 from unionfs.sys.inotify import Inotify
+from unionfs.sys.manager import Manager
 from unionfs.union.layers import LayerStack
 from unionfs.union.tree import Union
 
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
     from unionfs.core.state import State
     from unionfs.daemon.former import FormerDaemon
     from unionfs.daemon.storage import Storage
+
+_SYNC_MICROSECONDS: Final = 600_000_000
+"""How long the service manager lets the upper be written at the end."""
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +63,10 @@ class Service:
         *,
         foreground: bool,
         former: FormerDaemon | None = None,
+        manager: Manager | None = None,
     ) -> None:
         """`directory` holds runtime files; `on_usable` is called once, when the mount is usable.
-        `former`: take over its mount.
+        `former`: take over its mount. `manager`: tell it that the process runs, and when it ends.
 
         `pages`: what may be shared of the memory of this process.
 
@@ -98,7 +103,10 @@ class Service:
             undo.pop_all()
         self._serving = Serving(self._operations, settings)
         self._snapshotting = Snapshotting(self._operations, self._stack, self._serving, self._republish)
-        self._lifetime = Lifetime(settings, lambda: self._finish(connected=True), foreground=foreground)
+        self._manager = manager
+        self._lifetime = Lifetime(
+            settings, lambda: self._finish(connected=True), manager, foreground=foreground
+        )
 
     def run(self) -> bool:
         """Serve until the mount is gone. Returns whether the upper is on disk.
@@ -146,6 +154,8 @@ class Service:
             nursery.start_soon(self._lifetime.watch_owner, session)
             nursery.start_soon(self._lifetime.watch_leaving)
             nursery.start_soon(self._announce, mounted)
+            if self._manager is not None:
+                nursery.start_soon(watchdog.watch, self._manager)
             if self._pages is not None:
                 nursery.start_soon(share_memory, self._pages)
             watches = self._operations.union.watches
@@ -234,6 +244,10 @@ class Service:
     def _finish(self, *, connected: bool = False) -> bool:
         """Release everything: lowers first, the upper after its sync. Returns whether it is on disk."""
         settings, on_disk = self._settings(), True
+        if self._manager is not None:
+            mountpoint = quoted(settings.mountpoint)
+            status = f"STATUS=Writing the upper of {mountpoint} to disk"
+            self._manager.tell("STOPPING=1", f"EXTEND_TIMEOUT_USEC={_SYNC_MICROSECONDS}", status)
         self._outliving.end()
         self._stack.close_lowers()
         self._serving.clear_leftovers(connected=connected)

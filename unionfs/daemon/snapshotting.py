@@ -58,7 +58,7 @@ class Snapshotting:
         """Carry out the order `snapshot` or `restore`. Raises UserError, OSError."""
         name = question.get("name")
         if not isinstance(name, str | None):
-            raise UserError("the name of a snapshot is no text; give another one.")
+            raise UserError("the name of a snapshot must be text; give another one.")
         if name is not None:
             check_name(name, "snapshot")
         settings = self._serving.settings

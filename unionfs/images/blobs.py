@@ -20,6 +20,7 @@ from unionfs.images.unpack import Contents, unpack
 from unionfs.storage.archive.compress import ReadAhead, WriteBehind, compressor, decompressor
 from unionfs.storage.archive.foreign import ForeignReader
 from unionfs.storage.archive.headers import Malformed
+from unionfs.storage.archive.progress import Progress
 from unionfs.storage.archive.tar import Tar
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.union import opening
@@ -68,16 +69,20 @@ def explained(name: str) -> Iterator[None]:
         raise UserError(f"{name} cannot be unpacked: {error}") from error
 
 
-def unpack_blob(blob: Blob, target: str, markers: Markers, rules: Rules) -> tuple[Contents, str]:
+def unpack_blob(
+    blob: Blob, target: str, markers: Markers, rules: Rules, progress: Progress | None = None
+) -> tuple[Contents, str]:
     """Unpack a layer into the empty directory `target`, and return its contents and diff id.
 
     Raises UserError, above all for a digest that differs, and OSError. What is in `target` then is no layer.
     """
     with explained(blob.name):
         window = Window(blob.fd, blob.offset, blob.size)
+        if progress is not None:
+            progress.reads(blob.size, lambda: window.total)
         tar = Unpacked(decompressor(cast(IO[bytes], window)), window, rules)
         with ReadAhead(tar) as ahead:
-            contents = unpack(ForeignReader(ahead), target, markers, rules)
+            contents = unpack(ForeignReader(ahead), target, markers, rules, progress)
             ahead.drain()
         window.drain()
         if window.total != blob.size:

@@ -15,6 +15,7 @@ from unionfs.images.store import Store, kind_of, markers_of
 from unionfs.images.unpack import Contents
 from unionfs.storage.archive.compress import kind_for
 from unionfs.storage.archive.output import whole_file
+from unionfs.storage.archive.progress import Progress
 from unionfs.sys.capabilities import may_use_trusted_xattrs
 from unionfs.sys.trees import remove_path
 from unionfs.union.resting import resting
@@ -41,7 +42,9 @@ def export_layer(
             return write_layer(layers.merge, 1, out, kind, index)
 
 
-def import_layer(file: str, target: str, *, userxattr: bool, rules: Rules) -> tuple[Contents, str]:
+def import_layer(
+    file: str, target: str, *, userxattr: bool, rules: Rules, progress: Progress | None = None
+) -> tuple[Contents, str]:
     """Unpack a layer's file into a directory that is missing or empty; returns its contents and diff id.
 
     Raises UserError, and then leaves the directory as it was.
@@ -54,7 +57,7 @@ def import_layer(file: str, target: str, *, userxattr: bool, rules: Rules) -> tu
         with file_blob(file) as blob:
             os.mkdir(new, 0o700)
             try:
-                found = unpack_blob(blob, new, markers_of(kind_of(userxattr)), rules)
+                found = unpack_blob(blob, new, markers_of(kind_of(userxattr)), rules, progress)
                 os.rename(new, target)
             except BaseException:
                 with suppress(OSError):
@@ -64,7 +67,7 @@ def import_layer(file: str, target: str, *, userxattr: bool, rules: Rules) -> tu
 
 
 def squash_layers(
-    files: Sequence[str], output: str, root: str, rules: Rules
+    files: Sequence[str], output: str, root: str, rules: Rules, progress: Progress | None = None
 ) -> tuple[Written, list[str]]:
     """Write one layer's file with the content of several, the lowest first; returns it and notes.
 
@@ -79,7 +82,7 @@ def squash_layers(
             paths.insert(0, f"{place}/{number}")
             os.mkdir(paths[0], 0o700)
             with file_blob(file) as blob:
-                contents, _ = unpack_blob(blob, paths[0], markers_of(kind), rules)
+                contents, _ = unpack_blob(blob, paths[0], markers_of(kind), rules, progress)
                 notes += contents.notes
         with opened_layers(paths, markers_of(kind)) as merge, whole_file(output, "layer") as out:
             return write_layer(merge, len(files), out, kind_for(output)), notes

@@ -28,6 +28,7 @@ from unionfs.images.locks import hold, try_alone
 from unionfs.images.rules import Rules
 from unionfs.images.sources import ImageSource
 from unionfs.storage import jsonfiles
+from unionfs.storage.archive.progress import Progress
 from unionfs.storage.root import make_directory, open_root
 from unionfs.sys.calls import syncfs
 from unionfs.sys.capabilities import is_host_root
@@ -106,7 +107,7 @@ class Store:
         return f"{self.path}/locks/{kind}-{diff_id}"
 
     def _use_layer(
-        self, kind: str, diff_id: str, blob: Blob, rules: Rules, held: ExitStack
+        self, kind: str, diff_id: str, blob: Blob, rules: Rules, held: ExitStack, progress: Progress | None
     ) -> list[str] | None:
         """Hold a layer, which is unpacked first if it is missing; then notes are returned, else None.
 
@@ -123,11 +124,13 @@ class Store:
             alone = hold(lock, alone=True)
             try:
                 if not self.has_layer(kind, diff_id):
-                    notes = self._unpack(kind, diff_id, blob, rules)
+                    notes = self._unpack(kind, diff_id, blob, rules, progress)
             finally:
                 os.close(alone)
 
-    def _unpack(self, kind: str, diff_id: str, blob: Blob, rules: Rules) -> list[str]:
+    def _unpack(
+        self, kind: str, diff_id: str, blob: Blob, rules: Rules, progress: Progress | None
+    ) -> list[str]:
         above = make_directory(f"{self.path}/layers/{kind}")
         new = f"{above}/{_NEW}{diff_id}"
         complaint = f"{blob.name} cannot be unpacked below {quoted(above)}"
@@ -136,7 +139,7 @@ class Store:
             os.mkdir(new, 0o700)
             try:
                 os.mkdir(f"{new}/root", 0o700)
-                contents, _ = unpack_blob(blob, f"{new}/root", markers_of(kind), rules)
+                contents, _ = unpack_blob(blob, f"{new}/root", markers_of(kind), rules, progress)
                 facts = {**asdict(contents), "digest": blob.digest, "blob_size": blob.size}
                 jsonfiles.write(f"{new}/layer.json", facts, sync=False)
                 with directory(new) as fd:
@@ -167,15 +170,26 @@ class Store:
     # -- images -------------------------------------------------------------------------------------------
 
     @contextmanager
-    def added(self, source: ImageSource, kind: str, rules: Rules, notes: list[str]) -> Iterator[Image]:
+    def added(
+        self,
+        source: ImageSource,
+        kind: str,
+        rules: Rules,
+        notes: list[str],
+        progress: Progress | None = None,
+    ) -> Iterator[Image]:
         """An image from a source, whose layers nobody removes meanwhile. Raises UserError."""
         self._prepare("layers", "locks", "records")
         layers = tuple(documents.check_digest(blob.diff_id or "") for blob in source.layers)
+        if progress is not None:
+            missing = {diff_id: blob.size for diff_id, blob in zip(layers, source.layers, strict=True)
+                       if not self.has_layer(kind, diff_id)}  # fmt: skip
+            progress.expects(sum(missing.values()))
         new: list[str] = []
         with ExitStack() as held:
             try:
                 for diff_id, blob in zip(layers, source.layers, strict=True):
-                    if (said := self._use_layer(kind, diff_id, blob, rules, held)) is not None:
+                    if (said := self._use_layer(kind, diff_id, blob, rules, held, progress)) is not None:
                         new.append(diff_id)
                         notes += said
             except BaseException:

@@ -35,6 +35,7 @@ from unionfs.storage.archive.entry import (
 from unionfs.storage.archive.extract import Extractor
 from unionfs.storage.archive.foreign import ForeignReader
 from unionfs.storage.archive.headers import Malformed
+from unionfs.storage.archive.progress import Progress
 from unionfs.sys.capabilities import may_use_trusted_xattrs
 from unionfs.sys.fds import Owned
 from unionfs.union.markers import Markers
@@ -62,16 +63,26 @@ class Contents:
     """Sentences about what was left out."""
 
 
-def unpack(reader: ForeignReader, target: str, markers: Markers, rules: Rules) -> Contents:
+def unpack(
+    reader: ForeignReader, target: str, markers: Markers, rules: Rules, progress: Progress | None = None
+) -> Contents:
     """Fill the empty directory `target` with a layer, to its end.
 
-    Raises Malformed, UserError for what this user or filesystem cannot make, and OSError.
+    `progress` goes on from where it is. Raises Malformed, UserError for what this user or filesystem cannot
+    make, and OSError.
     """
     contents = Contents()
     with LayerExtractor(target, markers, rules, contents) as extractor:
+        before = (0, 0) if progress is None else (progress.entries, progress.size)
         for entry in reader.entries():
-            extractor.add_member(entry, reader.content())
+            content = reader.content()
+            if progress is not None:
+                progress(before[0] + contents.entries, before[1] + contents.size)
+                content = progress.along(content)
+            extractor.add_member(entry, content)
         extractor.finish()
+        if progress is not None:
+            progress(before[0] + contents.entries, before[1] + contents.size)
     return contents
 
 

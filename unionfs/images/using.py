@@ -10,12 +10,13 @@ from unionfs.errors import UserError, quoted
 from unionfs.images.rules import Rules
 from unionfs.images.sources import is_reference, opened
 from unionfs.images.store import Image, Store, kind_of, shown
+from unionfs.storage.archive.progress import Progress
 from unionfs.storage.measuring import Use
 
 
 @contextmanager
 def image_layers(
-    text: str, root: str, *, userxattr: bool, rules: Rules, notes: list[str]
+    text: str, root: str, *, userxattr: bool, rules: Rules, notes: list[str], progress: Progress | None = None
 ) -> Iterator[tuple[Image, list[str]]]:
     """The image that `text` names, and its layers as lowers, topmost first; unpacked first if necessary.
 
@@ -24,7 +25,7 @@ def image_layers(
     """
     store, kind = Store(root), kind_of(userxattr)
     if is_reference(text):
-        with opened(text, rules) as source, store.added(source, kind, rules, notes) as image:
+        with opened(text, rules) as source, store.added(source, kind, rules, notes, progress) as image:
             yield image, _paths(store, image, kind)
     else:
         with store.used(store.find(text), kind) as image:

@@ -18,8 +18,10 @@ from typing import Final
 import h11
 import trio
 
+from unionfs.daemon import watchdog
 from unionfs.errors import UserError
 from unionfs.plugin.requests import Answer, failure
+from unionfs.sys.manager import Manager
 from unionfs.sys.peers import Peer, peer_of
 
 Ask = Callable[[str, bytes, int], Answer]
@@ -44,12 +46,12 @@ class _RefusedError(Exception):
         self.answer = answer
 
 
-def serve(listener: socket.socket, ask: Ask, ready: Callable[[], object]) -> None:
-    """Serve until SIGTERM or SIGINT. Calls `ready` as soon as such a signal ends it in order."""
-    trio.run(_serve, listener, ask, ready)
+def serve(listener: socket.socket, ask: Ask, manager: Manager) -> None:
+    """Serve until SIGTERM or SIGINT. Tells the manager as soon as such a signal ends it in order."""
+    trio.run(_serve, listener, ask, manager)
 
 
-async def _serve(listener: socket.socket, ask: Ask, ready: Callable[[], object]) -> None:
+async def _serve(listener: socket.socket, ask: Ask, manager: Manager) -> None:
     threads = trio.CapacityLimiter(_MOST_THREADS)
 
     async def connected(stream: trio.SocketStream) -> None:
@@ -69,9 +71,11 @@ async def _serve(listener: socket.socket, ask: Ask, ready: Callable[[], object])
                 accepting.start_soon(
                     partial(trio.serve_listeners, connected, listeners, handler_nursery=connections)
                 )
-                ready()
+                manager.tell("READY=1")
+                accepting.start_soon(watchdog.watch, manager)
                 async for _ in signals:
                     break
+                manager.tell("STOPPING=1")
                 accepting.cancel_scope.cancel()
             connections.cancel_scope.deadline = trio.current_time() + _LAST_SECONDS
 

@@ -206,7 +206,7 @@ def _pairs(option: str, text: str) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _boolean(option: str, name: str, value: str) -> bool:
     if value not in _BOOLEANS:
-        raise UserError(f"{option}: {name}={quoted(value)} is neither true nor false; write one of the two.")
+        raise UserError(f"{option}: invalid value {name}={quoted(value)}; write true or false.")
     return _BOOLEANS[value]
 
 

@@ -68,8 +68,8 @@ class Report:
     def note_unstable(self, entry: Entry) -> None:
         self.unstable += 1
         self.note(
-            f"{quoted(os.fsdecode(entry.path))} changed each time it was read; the archive holds it as it "
-            "was over a short while."
+            f"{quoted(os.fsdecode(entry.path))} changed each time it was read; the archive may hold "
+            "a mix of its states."
         )
 
 
@@ -125,8 +125,8 @@ def backup(
         except OSError as error:
             place = "standard output" if target == "-" else target
             raise UserError(
-                f"the backup cannot be written to {quoted(place)}: {reason(error)}; nothing is left of it. "
-                "Free space, or write it elsewhere."
+                f"the backup cannot be written to {quoted(place)}: {reason(error)}; the incomplete file "
+                "was removed. Free space, or write it elsewhere."
             ) from error
         _tell_figures(report, done, incremental=base is not None)
     # The archive is complete: the manifest for `verify` is optional.

@@ -40,7 +40,7 @@ def truth(value: str, key: str) -> bool:
         return True
     if value.lower() in _FALSE:
         return False
-    raise UserError(f"the filter {key}={quoted(value)} is neither true nor false; write one of the two.")
+    raise UserError(f"invalid value {key}={quoted(value)}; write true or false.")
 
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}

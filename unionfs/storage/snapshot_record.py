@@ -120,7 +120,7 @@ def added(record: Record, name: str | None) -> tuple[Record, str]:
     taken = {one.name for one in record.shown()}
     if name in taken:
         raise UserError(
-            f"there is a snapshot {quoted(name or '')} already; choose another name, or remove it."
+            f"snapshot {quoted(name or '')} already exists; choose another name, or remove it."
         )
     if len(record.chain(record.head)) >= _MOST:
         raise UserError(f"an upper lies on {_MOST} snapshots at most; remove some by `unionfs snapshot rm`.")

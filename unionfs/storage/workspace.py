@@ -76,7 +76,7 @@ class Workspace:
         self.committed = True
         with on_failure(
             "only a part of the volume's new content is in its place",
-            "stop what changes the volume meanwhile: its next use puts the rest there",
+            "stop whatever changes the volume; its next use finishes the replacement",
         ):
             _finish(self._home, self._root, self._fd, record)
 

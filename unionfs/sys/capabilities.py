@@ -21,6 +21,7 @@ NAMES: Final = (
 """The capabilities without CAP_, by their numbers (include/uapi/linux/capability.h)."""
 NUMBERS: Final = {name: number for number, name in enumerate(NAMES)}
 
+CAP_CHOWN: Final = NUMBERS["CHOWN"]
 CAP_DAC_OVERRIDE: Final = NUMBERS["DAC_OVERRIDE"]
 CAP_SETGID: Final = NUMBERS["SETGID"]
 CAP_SETUID: Final = NUMBERS["SETUID"]

@@ -134,7 +134,12 @@ class CopyUp:
         if owner and owners is not None and owners.squashes:
             with Owned(os.dup(at) if name is None else os.open(name, _PATH, dir_fd=at)) as fd:
                 st, owner = owners.give(fd, st), False
-        attributes.write(at, name, attributes.attributes(st, xattrs), attributes.unsupported, owner=owner)
+        try:
+            attributes.write(at, name, attributes.attributes(st, xattrs), attributes.unsupported, owner=owner)
+        except PermissionError:
+            if owner:
+                union.owner_refused(node, st)
+            raise
 
     def put(self, node: Node, temporary: Temporary, fd: int, origin: Stored) -> os.stat_result:
         """Put the copy of a node (``fd``: an fd of the copy) into the upper. Returns its attributes.

@@ -178,16 +178,20 @@ class FileCopy:
         if owner and owners is not None and owners.squashes:
             given, owner = owners.give(target, st), False
             mode &= ~(given.st_mode ^ st.st_mode)
-        if self._is_plain:
-            if owner:
+        if owner:
+            try:
                 os.fchown(target, st.st_uid, st.st_gid)
+            except PermissionError:
+                union.owner_refused(self.node, st)
+                raise
+        if self._is_plain:
             os.utime(target, ns=(st.st_atime_ns, st.st_mtime_ns))
             self._no_capability = True
             return
         if xattrs is None:
             xattrs = copied_xattrs(union.markers, union.gate.rights, self._object)
         new = attributes.attributes(st, xattrs)._replace(mode=mode)
-        attributes.write(target, None, new, attributes.unsupported, owner=owner)
+        attributes.write(target, None, new, attributes.unsupported, owner=False)
         self._no_capability = CAPABILITY not in xattrs
 
     def finish(self, *, keep: bool = False) -> OpenFile | None:

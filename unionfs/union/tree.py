@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ from unionfs.union.watching import Watches
 from unionfs.union.work import Work
 
 _ALL_SHORTCUTS: Final = Shortcuts()
+
+log = logging.getLogger(__name__)
 
 
 class Union(Objects):
@@ -76,6 +79,7 @@ class Union(Objects):
         self.capabilities = Capabilities(shortcuts)
         self.flags = Flags(self, stack.markers)
         self.files = OpenFiles(self.gate, stack.markers, self.capabilities, shortcuts)
+        self._owner_was_refused = False
 
     def has_index(self, index: Index | None) -> None:
         """Set the index of another upper; None: it has none."""
@@ -121,6 +125,16 @@ class Union(Objects):
         if self.stack.upper is None:
             raise os_error(errno.EROFS)
         return self.stack.upper
+
+    def owner_refused(self, node: Node, st: os.stat_result) -> None:
+        """A copy could not get the owner of its lower object: log why, once."""
+        if not self._owner_was_refused:
+            self._owner_was_refused = True
+            log.warning(
+                "%r cannot be copied up: it belongs to uid %d and gid %d, and only root can give the copy to "
+                "them; with the mount options squash_to_uid=%d,squash_to_gid=%d everything is this user's",
+                os.fsdecode(node.name), st.st_uid, st.st_gid, self.identity.uid, self.identity.gid,
+            )  # fmt: skip
 
     def bind(self, parent: Node, name: bytes, layer: BoundLayer) -> Node:
         """Show storage as the existing name ``name`` in ``parent``, until `nodes.forget` of it.

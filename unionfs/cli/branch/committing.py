@@ -105,8 +105,10 @@ def report(name: str, result: Result, *, dry_run: bool = False) -> None:
 @root_option
 @json_option
 def undo(root: str | None, as_json: bool) -> None:
-    """Undo the last commit; its branch is there again. Only while nothing that it changed has changed
-    since; of a commit to a base only if that and the store are on one filesystem.
+    """Undo the last commit, and restore its branch.
+
+    It works only if nothing that the commit changed has changed since. A commit to a base can be undone only
+    if the base and the store are on one filesystem.
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.store import Store

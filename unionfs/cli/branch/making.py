@@ -148,7 +148,7 @@ def _remove(root: str | None, name: str, *, with_changes: bool) -> None:
 @click.argument("name", shell_complete=complete_branches)
 @click.argument("new")
 def rename(root: str | None, as_json: bool, name: str, new: str) -> None:
-    """Give the branch NAME the name NEW. It must not be mounted, and no branch may lie over it."""
+    """Give the branch NAME the name NEW. It must not be mounted, nor have branches over it."""
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.mounts import mount_of
     from unionfs.branches.store import Store

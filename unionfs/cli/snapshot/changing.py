@@ -47,7 +47,7 @@ def create(no_stop: bool, as_json: bool, mountpoint: str, name: str | None) -> N
             if one["state"] == "mapped"
             else "was written while it was copied"
         )
-        tell(f"{quoted(one['path'])} {why}: its copy in the snapshot may be of no single moment.")
+        tell(f"{quoted(one['path'])} {why}: its copy in the snapshot may mix several states.")
     if has_to_join(mount):
         join_layers(mount, wait=False)
 

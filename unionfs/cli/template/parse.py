@@ -261,4 +261,4 @@ class _Expression:
         try:
             return str(json.loads(text))
         except ValueError:
-            raise self._wrong(f"{text} is no string of Go") from None
+            raise self._wrong(f"{text} is not a Go string") from None

@@ -47,7 +47,7 @@ def from_text(text: bytes) -> bytes:
             raise ValueError(f"{line!r} is not an entry of an ACL with numeric ids")
         who, named = fields[0], bool(fields[1])
         if named and int(fields[1]) >= _NO_ID:
-            raise ValueError(f"{line!r} is not an entry of an ACL: it names not a user id")
+            raise ValueError(f"{line!r} is not an entry of an ACL: it does not name a user id")
         tag = next((tag for tag, word in _TAGS.items() if word == who and (tag in _NAMED) == named), None)
         if tag is None:
             raise ValueError(f"{line!r} is not an entry of an ACL with numeric ids")

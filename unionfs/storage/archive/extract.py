@@ -224,7 +224,7 @@ class Extractor:
         mode = entry.mode
         if not self._is_root:
             if entry.uid != os.geteuid():
-                self._say_once("only root can restore owners; what others owned belongs to you now.")
+                self._say_once("only root can restore owners; files of other users now belong to you.")
             mode = self._without_set_id(fd, entry)
         attributes.write(fd, None, self._wanted(entry, mode), _refuse, owner=self._is_root)
 
@@ -233,8 +233,8 @@ class Extractor:
         if not self._is_root:
             for name in filter(_is_privileged, xattrs):
                 self._say_once(
-                    f"only root can restore {os.fsdecode(name)} and its like (of {_shown(entry.path)}); they "
-                    "were left out."
+                    f"only root can restore {os.fsdecode(name)} and similar xattrs (of "
+                    f"{_shown(entry.path)}); they were left out."
                 )
             xattrs = {name: value for name, value in xattrs.items() if not _is_privileged(name)}
         return attributes.FileAttributes(mode, entry.uid, entry.gid, self._now, entry.mtime, xattrs)

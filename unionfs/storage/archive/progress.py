@@ -6,11 +6,11 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 
-from unionfs.storage.usage import size_of_tree
-
+_Input = tuple[int, Callable[[], int]]
 _SECONDS = 0.1
 """Between two calls of `show`."""
 
@@ -23,7 +23,8 @@ class Progress:
         self.size = 0
         self._due = 0.0
         self._total: int | None = None
-        self._inputs: dict[int, int] = {}
+        self._inputs: dict[int, _Input] = {}
+        self._expected = 0
 
     def __call__(self, entries: int, size: int) -> None:
         self.entries, self.size = entries, size
@@ -45,6 +46,9 @@ class Progress:
     def reads_tree(self, path: str) -> None:
         """Measure the tree that is read, in a thread: the operation does not wait for it."""
 
+        # For start-up time: most progress is of files.
+        from unionfs.storage.usage import size_of_tree
+
         def measure() -> None:
             with suppress(OSError):
                 self._total = size_of_tree(path)
@@ -55,19 +59,28 @@ class Progress:
         """Count a file that is read, as long as it is open."""
         status = os.fstat(fd)
         if stat.S_ISREG(status.st_mode):
-            self._inputs[fd] = status.st_size
+            self._inputs[fd] = status.st_size, partial(_position, fd, status.st_size)
+
+    def reads(self, size: int, position: Callable[[], int]) -> None:
+        """Count an input of `size` bytes, of which `position` says how many were read."""
+        self._inputs[-1 - len(self._inputs)] = size, position
+
+    def expects(self, size: int) -> None:
+        """Set the bytes of all inputs together, also of those to come."""
+        self._expected = size
 
     @property
     def share(self) -> float | None:
         """The share of the work that is done, 0 to 1; None if it is not known."""
         if self._inputs:
-            at = sum(self._position(fd, size) for fd, size in self._inputs.items())
-            return min(at / max(sum(self._inputs.values()), 1), 1.0)
+            at = sum(position() for _, position in self._inputs.values())
+            whole = max(sum(size for size, _ in self._inputs.values()), self._expected, 1)
+            return min(at / whole, 1.0)
         return None if not self._total else min(self.size / self._total, 1.0)
 
-    @staticmethod
-    def _position(fd: int, size: int) -> int:
-        try:
-            return os.lseek(fd, 0, os.SEEK_CUR)
-        except OSError:
-            return size
+
+def _position(fd: int, size: int) -> int:
+    try:
+        return os.lseek(fd, 0, os.SEEK_CUR)
+    except OSError:
+        return size

@@ -164,7 +164,7 @@ class ArchiveReader(TarStream):
             raise Malformed(f"its member {name!r} is outside the volume")
         self._copy(size, self._lines)
         if self._next_member() is not None:
-            raise Malformed("something follows its manifest")
+            raise Malformed("data follows its manifest")
         self._compare()
         self.complete = True
 

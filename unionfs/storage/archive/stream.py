@@ -45,7 +45,7 @@ class TarStream:
         if raw != _END:
             return raw
         if self._take(RECORD) != _END:
-            raise Malformed("something follows its end")
+            raise Malformed("data follows the end of the archive")
         self._expect_nothing()
         return None
 
@@ -59,7 +59,7 @@ class TarStream:
     def _skip_padding(self) -> None:
         if self._padding:
             if self._take(self._padding).strip(b"\0"):
-                raise Malformed("something fills what should be empty")
+                raise Malformed("the padding of a member is not zero")
             self._padding = 0
 
     def _open_data(self, size: int) -> None:
@@ -71,7 +71,7 @@ class TarStream:
         total = 0
         while True:
             if rest.strip(b"\0"):
-                raise Malformed("something follows its end")
+                raise Malformed("data follows the end of the archive")
             total += len(rest)
             if total > _MOST_PADDING:
                 raise Malformed("it does not end")

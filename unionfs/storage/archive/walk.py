@@ -219,7 +219,7 @@ class Walker:
 
     def _xattrs(self, place: int | bytes, path: bytes) -> dict[bytes, bytes]:
         def complain(what: str) -> None:
-            self._note(f"of {_shown(path)} {what}; that was left out.")
+            self._note(f"{_shown(path)}: {what}; left out.")
 
         return read_xattrs(place, complain) if self._has_xattrs else {}
 
@@ -262,8 +262,8 @@ class Walker:
         except PermissionError as error:
             if symlinks.are_sshfs(at):
                 raise UserError(
-                    f"the symlink {_shown(path)} cannot be read, because sshfs shows none that is absolute "
-                    "or leads up; make the volume with -o o=no_contain_symlinks."
+                    f"the symlink {_shown(path)} cannot be read, because sshfs hides symlinks that are "
+                    "absolute or lead upwards; make the volume with -o o=no_contain_symlinks."
                 ) from error
             raise
 

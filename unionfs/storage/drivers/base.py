@@ -94,8 +94,8 @@ class Driver:
         Until then the volume is mounted for the caller only.
         """
         raise UserError(
-            f"volume {quoted(volume.name)} cannot be restored: the driver {self.name} has no way to replace "
-            "its content."
+            f"volume {quoted(volume.name)} cannot be restored: the driver {self.name} does not support "
+            "replacing its content."
         )
 
     def restores_mounted(self, volume: Volume) -> bool:
@@ -112,7 +112,7 @@ class Driver:
     def resize(self, volume: Volume, size: str, *, mounted: bool) -> Mapping[str, str]:
         """Change the volume's size, and return its new options."""
         raise UserError(
-            f"volume {quoted(volume.name)} cannot be resized: its driver {self.name} has no sizes."
+            f"volume {quoted(volume.name)} cannot be resized: its driver {self.name} does not support sizes."
         )
 
     def status(self, volume: Volume) -> Mapping[str, object]:

@@ -222,7 +222,7 @@ def _refuse_attached(path: str, what: str) -> None:
         if time.monotonic() > deadline:
             raise UserError(
                 f"{what}: its image is still mounted in another mount namespace "
-                f"({os.path.basename(devices[0].path)}); end what uses it there."
+                f"({os.path.basename(devices[0].path)}); stop whatever uses it there."
             )
         time.sleep(0.05)
 

@@ -32,7 +32,7 @@ class Local(Driver):
         "device": "what to mount",
         "o": "mount options, separated by commas",
         "tmpfs": "short for type=tmpfs device=tmpfs; its value, or size, are the mount options",
-        "size": "the most the volume may hold, as 100m or 20g",
+        "size": "the maximum size of the volume, as 100m or 20g",
         "fs": "the filesystem of an image for size: ext4 (default) or xfs",
     }
 
@@ -81,7 +81,9 @@ class Local(Driver):
                 + (" (for a tmpfs: device=tmpfs)." if kind == "tmpfs" else ".")
             )
         if any(char in kind + device + options.get("o", "") for char in "\0\n"):
-            raise UserError("the volume options type, device and o cannot hold line breaks or zero bytes.")
+            raise UserError(
+                "the volume options type, device and o must not contain line breaks or zero bytes."
+            )
         if kind.startswith("-") or "," in kind:
             raise UserError(
                 f"type={quoted(kind)} is not a filesystem type; /proc/filesystems lists the kernel's."
@@ -166,8 +168,8 @@ class Local(Driver):
     def restores_mounted(self, volume: Volume) -> bool:
         if volume.options.get("type") == "tmpfs":
             raise UserError(
-                f"volume {quoted(volume.name)} is a tmpfs, whose content goes with its last user: nothing "
-                "can be restored into it; use a volume of another type."
+                f"volume {quoted(volume.name)} is a tmpfs, whose content is lost when its last user ends: "
+                "nothing can be restored into it; use a volume of another type."
             )
         return "type" in volume.options
 
@@ -204,7 +206,7 @@ class Local(Driver):
                 )
             if not quota.change_limit(data, wanted):
                 raise UserError(
-                    f"{what}: its filesystem enforces no project quotas any more; mount it with prjquota, as "
+                    f"{what}: its filesystem no longer enforces project quotas; mount it with prjquota, as "
                     "when the volume was made."
                 )
 

@@ -191,7 +191,7 @@ class Rclone(RemoteDriver):
             if time.monotonic() > deadline:
                 raise UserError(
                     f"volume {quoted(volume.name)} is not restored: rclone has not sent all files in "
-                    f"{_SENT_SECONDS:.0f} s{self.log(volume)}; see that its remote can be reached."
+                    f"{_SENT_SECONDS:.0f} s{self.log(volume)}; check that its remote can be reached."
                 )
             time.sleep(0.05)
 

@@ -119,8 +119,8 @@ class UnionDriver(Driver):
     def replacement(self, volume: Volume) -> Iterator[Replacement]:
         if not self._shared(volume.options):
             raise UserError(
-                f"volume {quoted(volume.name)} cannot be restored: each of its views begins with the lowers "
-                "and goes with its user; use a union with -o shared."
+                f"volume {quoted(volume.name)} cannot be restored: each user gets a new view of the lowers, "
+                "which is discarded afterwards; use a union with -o shared."
             )
         _sweep(volume)
         place = tempfile.mkdtemp(prefix=".restore-", dir=volume.directory)
