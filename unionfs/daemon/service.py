@@ -42,6 +42,7 @@ from unionfs.union.tree import Union
 if TYPE_CHECKING:
     from unionfs.core.state import State
     from unionfs.daemon.former import FormerDaemon
+    from unionfs.daemon.holder import Holder
     from unionfs.daemon.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -58,10 +59,11 @@ class Service:
         pages: SamePages | None,
         *,
         foreground: bool,
+        holder: Holder | None = None,
         former: FormerDaemon | None = None,
     ) -> None:
         """`directory` holds runtime files; `on_usable` is called once, when the mount is usable.
-        `former`: take over its mount.
+        `holder`: that of this process. `former`: take over its mount.
 
         `pages`: what may be shared of the memory of this process.
 
@@ -90,7 +92,7 @@ class Service:
             undo.callback(self._stack.close)
             if former is None:
                 _recover(self._stack, settings)
-            self._outliving = Outliving(settings, directory, self._stack, former, foreground=foreground)
+            self._outliving = Outliving(settings, directory, self._stack, holder, foreground=foreground)
             # Before the union notes the capabilities to restore after it acted as a caller: capset(2) of
             # more than are left fails, and the caller's own rights would count in work.
             confine(settings)
@@ -159,6 +161,7 @@ class Service:
                     await self._serving.serve(mounted.set)
                 else:
                     connection, open_before = self._former.take_over(self._operations)
+                    self._outliving.take_charge(connection)
                     await self._serving.resume(connection, open_before, mounted.set)
             nursery.cancel_scope.cancel()
         if not mounted.is_set():
