@@ -14,7 +14,7 @@ from multiprocessing import util
 from tests.faults import commands, injecting, plan, snapshots
 from tests.faults.batch import Report
 from tests.faults.operations import OPERATIONS
-from tests.faults.plan import SESSIONS
+from tests.faults.plan import KINDS, OUTLIVING, SESSIONS
 from tests.support import areas, mounting
 
 
@@ -23,8 +23,7 @@ def main() -> int:
     parser.add_argument("--session", action="append", choices=SESSIONS, help="only that session (repeatable)")
     parser.add_argument("--operation", metavar="TEXT", default="", help="only those with TEXT in their name")
     parser.add_argument("--tenth", type=int, metavar="N", help="every tenth fault, from the N-th on")
-    parser.add_argument("--only", choices=["errors", "kills", "commands", "snapshots"],
-                        help="not the other kinds")  # fmt: skip
+    parser.add_argument("--only", choices=[*KINDS, "commands", "snapshots"], help="not the other kinds")
     arguments = parser.parse_args()
     if reason := injecting.reason() or mounting.overlay_reason():
         print(f"scripts/faults: {reason}", file=sys.stderr)
@@ -39,14 +38,16 @@ def main() -> int:
     util.Finalize(None, place.close, exitpriority=-200)  # after multiprocessing's directory in there
     os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="runtime-")
     report, began = Report(), time.monotonic()
-    for session in arguments.session or SESSIONS:
-        for kills in (False, True):
-            if operations and arguments.only in (None, "kills" if kills else "errors"):
-                with areas.area() as area:
-                    done = plan.run(
-                        area, session, operations=operations, kills=kills, tenth=arguments.tenth, told=_print
-                    )
-                _tell(done, report)
+    for session, kind in itertools.product(arguments.session or SESSIONS, KINDS):
+        if not operations or arguments.only not in (None, kind):
+            continue
+        if kind == "deaths" and session not in OUTLIVING:
+            continue
+        with areas.area() as area:
+            done = plan.run(
+                area, session, operations=operations, kind=kind, tenth=arguments.tenth, told=_print
+            )
+        _tell(done, report)
     if scenarios and arguments.only in (None, "commands"):
         with areas.area() as area:
             _tell(commands.run_all(area, scenarios=scenarios, tenth=arguments.tenth, told=_print), report)

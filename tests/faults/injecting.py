@@ -122,10 +122,12 @@ class Injector:
     """Traces a process until it ends or the context is left."""
 
     def __init__(
-        self, pid: int, *, children: bool = False, skips: Callable[[str], bool] | None = None
-    ) -> None:
-        """``children``: also trace forked processes. ``skips``: paths whose calls are not counted."""
-        self._pid, self._children, self._skips = pid, children, skips
+        self, pid: int, *, children: bool = False, answers: bool = False,
+        skips: Callable[[str], bool] | None = None,
+    ) -> None:  # fmt: skip
+        """``children``: also trace forked processes. ``answers``: FUSE answers are points, too. ``skips``:
+        paths whose calls are not counted."""
+        self._pid, self._children, self._answers, self._skips = pid, children, answers, skips
         self._threads: dict[int, _Thread] = {}
         self._lock = threading.Lock()
         self._fault: Fault | None = None
@@ -243,6 +245,8 @@ class Injector:
             return None
         if call in _BY_FD:
             at = _fd_path(tid, arguments[0])
+            if self._answers and at == "/dev/fuse" and name in ("write", "writev"):
+                return f"{name} an answer"
             if at.startswith(("anon_inode:", "pipe:", "socket:", "/dev/")):
                 return None
         elif call in _BY_PATH:

@@ -5,15 +5,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
-from tests.faults.batch import ERRORS, LASTING, Batch, Case, Expected, Report, count
+from tests.faults.batch import ERRORS, LASTING, Batch, Case, Errors, Expected, Kills, Report, count
+from tests.faults.deaths import Deaths
 from tests.faults.injecting import KILL, Fault
 from tests.faults.operations import OPERATIONS, Operation
 from tests.support import areas, mounting
 
 SESSIONS: Final = [*mounting.SESSIONS, "direct-hybrid" + mounting.STEPS, "pyfuse3" + mounting.STEPS]
 """Those of all mount tests, and two without bundles, which hide the steps that follow them."""
+
+OUTLIVING: Final = ["direct-hybrid", "direct-passthrough", "direct-cached"]
+"""Those whose mounts may outlive their daemons."""
+
+Kind = Literal["errors", "kills", "deaths"]
+"""Errors of system calls, kills of the daemon, and kills of a daemon whose mount outlives it."""
+KINDS: Final[tuple[Kind, ...]] = ("errors", "kills", "deaths")
 
 _AT_ONCE: Final = 400
 """Cases of one union."""
@@ -38,27 +46,28 @@ def run(
     session: str,
     *,
     operations: Sequence[Operation] = OPERATIONS,
-    kills: bool = False,
+    kind: Kind = "errors",
     tenth: int | None = None,
     told: Callable[[str], object] = lambda line: None,
 ) -> Report:
-    """Try errors, or kills, in operations on one session. ``tenth``: only every tenth, from that one on.
+    """Try faults of one kind in operations on one session. ``tenth``: only every tenth, from that one on.
 
     ``told``: called with a line for each batch.
     """
+    batches: dict[Kind, type[Batch]] = {"errors": Errors, "kills": Kills, "deaths": Deaths}
     report, numbers, expected = Report(), itertools.count(), Expected(area)
     for options in dict.fromkeys(operation.options for operation in operations):
         same = [operation for operation in operations if operation.options == options]
         cases: list[Case] = []
-        for operation, points in zip(same, count(area / f"n{next(numbers)}", session, same), strict=True):
-            faults = kills_of(points) if kills else errors_of(points)
+        counted = count(area / f"n{next(numbers)}", session, same, answers=kind == "deaths")
+        for operation, points in zip(same, counted, strict=True):
+            faults = errors_of(points) if kind == "errors" else kills_of(points)
             cases += [Case(operation, fault) for fault in faults]
         if tenth is not None:
             cases = cases[tenth % 10 :: 10]
         for some in _batched(cases):
             place = area / f"b{next(numbers)}"
-            batch = Batch(place, session, some, expected)
-            done = batch.kills() if kills else batch.errors()
+            done = batches[kind](place, session, some, expected).run()
             areas.remove(place)
             report.add(done)
             told(f"{session}: {some[0].operation} to {some[-1].operation}: {done.tried} faults")

@@ -10,6 +10,7 @@ import pytest
 
 from tests.faults import injecting, plan, snapshots
 from tests.faults.batch import Report
+from tests.faults.deaths import resends
 from tests.faults.operations import OPERATIONS
 from tests.support.worker import REPOSITORY
 
@@ -27,26 +28,35 @@ def _turn() -> int:
     return int(done.stdout) if done.returncode == 0 else 0
 
 
-def _run(area: Path, *, kills: bool) -> Report:
+def _run(area: Path, kind: plan.Kind) -> Report:
     if reason := injecting.reason():
         pytest.skip(reason)
     turn = _turn()
-    session = plan.SESSIONS[turn % len(plan.SESSIONS)]
+    sessions = plan.OUTLIVING if kind == "deaths" else plan.SESSIONS
+    session = sessions[turn % len(sessions)]
     # of the operations, too, since each kill takes a mount
-    operations = OPERATIONS[turn % 4 :: 4] if kills else OPERATIONS[turn % 3 :: 3]
-    return plan.run(area, session, operations=operations, kills=kills, tenth=turn)
+    operations = OPERATIONS[turn % 4 :: 4] if kind == "kills" else OPERATIONS[turn % 3 :: 3]
+    return plan.run(area, session, operations=operations, kind=kind, tenth=turn)
 
 
 def test_errors_of_system_calls(area: Path) -> None:
     """The caller gets them or none, the tree is the old or the new one, and nothing is left."""
-    report = _run(area, kills=False)
+    report = _run(area, "errors")
     assert report.tried > 100
     assert not report.problems, "\n".join(report.problems)
 
 
 def test_kills_between_system_calls(area: Path) -> None:
     """The tree is the old or the new one, and the next mount leaves nothing of it in the work directory."""
-    report = _run(area, kills=True)
+    report = _run(area, "kills")
+    assert report.tried > 10
+    assert not report.problems, "\n".join(report.problems)
+
+
+@pytest.mark.skipif(not resends(), reason="FUSE_NOTIFY_RESEND needs Linux 6.9")
+def test_deaths_of_daemons(area: Path) -> None:
+    """The caller gets success, and the tree is the new one."""
+    report = _run(area, "deaths")
     assert report.tried > 10
     assert not report.problems, "\n".join(report.problems)
 

@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -270,6 +271,74 @@ def test_killed_many_times_under_load(place: Place, io: str) -> None:
             assert tree(mount.top / f"w{number}") == tree(place.root / f"native/w{number}"), turn
     succeed(unionfs("umount", "--lazy", mount.top))
     assert unionfs("check", *place.layers).returncode == 0
+
+
+@pytest.mark.parametrize("io", MODES)
+def test_the_next_daemon_dies_after_its_first_answer(place: Place, io: str) -> None:
+    """What it opened for that answer is there for the one after it."""
+    for name in "abc":
+        (place.upper / name).write_text(name)
+    mount = Outliving(place, "--session", "direct", "--io", io)
+    for name in "abc":
+        with open(mount.top / name) as file:
+            before = mount.entry()
+            assert before.holder is not None
+            holder = before.holder[0]
+            os.kill(before.pid, signal.SIGKILL)
+            assert wait_for(lambda holder=holder: children(holder))
+            (following,) = children(holder)
+            os.unlink(mount.top / name)
+            os.kill(following, signal.SIGKILL)
+            assert os.fstat(file.fileno()).st_nlink == 0
+            assert file.read() == name
+
+
+@pytest.mark.parametrize("io", MODES)
+@pytest.mark.parametrize("layer", ["lower", "upper"])
+def test_the_other_name_of_a_removed_one(place: Place, layer: str, io: str) -> None:
+    """Daemons know one name of a file that a former one has linked; the kernel knows the others, too."""
+    (place.root / layer / "a").write_text("text")
+    mount = Outliving(place, "--session", "direct", "--io", io)
+    top = mount.top
+    os.link(top / "a", top / "b")
+    mount.kill()
+    os.unlink(top / "a")
+    mount.kill()
+    os.link(top / "b", top / "c")
+    assert os.stat(top / "b").st_nlink == os.stat(top / "c").st_nlink == 2
+    mount.kill()
+    os.rename(top / "b", top / "a")
+    assert (top / "c").samefile(top / "a")
+    assert (top / "c").read_text() == "text"
+
+
+def test_written_data_while_daemons_die(place: Place) -> None:
+    """Large requests, which a daemon that is killed may just be reading."""
+    mount = Outliving(place, "--session", "direct", "--io", "cached")
+    stop, count = threading.Event(), 0
+    errors: list[OSError] = []
+
+    def write() -> None:
+        nonlocal count
+        fd = os.open(mount.top / "new", os.O_RDWR | os.O_CREAT)
+        while not stop.is_set():
+            try:
+                os.pwrite(fd, bytes([count % 256]) * (4 << 20), 0)
+                os.fsync(fd)
+            except OSError as error:
+                errors.append(error)
+            count += 1
+        os.close(fd)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        storm(mount, 10, 1)
+    finally:
+        stop.set()
+        writer.join()
+    assert errors == []
+    assert (mount.top / "new").read_bytes() == bytes([(count - 1) % 256]) * (4 << 20)
 
 
 def test_daemons_that_keep_dying(place: Place) -> None:

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import trio
 
 from tests.unit.union_support import ME, OpenUnion, close_nodes
 from tests.unit.union_support import open_union as open_union
 from unionfs.core.node import Node
 from unionfs.core.restoring import Restoring
+from unionfs.core.setting import Change
 from unionfs.core.state import State, StateError
 from unionfs.core.steps import set_hook
 from unionfs.fuse.direct import former
@@ -301,6 +303,32 @@ def test_killed_during_a_change(tmp_path: Path, daemons: Daemons, what: str) -> 
         assert shown == expected, step
         for path, id_ in ids.items():
             assert _content(new, _node(new, id_)) == contents[path], (step, path)
+
+
+def test_killed_when_a_copied_up_name_was_removed(tmp_path: Path, daemons: Daemons) -> None:
+    """Before that was recorded. The object that keeps another name is one of the upper."""
+    union = daemons.first()
+    (tmp_path / "l0/lower").write_text("lower")
+    operations = Operations(union)
+    node = get(union, "lower")
+    trio.run(operations.setattr, node.id, Change(mode=0o600), None)
+    trio.run(operations.link, node.id, 1, b"second")
+    name = tmp_path / "upper/lower"
+
+    def die() -> None:
+        held = os.open(name, os.O_PATH)
+        union.nodes.removing(union.nodes.root, b"lower", node, held)
+        name.unlink()
+        os.mknod(name, stat.S_IFCHR)
+        os._exit(0)
+
+    in_a_child(die)
+    new, operations = daemons.after(union)
+    _unlink(b"lower")(operations, True)
+    found = _node(new, node.id)
+    assert found.in_place
+    assert new.attributes(found).nlink == os.stat(tmp_path / "upper/second").st_nlink
+    assert get(new, "second") is found
 
 
 def open_files() -> set[int]:

@@ -1,15 +1,17 @@
 """The holder: a process that keeps the open files of a daemon, and starts another daemon when that one dies.
 
-It is a child of the daemon that shares its table of open files (CLONE_FILES, clone(2)) but not its memory. So all that
-the daemon has open outlives it, under the same numbers: the device, the layers, the locks, the files without a name;
-and nothing needs to be sent when one is opened. The memory that the child has from the daemon is given back at once:
-what remains is code, a stack, and `State`, some tens of kilobytes.
+It is forked from the daemon before that opens anything, and shares its table of open files (CLONE_FILES, clone(2)). So
+all that the daemon opens outlives it, under the same numbers: the device, the layers, the locks, the files without a
+name; and nothing needs to be sent when one is opened.
 
-When the daemon dies, the holder starts another one by fork and execve(2), with a copy of the table. That one has a
-holder of its own before it ends this one. After too many deaths within a minute, the holder answers all requests with
-EIO.
+When the daemon dies, the holder forks another one, with a copy of the table: it has the interpreter and all modules, and
+so it serves soon. If two of them die before they have a holder of their own in charge, or if the installed version is
+to serve, the next one is started by execve(2). After too many deaths within a minute, the holder answers all requests
+with EIO.
 
-No function here that runs in the child may use the interpreter, allocate, or use another thread's locks.
+Of two holders, that of the daemon which took over and that which started it, one is in charge, `Head.holder`.
+
+The holder waits in here, with all signals blocked, and no function of the waiting uses the interpreter.
 """
 
 import os
@@ -17,13 +19,18 @@ import os
 from libc.errno cimport EAGAIN, EINTR, ENOENT
 from libc.errno cimport errno as c_errno
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
-from libc.string cimport strlen, strncmp, strstr
+from libc.string cimport strlen
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap
 from posix.signal cimport SIG_BLOCK, SIG_SETMASK, sigemptyset, sigfillset, sigprocmask, sigset_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
-from posix.unistd cimport _exit, close, execve, read, write
+from posix.unistd cimport _exit, close, execve, fork, getpid, read, write
 
 from unionfs.core.state cimport DEATHS, Head, State
+
+cdef extern from "Python.h":
+    void PyOS_BeforeFork()
+    void PyOS_AfterFork_Parent()
+    void PyOS_AfterFork_Child()
 
 cdef extern from "<sys/syscall.h>" nogil:
     long SYS_clone, SYS_getdents64
@@ -55,11 +62,7 @@ cdef extern from "<sys/wait.h>" nogil:
 
 cdef extern from "<sys/prctl.h>" nogil:
     int prctl(int option, ...)
-    int PR_SET_NAME
-
-cdef extern from "<sys/mman.h>" nogil:
-    int madvise(void *start, size_t size, int advice)
-    int MADV_DONTNEED
+    int PR_SET_NAME, PR_GET_NAME
 
 cdef extern from "<time.h>" nogil:
     int nanosleep(const timespec *time, timespec *left)
@@ -72,19 +75,13 @@ cdef enum:
     LONGEST_PAUSE = 10_000
     MOST_ARGUMENTS = 64
     MOST_VARIABLES = 1024
-    # Around the thread's own variables, among them errno
-    OWN = 1 << 16
+    NAME = 16
     LONGEST_REQUEST = (1 << 20) + 65536
     EIO = 5
     NOTIFY_RESEND = 7
     OPCODE_FORGET = 2
     OPCODE_INTERRUPT = 36
     OPCODE_BATCH_FORGET = 42
-
-cdef struct line_reader:
-    int fd
-    size_t size, at
-    char text[4096]
 
 cdef struct in_header:
     uint32_t length, opcode
@@ -96,44 +93,61 @@ cdef struct out_header:
     uint64_t unique
 
 
-def start(State state not None, int watched, int device):
-    """Start the holder of this process, of which ``watched`` is a pidfd; returns its pid. ``device``: the fd of
-    /dev/fuse. Raises ``OSError``."""
+def share():
+    """Fork a child that shares the table of open files; returns its pid, 0 in the child. Only a process with one thread
+    may call it. Raises ``OSError``."""
     cdef long pid
-    cdef Head *head = state.head
-    with nogil:
-        pid = syscall(SYS_clone, CLONE_FILES | <unsigned long>SIGCHLD, 0, 0, 0, 0)
-        if pid == 0:
-            hold(head, watched, device)
+    cdef int code
+    PyOS_BeforeFork()
+    pid = syscall(SYS_clone, CLONE_FILES | <unsigned long>SIGCHLD, 0, 0, 0, 0)
+    if pid == 0:
+        PyOS_AfterFork_Child()
+        return 0
+    code = c_errno
+    PyOS_AfterFork_Parent()
     if pid < 0:
-        raise OSError(c_errno, os.strerror(c_errno))
+        raise OSError(code, os.strerror(code))
     return pid
 
 
-cdef void hold(Head *head, int watched, int device) noexcept nogil:
-    """Run the holder; never returns."""
-    cdef sigset_t every
-    cdef long pid
-    cdef int tries = 0  # all but the first ended before they had a holder
+def hold(State state not None, int watched):
+    """Be the holder of the process of which ``watched`` is a pidfd. Returns in another daemon."""
+    cdef sigset_t every, before
+    cdef char name[NAME]
     setsid()
     sigfillset(&every)
-    sigprocmask(SIG_BLOCK, &every, NULL)
+    sigprocmask(SIG_BLOCK, &every, &before)
+    prctl(PR_GET_NAME, name, 0, 0, 0)
     prctl(PR_SET_NAME, b"unionfs-holder", 0, 0, 0)
-    give_memory_back()
     await_death(watched)
-    while not head.ended:
+    start_others(state.head)
+    prctl(PR_SET_NAME, name, 0, 0, 0)
+    sigprocmask(SIG_SETMASK, &before, NULL)
+
+
+cdef void start_others(Head *head) noexcept:
+    """Start one daemon after the other while this holder is in charge. Returns in a daemon alone."""
+    cdef int pid, tries = 0  # all but the first died before they had a holder in charge
+    cdef bint anew
+    while head.holder == getpid() and not head.ended:
+        anew = tries > 1 or head.exchanged
         if head.exchanged:
             head.exchanged = 0
         elif too_often(head, tries):
             head.failed = 1
         tries += 1
-        pid = syscall(SYS_clone, <unsigned long>SIGCHLD, 0, 0, 0, 0)
+        PyOS_BeforeFork()
+        pid = fork()
         if pid == 0:
-            begin_anew(head)
-        if pid < 0 or waitpid(<int>pid, NULL, 0) < 0:
+            if anew:
+                begin_anew(head)
+            PyOS_AfterFork_Child()
+            return
+        PyOS_AfterFork_Parent()
+        if pid < 0 or waitpid(pid, NULL, 0) < 0:
             sleep_for(FIRST_PAUSE)
         if head.failed:  # the last one has only logged that
-            refuse_all(device)
+            refuse_all(head.device)
             break
     _exit(0)
 
@@ -222,93 +236,20 @@ cdef void keep_files_open() noexcept nogil:
             break
         at = 0
         while at < size:  # struct linux_dirent64, getdents(2)
-            number = <int>number_in(entries + at + 19, 10, NULL)
+            number = number_in(entries + at + 19)
             if number > 2:
                 fcntl(number, F_SETFD, 0)
             at += (<unsigned short *>(entries + at + 16))[0]
     close(fd)
 
 
-# -- memory ---------------------------------------------------------------------------------------------------
-
-
-cdef void give_memory_back() noexcept nogil:
-    """Give back the private memory that this process has from its parent, but for what it goes on to use: its stack,
-    the thread's own variables, and those of libc and of this module. See proc_pid_maps(5)."""
-    cdef line_reader maps
-    cdef char line[1024]
-    cdef char *at
-    cdef size_t start, end, own = <size_t>&c_errno, here
-    here = <size_t>&line
-    maps.fd = open(b"/proc/self/maps", O_RDONLY | O_CLOEXEC)
-    maps.size = maps.at = 0
-    if maps.fd < 0:
-        return
-    while next_line(&maps, line, sizeof(line)):
-        start = number_in(line, 16, &at)
-        end = number_in(at + 1, 16, &at)
-        if strncmp(at, b" rw-p", 5) != 0 or start <= here < end or is_used(at):
-            continue
-        if start < own + OWN and own - OWN < end:
-            if own - OWN > start:
-                give_back(start, own - OWN)
-            if own + OWN < end:
-                give_back(own + OWN, end)
-        else:
-            give_back(start, end)
-    close(maps.fd)
-
-
-cdef size_t number_in(char *text, size_t base, char **rest) noexcept nogil:
-    """The number at the beginning of a text, and what follows; strtoul(3) depends on the locale's memory."""
-    cdef size_t number = 0
-    while True:
-        if c'0' <= text[0] <= c'9':
-            number = number * base + <size_t>(text[0] - c'0')
-        elif base == 16 and c'a' <= text[0] <= c'f':
-            number = number * base + <size_t>(text[0] - c'a' + 10)
-        else:
-            if rest != NULL:
-                rest[0] = text
-            return number
+cdef int number_in(const char *text) noexcept nogil:
+    """The number that a text is; 0 if it is none."""
+    cdef int number = 0
+    while c'0' <= text[0] <= c'9':
+        number = number * 10 + (text[0] - c'0')
         text += 1
-
-
-cdef bint is_used(const char *line) noexcept nogil:
-    """Whether it is the memory of code that goes on to run; ``line``: the rest of the mapping's line."""
-    if strstr(line, b"[") != NULL:
-        return strstr(line, b"[heap]") == NULL
-    return (
-        strstr(line, b"/libc.so") != NULL or strstr(line, b"/libc-") != NULL or strstr(line, b"/ld-") != NULL
-        or strstr(line, b"/holder.") != NULL
-    )
-
-
-cdef void give_back(size_t start, size_t end) noexcept nogil:
-    cdef size_t first = (start + 4095) & ~<size_t>4095, last = end & ~<size_t>4095
-    if first < last:
-        madvise(<void *>first, last - first, MADV_DONTNEED)
-
-
-cdef bint next_line(line_reader *reader, char *line, size_t room) noexcept nogil:
-    """The next line of a file, cut off if it is longer; False at the end."""
-    cdef size_t length = 0
-    cdef ssize_t size
-    cdef char letter
-    while True:
-        if reader.at == reader.size:
-            size = read(reader.fd, reader.text, sizeof(reader.text))
-            if size <= 0:
-                return False
-            reader.size, reader.at = size, 0
-        letter = reader.text[reader.at]
-        reader.at += 1
-        if letter == c'\n':
-            line[length] = 0
-            return True
-        if length + 1 < room:
-            line[length] = letter
-            length += 1
+    return number
 
 
 # -- the end --------------------------------------------------------------------------------------------------

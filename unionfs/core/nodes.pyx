@@ -184,6 +184,7 @@ cdef class NodeTable(Recorder):
         if origin is Stored.INDEXED:
             self.linked(node, st)
         elif origin is Stored.BROKEN:
+            self.record_layer(node)
             node.ino = self.numbers.of(st.st_dev, st.st_ino)
             if node.place is not None:
                 node.key = node.place.layer.key(st)
@@ -194,6 +195,7 @@ cdef class NodeTable(Recorder):
 
     cdef int is_copy(self, Node node, const stat_t *st, bint readable) except -1:
         """The same for a copy whose origin is ``readable``, or not stored."""
+        self.record_layer(node)
         if readable:
             node.from_origin = True
         elif node.kind != S_IFDIR:

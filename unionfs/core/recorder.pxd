@@ -14,6 +14,7 @@ cdef class Recorder:
 
     cdef void record(self, Node node)
     cdef void record_name(self, Node node)
+    cdef void record_layer(self, Node node) noexcept
     cdef void record_number(self, Node node)
     cdef void begin(
         self, uint32_t kind, Node parent, bytes name, Node new_parent, bytes new_name, Node node, Node target, int held

@@ -81,6 +81,11 @@ cdef class Recorder:
             self.state.drop(old)
             node.record = new
 
+    cdef void record_layer(self, Node node) noexcept:
+        """Record the layer of its object."""
+        if node.record != NULL:
+            node.record.layer = <uint16_t>node.top_layer().index
+
     cdef void begin(
         self, uint32_t kind, Node parent, bytes name, Node new_parent, bytes new_name, Node node, Node target, int held
     ) noexcept:

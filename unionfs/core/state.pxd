@@ -60,9 +60,9 @@ cdef struct Head:
     uint32_t slots, handles
     uint32_t full
     uint64_t last_handle
-    # For the holder: whether the daemon has ended on purpose; its command, a list of strings each ended by a
-    # null byte, in bytes; and when daemons died, in milliseconds.
-    int32_t ended
+    # For the holder: the pid of the one in charge, 0 for none; the fd of the device; whether the daemon has ended on
+    # purpose; its command, a list of strings each ended by a null byte, in bytes; and when daemons died, in milliseconds.
+    int32_t holder, device, ended
     uint32_t arguments, variables, limit
     int64_t deaths[DEATHS]
     int64_t died

@@ -24,15 +24,16 @@ cdef extern from *:
     """
     void STORED(uint64_t place, uint64_t value) noexcept nogil
     void STORED_KIND "STORED" (uint32_t place, uint32_t value) noexcept nogil
+    void STORED_PID "STORED" (int32_t place, int32_t value) noexcept nogil
 
 cdef extern from "<sys/mman.h>" nogil:
     int MAP_NORESERVE
 
-VERSION = 1
+VERSION = 2
 """Of the layout and the meaning of the records; a daemon takes over only its own."""
 
 cdef enum:
-    C_VERSION = 1
+    C_VERSION = 2
     TEXT = 8192
     HANDLES = 16 << 20
     MOST_HANDLES = 1 << 20
@@ -113,6 +114,11 @@ cdef class State:
         self.head.arguments, self.head.variables = <uint32_t>len(words), <uint32_t>len(more)
         self.head.limit = min(max(limit, 1), DEATHS) if limit else 0
         memcpy(self.base + TEXT, <const char *>whole, len(whole))
+
+    def has_holder(self, holder, device):
+        """That holder, a pid, is in charge from now on; ``device``: the fd of /dev/fuse."""
+        self.head.device = device
+        STORED_PID(self.head.holder, holder)
 
     def end(self):
         """The daemon ends on purpose, so the holder must not start another one."""

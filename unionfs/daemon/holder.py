@@ -18,6 +18,8 @@ from typing import Any, Final
 import unionfs
 from unionfs.core import holder
 from unionfs.core.state import VERSION, State, StateError
+from unionfs.daemon.confine import confine
+from unionfs.settings.mount import MountSettings
 from unionfs.sys.mountinfo import MountEntry
 from unionfs.sys.process import close_files_but
 
@@ -37,24 +39,49 @@ class Holder:
         self.state = state
         self._former = former
         self._pid = 0
-        self._watched = -1
+        self._in_charge = False
 
-    def start(self, settings: Mapping[str, Any], device: int, mount: MountEntry | None) -> str:
-        """Start it, with the values that `takeover` reads; then end the former one. Returns why there is
-        none, as a clause, else an empty text."""
-        if mount is not None and _lies_on(mount.device):
-            return "this program lies on the union itself"
-        text = json.dumps(settings).encode("ascii")
+    def fork(self, settings: MountSettings) -> bool:
+        """Fork it, before this process opens the mount's files or starts a thread. Returns False in another
+        daemon, which it forks when this one has died. Raises OSError."""
+        watched = os.pidfd_open(os.getpid())
+        self._pid = holder.share()
+        if self._pid:
+            return True
         try:
-            self.state.keep(text, self._command(), _environment(), _limit())
-            self._watched = os.pidfd_open(os.getpid())
-            self._pid = holder.start(self.state, self._watched, device)
-        except (OSError, StateError) as error:
-            return str(error)
+            # The next daemon inherits its rights, which must not be more than this one has by then. What
+            # remains of the caller's limits this one logs.
+            logging.disable()
+            confine(settings)
+            logging.disable(logging.NOTSET)
+            holder.hold(self.state, watched)
+        except BaseException:
+            log.exception("the holder failed")
+            os._exit(1)
+        return False
+
+    def take_charge(self, device: int) -> None:
+        """From now on it starts the next daemon; the former one ends. `device`: the fd of /dev/fuse."""
+        self.state.has_holder(self._pid, device)
+        self._in_charge = True
         if self._former is not None:
             with suppress(ProcessLookupError):
                 os.kill(self._former, signal.SIGKILL)
             self._former = None
+
+    def start(self, settings: Mapping[str, Any], device: int, mount: MountEntry | None) -> str:
+        """Keep the values that `takeover` reads, and let it take charge. Returns why it cannot, as a clause,
+        else an empty text."""
+        if mount is not None and _lies_on(mount.device):
+            return "this program lies on the union itself"
+        text = json.dumps(settings).encode("ascii")
+        try:
+            if self._pid == 0 or os.waitpid(self._pid, os.WNOHANG)[0]:
+                return "its holder ended"
+            self.state.keep(text, self._command(), _environment(), _limit())
+        except (OSError, StateError) as error:
+            return str(error)
+        self.take_charge(device)
         return ""
 
     def _command(self) -> list[bytes]:
@@ -63,17 +90,17 @@ class Holder:
     @property
     def is_there(self) -> bool:
         """Whether one starts another daemon when this process dies: this one's, or the former one's."""
-        return self._pid != 0 or self._former is not None
+        return self._in_charge or self._former is not None
 
     @property
     def pid(self) -> int:
-        """Its pid; 0: there is none."""
-        return self._pid
+        """Its pid; 0: there is none in charge."""
+        return self._pid if self._in_charge else 0
 
     def exchange(self) -> str:
         """Prepare for the end of this process, after which the holder starts the installed version.
         Returns why that cannot be, as a clause, else an empty text."""
-        if not self._pid:
+        if not self._in_charge:
             return "it has no holder"
         if self.state.is_full:
             return "the state has no room for all nodes"
@@ -97,7 +124,7 @@ class Holder:
                 os.kill(self._pid, signal.SIGKILL)
             with suppress(ChildProcessError):
                 os.waitpid(self._pid, 0)
-            self._pid = 0
+            self._pid, self._in_charge = 0, False
 
 
 def _lies_on(device: str) -> bool:

@@ -97,6 +97,14 @@ def to_host(level: str, directory: RuntimeDirectory, mountpoint: str) -> None:
     _install(handler, level)
 
 
+def close() -> None:
+    """Log nowhere."""
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        root.removeHandler(handler)
+        handler.close()
+
+
 class _PrivateFile(logging.FileHandler):
     """The log in a runtime directory: readable by its owner only, though the daemon's umask is 0."""
 

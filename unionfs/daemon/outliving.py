@@ -11,7 +11,6 @@ from unionfs.settings.mount import MountSettings
 if TYPE_CHECKING:
     from unionfs.core.state import State
     from unionfs.daemon.announcement import Announcement
-    from unionfs.daemon.former import FormerDaemon
     from unionfs.daemon.holder import Holder
     from unionfs.daemon.runtime import RuntimeDirectory
     from unionfs.fuse.session_direct import Connection
@@ -30,28 +29,20 @@ class Outliving:
         settings: MountSettings,
         directory: RuntimeDirectory,
         stack: LayerStack,
-        former: FormerDaemon | None,
+        holder: Holder | None,
         *,
         foreground: bool,
     ) -> None:
-        """`former`: the daemon whose mount this process takes over. Raises OSError."""
+        """`holder`: that of this process, see :func:`holder_for`."""
         self._asked_for = settings.outlive
         self._directory = directory
         self._stack = stack
         self.why_not = _why_not(settings, foreground=foreground)
         """Why the mount ends with its daemon, as a clause; empty if it does not."""
-        self.state: State | None = None
-        self._holder: Holder | None = None
-        if self.why_not:
-            if settings.outlive:
-                log.warning(_NOT, self.why_not)
-            return
-        # For start-up time: few mounts have one.
-        from unionfs.core.state import State
-        from unionfs.daemon.holder import Holder
-
-        self.state = State() if former is None else former.state
-        self._holder = Holder(self.state, None if former is None else former.holder)
+        self.state: State | None = None if holder is None else holder.state
+        self._holder = holder
+        if settings.outlive and self.why_not:
+            log.warning(_NOT, self.why_not)
 
     def begin(
         self, settings: MountSettings, connection: Connection | None, announcement: Announcement
@@ -62,6 +53,13 @@ class Outliving:
         self.why_not = self._begin(self._holder, connection, announcement)
         if self.why_not:
             log.warning(_NOT, self.why_not)
+            self._holder.end()
+
+    def take_charge(self, connection: Connection) -> None:
+        """This process is about to answer requests of a former daemon's mount, and its own holder has its
+        files."""
+        if self._holder is not None:
+            self._holder.take_charge(connection.device)
 
     def _begin(self, holder: Holder, connection: Connection | None, announcement: Announcement) -> str:
         # For start-up time, as above.
@@ -117,6 +115,18 @@ class Outliving:
                 "state_bytes": self.state.memory,
             }
         }
+
+
+def holder_for(settings: MountSettings, *, foreground: bool) -> Holder | None:
+    """A holder for a new mount, which is not forked yet; None if the mount ends with its daemon. Raises
+    OSError."""
+    if _why_not(settings, foreground=foreground):
+        return None
+    # For start-up time: few mounts have one.
+    from unionfs.core.state import State
+    from unionfs.daemon.holder import Holder
+
+    return Holder(State())
 
 
 def _why_not(settings: MountSettings, *, foreground: bool) -> str:

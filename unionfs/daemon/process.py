@@ -23,6 +23,7 @@ from typing import NoReturn
 
 from unionfs.daemon import logs, preflight
 from unionfs.daemon.caller import CALLER, result
+from unionfs.daemon.outliving import holder_for
 from unionfs.daemon.runtime import RuntimeDirectory, runtime_directory
 from unionfs.errors import DeadMountError, MountRefusedError, UserError, quoted
 from unionfs.settings.mount import MountSettings
@@ -167,13 +168,20 @@ def _serve(
     # For start-up time: the parent needs neither trio nor the union.
     from unionfs.daemon.service import Service
 
+    holder = holder_for(settings, foreground=foreground)
+    if holder is not None:
+        # For start-up time: few mounts have one, from which other daemons are forked.
+        from unionfs.daemon.takeover import take_over
+
     gc.freeze()
     # Nodes and requests form no cycles. A full collection, which Python starts after enough allocations,
     # stops a mount with a million nodes for a second.
     gc.set_threshold(10_000, 20, 10_000)
     gc.enable()
+    if holder is not None and not holder.fork(settings):
+        _leave(take_over(holder.state))
     return Service(
-        settings, directory, on_usable, CALLER.pages, foreground=foreground, manager=manager
+        settings, directory, on_usable, CALLER.pages, foreground=foreground, holder=holder, manager=manager
     ).run()
 
 

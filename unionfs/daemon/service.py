@@ -43,6 +43,7 @@ from unionfs.union.tree import Union
 if TYPE_CHECKING:
     from unionfs.core.state import State
     from unionfs.daemon.former import FormerDaemon
+    from unionfs.daemon.holder import Holder
     from unionfs.daemon.storage import Storage
 
 _SYNC_MICROSECONDS: Final = 600_000_000
@@ -62,11 +63,13 @@ class Service:
         pages: SamePages | None,
         *,
         foreground: bool,
+        holder: Holder | None = None,
         former: FormerDaemon | None = None,
         manager: Manager | None = None,
     ) -> None:
         """`directory` holds runtime files; `on_usable` is called once, when the mount is usable.
-        `former`: take over its mount. `manager`: tell it that the process runs, and when it ends.
+        `holder`: that of this process. `former`: take over its mount. `manager`: tell it that the process
+        runs, and when it ends.
 
         `pages`: what may be shared of the memory of this process.
 
@@ -95,7 +98,7 @@ class Service:
             undo.callback(self._stack.close)
             if former is None:
                 _recover(self._stack, settings)
-            self._outliving = Outliving(settings, directory, self._stack, former, foreground=foreground)
+            self._outliving = Outliving(settings, directory, self._stack, holder, foreground=foreground)
             # Before the union notes the capabilities to restore after it acted as a caller: capset(2) of
             # more than are left fails, and the caller's own rights would count in work.
             confine(settings)
@@ -169,6 +172,7 @@ class Service:
                     await self._serving.serve(mounted.set)
                 else:
                     connection, open_before = self._former.take_over(self._operations)
+                    self._outliving.take_charge(connection)
                     await self._serving.resume(connection, open_before, mounted.set)
             nursery.cancel_scope.cancel()
         if not mounted.is_set():

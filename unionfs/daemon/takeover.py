@@ -1,7 +1,8 @@
-"""Takes a mount over after its daemon died: `python -m unionfs.daemon.takeover FD`, which the holder starts.
+"""Takes a mount over after its daemon died.
 
-FD is that of the state; see `core.holder`. With --version it prints the version of the state that it
-takes over.
+`python -m unionfs.daemon.takeover FD` is the command that the holder starts where it does not fork another
+daemon from itself. FD is that of the state; see `core.holder`. With --version it prints the version of the
+state that it takes over.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from unionfs.core.state import VERSION, State, StateError
 from unionfs.daemon import logs
 from unionfs.daemon.former import FormerDaemon
+from unionfs.daemon.holder import Holder
 from unionfs.daemon.runtime import RuntimeDirectory
 from unionfs.daemon.service import Service
 
@@ -21,36 +23,56 @@ log = logging.getLogger(__name__)
 GIVEN_UP = "all requests fail with EIO until the mount is unmounted"
 
 
-def main(fd: int) -> int:
-    """Take over and serve; returns the exit code when the mount is gone."""
+def take_over(state: State) -> int:
+    """Serve the mount until it is gone; returns the exit code. Raises no exception: a forked daemon has the
+    callers of the dead one."""
     try:
-        state = State(fd)
-        former = FormerDaemon(state)
-    except (StateError, OSError) as error:
+        while True:
+            logs.close()
+            former = FormerDaemon(state)
+            settings = former.settings
+            holder = Holder(state, former.holder)
+            if state.died[1] or holder.fork(settings):
+                return _serve(former, holder)
+            state.find_free()  # this is another process: the one that its holder forked
+    except StateError as error:
         print(f"unionfs: the state of a dead daemon cannot be used: {error}", file=sys.stderr)
         return 2
+    except BaseException:
+        log.exception("the daemon failed")
+        return 1
+
+
+def _serve(former: FormerDaemon, holder: Holder) -> int:
     settings = former.settings
     with RuntimeDirectory(former.entry.directory) as directory:
         logs.to_host(settings.log_level, directory, settings.mountpoint)
-        deaths, too_often = state.died
+        deaths, too_often = former.state.died
         if too_often:
             log.critical("daemon %d died, one too many within a minute: %s", former.entry.pid, GIVEN_UP)
             return 1
         log.warning("daemon %d ended (deaths: %d); this one takes over", former.entry.pid, deaths)
-        service = Service(settings, directory, lambda: None, None, foreground=False, former=former)
+        service = Service(
+            settings, directory, lambda: None, None, foreground=False, holder=holder, former=former
+        )
         return 0 if service.run() else 1
 
 
-if __name__ == "__main__":
-    code = 1
+def main(word: str) -> int:
+    """Run the command; returns its exit code."""
+    if word == "--version":
+        print(VERSION)
+        return 0
     try:
-        if sys.argv[1] == "--version":
-            print(VERSION)
-            code = 0
-        else:
-            code = main(int(sys.argv[1]))
-    except BaseException:
-        log.exception("the daemon failed")
+        state = State(int(word))
+    except (StateError, OSError) as error:
+        print(f"unionfs: the state of a dead daemon cannot be used: {error}", file=sys.stderr)
+        return 2
+    return take_over(state)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1])
     logging.shutdown()
     sys.stdout.flush()
     os._exit(code)

@@ -30,7 +30,8 @@ class Making(Changing):
         union = self._union
         assert node.place is not None
         place = self.writable(parent)
-        with self._directories(node.place, place) as (source, dir_fd):
+        # The directory of an object without a known name may be gone.
+        with self._directories(place if node.held >= 0 else node.place, place) as (source, dir_fd):
             self.replace_named(place, dir_fd, name)
             union.origins.moves(node, place, dir_fd)
             try:

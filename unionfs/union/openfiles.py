@@ -134,11 +134,11 @@ class OpenFiles:
         self._defers = True
 
     def take_back_later(self, node: Node, file: OpenFile) -> None:
-        """Like :meth:`take_back`, but after the answer to the request if the session defers."""
-        if self._defers:
-            self.deferred.append((node, file))
-        else:
-            self.take_back(node, file)
+        """Like :meth:`take_back`, but after the answer to the request if the session defers. An error of
+        close(2) is logged: what the request did is done."""
+        self.deferred.append((node, file))
+        if not self._defers:
+            self.close_deferred()
 
     def close_deferred(self) -> None:
         """Take back the deferred files."""

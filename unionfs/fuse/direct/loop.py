@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import mmap
 import struct
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
@@ -74,6 +75,7 @@ class Loop:
         self._device = device
         self._channel = channel
         self._union = union
+        self._new = new_buffer if union.state is None else _present_buffer
         self._files = union.files
         self._files.defer()
         self._requests = requests
@@ -112,7 +114,7 @@ class Loop:
             released.set()
 
     def _new_buffer(self) -> None:
-        self._buffer = new_buffer(self._size)
+        self._buffer = self._new(self._size)
         self._view = memoryview(self._buffer)
         self._channel.read_into(self._buffer)
 
@@ -284,6 +286,14 @@ class Loop:
         running = self._running.get(unique)
         if running is not None and is_being_killed(running[1]):
             running[0].cancel()
+
+
+def _present_buffer(size: int) -> mmap.mmap:
+    """A buffer for requests of a mount that outlives its daemon. All its pages are there: a process that is
+    being killed gets no more, and the request that it was just reading fails with EIO (fs/fuse/dev.c,
+    fuse_dev_do_read; mm/gup.c, __get_user_pages). It is shared memory, of which neither fork(2) nor
+    `core.samepages` exchanges pages."""
+    return mmap.mmap(-1, size, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
 
 
 def _ask_again(ids: list[int]) -> list[Reply]:
