@@ -48,12 +48,12 @@ def chromium() -> Iterator[Browser]:
 
 @contextmanager
 def page_of(browser: Browser, **look: Any) -> Iterator[Page]:
-    """A page in a context of its own. Nothing may be written to its console: no error, no refused content."""
+    """A page in a context of its own. Its console stays empty: no error, no refused content."""
     context = browser.new_context(**look)
     context.set_default_timeout(SECONDS)
     page = context.new_page()
     told: list[str] = []
-    page.on("console", lambda message: told.append(message.text))
+    page.on("console", lambda message: told.append(f"{message.text} {message.location}"))
     page.on("pageerror", lambda error: told.append(str(error)))
     page.on("dialog", lambda dialog: (told.append(dialog.message), dialog.dismiss()))
     yield page

@@ -104,7 +104,7 @@ def _span(series: Sequence[Series]) -> tuple[float, float]:
 def _top(most: float, unit: str) -> float:
     """Return a round number that is at least `most`: the end of the scale."""
     if most < _LEAST:
-        return 1.0 if unit != "seconds" else 1e-3
+        return {"bytes": 1024.0, "count": 2.0, "seconds": 1e-3}.get(unit, 1.0)
     if unit == "bytes":
         return float(2 ** math.ceil(math.log2(max(most, 2))))
     if unit == "count":
