@@ -14,6 +14,7 @@ pytest.importorskip("hypercorn", reason="the extra `web` is not installed")
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unionfs.web.facts import text_of
 from unionfs.web.history import KEPT, SAMPLES, History, Point
 from unionfs.web.plots import UNITS, Series, plot, sparkline
 
@@ -72,6 +73,14 @@ def sample(at: float, **requests: float | None) -> dict[str, Any]:
         for name, value in requests.items()
     ]
     return {"at": at, "mounts": mounts, "dead": []}
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("plain <b>", "plain <b>"), (b"\xffa", "\\xffa"), ("\udcffa", "\\xffa"), ("\ud800", "\\ud800"),
+    ("a\nb", "a\\nb"), ("\u202e", "\\u202e"), ("", ""),
+])  # fmt: skip
+def test_names_as_text(name: bytes | str, text: str) -> None:
+    assert text_of(name) == text
 
 
 def test_history() -> None:

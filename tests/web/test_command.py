@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.mount.cli_calls import call, gone, refused, unionfs, wait_for
+from tests.mount.cli_calls import REPOSITORY, call, gone, refused, unionfs, wait_for
 from tests.support.patience import patient
-from tests.web.browsing import Server, client
+from tests.web.browsing import WEB, Server, client
 
 
 @pytest.mark.parametrize(("words", "parts"), [
@@ -38,6 +39,17 @@ def test_bad_input(words: list[str], parts: list[str]) -> None:
 def test_a_port_in_use(server: Server, tmp_path: Path) -> None:
     port = str(httpx.URL(server.base).port)
     refused(unionfs("web", "--port", port, "--root", tmp_path), port, "in use", "--port")
+
+
+def test_an_address_that_cannot_be_printed(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*WEB, "--port", "0", "--root", str(tmp_path)], stdout=full, stderr=subprocess.PIPE, text=True,
+            cwd="/", env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("unionfs: no space left on device")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("missing", ["hypercorn", "starlette", "jinja2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import ExitStack
 from functools import partial
@@ -9,7 +10,7 @@ from functools import partial
 import click
 
 from unionfs.cli.volume.common import root_option, tell
-from unionfs.errors import UserError
+from unionfs.errors import UserError, quoted
 
 
 @click.command(
@@ -63,7 +64,8 @@ def web(address: str, port: int, path: str | None, seconds: float, root: str | N
     with ExitStack() as stack:
         if path is not None:
             listener = stack.enter_context(own_socket(path))
-            tell(f"serves at the socket {path}; for a browser: ssh -N -L 8484:{path} HOST")
+            path = os.path.abspath(path)
+            tell(f"serves at the socket {quoted(path)}; for a browser: ssh -N -L 8484:{path} HOST")
             url = "http://localhost:8484"
         else:
             listener = listen(address, port)

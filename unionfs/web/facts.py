@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -19,16 +18,12 @@ from unionfs.storage.backup import backed_up
 from unionfs.storage.measuring import uses as volume_uses
 from unionfs.storage.volumes import Volumes
 
-Tell = Callable[[str], object]
-
-
-class GoneError(UserError):
-    """There is no such mount any more."""
-
 
 def text_of(name: bytes | str) -> str:
     """Return a file name as text: bytes that are not UTF-8 and what cannot be printed are escaped."""
-    return printable(os.fsencode(name).decode("utf-8", "backslashreplace"))
+    with suppress(UnicodeEncodeError):  # a text that is no file name
+        name = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return printable(str(name))
 
 
 def settings_of(name: str) -> dict[str, Any]:

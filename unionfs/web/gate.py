@@ -45,13 +45,13 @@ _HEADERS: Final = (
 class Gate:
     """The ASGI application around another: answers those who may not see it."""
 
-    def __init__(self, app: App, templates: Environment, path: str) -> None:
-        """`path`: below which the application is; see `secret_path`."""
+    def __init__(self, app: App, templates: Environment, path: str, token: str) -> None:
+        """`path`: below which the application is. Nobody may guess it or the token: see `secret`."""
         self._app = app
         self._templates = templates
         self._path = path
-        self._cookie = secrets.token_urlsafe(32)
-        self.token = secrets.token_urlsafe(32)
+        self._cookie = secret()
+        self._token = token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -70,21 +70,21 @@ class Gate:
         headers: Iterable[tuple[bytes, bytes]] = scope["headers"]
         hosts = [value for name, value in headers if name == b"host"]
         if len(hosts) != 1 or not _is_address(hosts[0]):
-            await self._refuse(sending, 421, "misdirected.html")
+            await self._reply(sending, 421, "misdirected.html")
         elif scope["method"] not in ("GET", "HEAD"):
-            await self._refuse(sending, 405, "unchanging.html", (b"allow", b"GET, HEAD"))
+            await self._reply(sending, 405, "unchanging.html", (b"allow", b"GET, HEAD"))
         elif scope["path"] == "/" and self._has_token(scope["query_string"]):
             cookie = f"{_COOKIE}={self._cookie}; Path={self._path}; HttpOnly; SameSite=Strict"
             # A page and no redirect: after a link on another site, that would come without the cookie.
-            await self._refuse(sending, 200, "opened.html", (b"set-cookie", cookie.encode()))
+            await self._reply(sending, 200, "opened.html", (b"set-cookie", cookie.encode()))
         elif f"{scope['path']}/".startswith(f"{self._path}/") and self._has_cookie(headers):
             await self._app(scope, receive, sending)
         else:
-            await self._refuse(sending, 403, "closed.html")
+            await self._reply(sending, 403, "closed.html")
 
     def _has_token(self, query: bytes) -> bool:
         given = parse_qs(query.decode("latin-1"), encoding="latin-1").get("token", [])
-        return len(given) == 1 and secrets.compare_digest(given[0].encode("latin-1"), self.token.encode())
+        return len(given) == 1 and secrets.compare_digest(given[0].encode("latin-1"), self._token)
 
     def _has_cookie(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
         # Not by http.cookies: it takes none if another server of this host has set one that it cannot parse.
@@ -92,7 +92,7 @@ class Gate:
         wanted = f"{_COOKIE}={self._cookie}".encode()
         return any(secrets.compare_digest(pair, wanted) for pair in given)
 
-    async def _refuse(
+    async def _reply(
         self, send: Send, status: int, template: str, *headers: tuple[bytes, bytes]
     ) -> None:
         """Answer with a page that says why, or with the one that leads to the others."""
@@ -103,9 +103,9 @@ class Gate:
         await send({"type": "http.response.body", "body": body})
 
 
-def secret_path() -> str:
-    """Return a path that nobody can guess."""
-    return f"/{secrets.token_urlsafe(16)}"
+def secret() -> str:
+    """Return a word for a URL that nobody can guess: 256 bits."""
+    return secrets.token_urlsafe(32)
 
 
 def _is_address(host: bytes) -> bool:

@@ -18,7 +18,7 @@ from hypercorn.trio import serve as serve_app
 from hypercorn.typing import ASGIFramework
 
 from unionfs.web.children import Children, start_child
-from unionfs.web.gate import Gate, secret_path
+from unionfs.web.gate import Gate, secret
 from unionfs.web.history import History
 from unionfs.web.pages import Pages, templates
 from unionfs.web.sampling import sample_forever
@@ -27,14 +27,14 @@ _MOST_BYTES: Final = 64 << 20
 _LAST_SECONDS: Final = 2.0
 
 
-def serve(listener: socket.socket, root: str, seconds: float, ready: Callable[[str], object]) -> None:
-    """Serve until SIGTERM or SIGINT. Calls `ready` with the path that has the token when it serves.
+def serve(listener: socket.socket, root: str, seconds: float, announce: Callable[[str], object]) -> None:
+    """Serve until SIGTERM or SIGINT. Calls `announce` first, with the path that has the token.
 
     `root` is the storage root; the mounts are looked at every `seconds`. Raises OSError.
     """
     sampler, reader = start_child(partial(sample_forever, seconds))
     try:
-        trio.run(_serve, listener, root, seconds, ready, reader)
+        trio.run(_serve, listener, root, seconds, announce, reader)
     finally:
         with suppress(ProcessLookupError):
             os.kill(sampler, signal.SIGKILL)
@@ -42,20 +42,17 @@ def serve(listener: socket.socket, root: str, seconds: float, ready: Callable[[s
 
 
 async def _serve(
-    listener: socket.socket, root: str, seconds: float, ready: Callable[[str], object], reader: int
+    listener: socket.socket, root: str, seconds: float, announce: Callable[[str], object], reader: int
 ) -> None:
-    history = History()
+    history, token = History(), secret()
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        announce(f"/?token={token}")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_collect, history, reader)
-            pages = Pages(history, Children(nursery), root, secret_path(), seconds)
-            gate = Gate(pages.app, templates(), pages.path)
+            pages = Pages(history, Children(nursery), root, f"/{secret()}", seconds)
+            gate = Gate(pages.app, templates(), pages.path, token)
             app, end = cast(ASGIFramework, gate), partial(_first, signals)
-            async with trio.open_nursery() as serving:
-                await serving.start(
-                    partial(serve_app, app, _configuration(listener), shutdown_trigger=end, mode="asgi")
-                )
-                ready(f"/?token={gate.token}")
+            await serve_app(app, _configuration(listener), shutdown_trigger=end, mode="asgi")
             nursery.cancel_scope.cancel()
 
 
