@@ -14,7 +14,7 @@ import unionfs
 ROOT = Path(unionfs.__file__).parent
 # Each room may import from itself and from those after it.
 ROOMS = (
-    "cli", "plugin", "branches", "containers", "images", "daemon", "storage", "fuse", "union",
+    "cli", "web", "plugin", "branches", "containers", "images", "daemon", "storage", "fuse", "union",
     "settings", "sys", "errors", "core",
 )  # fmt: skip
 LONGEST_MODULE = 450

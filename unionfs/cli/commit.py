@@ -8,9 +8,10 @@ import os
 import click
 
 from unionfs.cli.completing import complete_mountpoints
-from unionfs.cli.finding import find_mount, upper_in_memory
+from unionfs.cli.finding import find_mount
 from unionfs.cli.rules import complete_images, tell
 from unionfs.cli.volume.common import root_option
+from unionfs.daemon.differences import upper_in_memory
 from unionfs.errors import UserError, quoted
 
 

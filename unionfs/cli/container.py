@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -13,10 +11,11 @@ import click
 from unionfs.cli.completing import complete_containers
 from unionfs.cli.lazy import LazyGroup
 from unionfs.cli.listing import list_options, print_json, print_list
-from unionfs.cli.run import complain, for_each, moment
+from unionfs.cli.run import complain, for_each
 from unionfs.cli.volume.common import root_option
 from unionfs.errors import UserError
 from unionfs.settings.filters import parse_filters
+from unionfs.settings.words import moment
 
 if TYPE_CHECKING:
     from unionfs.containers.store import Container
@@ -81,7 +80,7 @@ def ps(
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.containers.state import every as of_root
-    from unionfs.containers.state import facts
+    from unionfs.containers.state import facts, shown_fields
     from unionfs.storage.root import storage_root
 
     wanted = parse_filters(filters, _KEYS)
@@ -93,38 +92,10 @@ def ps(
             one["since"], one["ended"] = (t and moment(t) for t in (one["since"], one["ended"]))
         print_json(found)
         return
-    rows = [_fields(one) for one in found]
+    rows = [shown_fields(one) for one in found]
     shown = ("Names", "Image", "Command", "CreatedAt", "Status", "Ports")
     table = [_FIELDS[name] for name in shown], [[row[name] for name in shown] for row in rows]
     print_list(rows, table, _FIELDS, template, names=[one["name"] for one in found] if quiet else None)
-
-
-def _fields(one: Mapping[str, Any]) -> dict[str, str]:
-    """Return docker's fields."""
-    status = {"created": "Created", "dead": "Dead", "exited": f"Exited ({one['code']})",
-              "restarting": f"Restarting ({one['code']})"}.get(one["state"])  # fmt: skip
-    if status is None:
-        status = f"Up {_duration(time.time() - one['since'])}"
-    elif one["ended"] is not None:
-        status += f" {_duration(time.time() - one['ended'])} ago"
-    return {
-        "Names": one["name"],
-        "ID": one["name"],
-        "Image": one["image"][:12] if one["image"] else (one["lowers"] or ["-"])[0],
-        "Command": shlex.join(one["command"])[:40] or "-",
-        "CreatedAt": moment(one["since"])[:19].replace("T", " ") if one["since"] else "-",
-        "Status": status,
-        "State": one["state"],
-        "Ports": ", ".join(one["ports"]),
-    }
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        if seconds >= size:
-            count = int(seconds // size)
-            return f"{count} {unit}{'s' if count > 1 else ''}"
-    return f"{max(int(seconds), 0)} seconds"
 
 
 @click.command(epilog="Example: unionfs logs -f web")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import click
 
 from unionfs.cli.completing import complete_mountpoints
-from unionfs.cli.finding import find_mount, upper_in_memory
+from unionfs.cli.finding import find_mount
 from unionfs.cli.listing import print_json
 from unionfs.cli.run import on_terminal
 from unionfs.cli.terminal import shell_word
+from unionfs.daemon.differences import changes_of
 from unionfs.daemon.live import LiveMount, find_by_device
 from unionfs.daemon.others import runtime_parent
 from unionfs.daemon.preflight import check_directory, check_lower
@@ -57,22 +58,13 @@ def diff(
         check_lower(lower)
     # As in an ordinary user's own mount.
     follows = True if os.geteuid() != 0 else None
-    return _print(upper, lowers, userxattr or not may_use_trusted_xattrs(), follows, as_json)
+    plain = userxattr or not may_use_trusted_xattrs()
+    prefix = b"user.overlay." if plain else b"trusted.overlay."
+    return _print(changes(upper, lowers, prefix, follows_redirects=follows), as_json)
 
 
 def _of_mount(mount: LiveMount, as_json: bool) -> int:
-    settings = mount.settings
-    upper = settings.upper
-    if settings.upper_tmpfs is not None:
-        upper = upper_in_memory(mount)
-    if upper is None:
-        if as_json:
-            print_json([])
-        return 0
-    # None, the default of layers in trusted.* xattrs, is only known to the daemon; redirects are then read.
-    redirects = settings.features.redirect_dir
-    follows = redirects in ("on", "follow") if settings.userxattr else redirects != "nofollow"
-    return _print(upper, settings.lowers, settings.userxattr, follows, as_json)
+    return _print(changes_of(mount), as_json)
 
 
 def _of_other(mount: LiveMount, uid: int, as_json: bool) -> int:
@@ -91,11 +83,7 @@ def _of_other(mount: LiveMount, uid: int, as_json: bool) -> int:
     return 0
 
 
-def _print(
-    upper: str, lowers: Sequence[str], userxattr: bool, follows: bool | None, as_json: bool
-) -> int:
-    prefix = b"user.overlay." if userxattr else b"trusted.overlay."
-    found = changes(upper, lowers, prefix, follows_redirects=follows)
+def _print(found: Iterable[tuple[str, bytes]], as_json: bool) -> int:
     if as_json:
         print_json([{"change": letter, "path": os.fsdecode(name)} for letter, name in found])
         return 0

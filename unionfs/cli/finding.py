@@ -39,18 +39,6 @@ def find_mount(mountpoint: str) -> LiveMount:
     return found
 
 
-def upper_in_memory(mount: LiveMount) -> str:
-    """Return a path to an upper in memory, through its daemon's fd. Raises UserError."""
-    answer = mount.ask()
-    number = None if answer is None else answer.get("upper_fd")
-    if not isinstance(number, int):
-        raise UserError(
-            f"the daemon of {quoted(mount.settings.mountpoint)} (pid {mount.pid}) does not answer, and "
-            "only it can reach an upper in memory; try again later."
-        )
-    return f"/proc/{mount.pid}/fd/{number}"
-
-
 def _why_not(path: str, mounted: MountEntry | None) -> str:
     """Return cause and cure, as the end of a sentence, for what is not an active mount of this user."""
     if mounted is not None and mounted.fstype == FSTYPE:

@@ -10,9 +10,10 @@ import click
 from unionfs.cli.lazy import LazyGroup
 from unionfs.cli.progress import progress_option, shown_progress
 from unionfs.cli.rules import complete_images, rules_options, tell
-from unionfs.cli.run import for_each, moment, print_table
+from unionfs.cli.run import for_each, print_table
 from unionfs.cli.volume.common import root_option
 from unionfs.settings.sizes import shown_size
+from unionfs.settings.words import moment
 
 if TYPE_CHECKING:
     from unionfs.images.rules import Rules

@@ -25,6 +25,7 @@ _COMMANDS = {
     "inspect": ("unionfs.cli.mounts:inspect", "Show a mount's settings and figures."),
     "stats": ("unionfs.cli.stats:stats", "Show a mount's activity: requests, latency, bytes."),
     "top": ("unionfs.cli.top:top", "Show the activity of all mounts."),
+    "web": ("unionfs.cli.web:web", "Show mounts, volumes and containers in a browser."),
     "diff": ("unionfs.cli.diff:diff", "Show what a union's upper changes."),
     "check": ("unionfs.cli.check:check", "Examine an upper that is not mounted."),
     "convert": ("unionfs.cli.convert:convert", "Rewrite an upper's markers for other programs."),

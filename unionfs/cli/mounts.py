@@ -12,13 +12,15 @@ import click
 from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount
 from unionfs.cli.listing import list_options, print_json, print_list
-from unionfs.cli.run import moment, print_table
+from unionfs.cli.run import print_table
 from unionfs.daemon.dead import dead_mounts, dead_mounts_of_others
+from unionfs.daemon.described import io_reasons, setting_rows, shown
 from unionfs.daemon.detached import Detached, detached_mounts
 from unionfs.daemon.live import LiveMount, live_mounts
 from unionfs.daemon.others import mounts_of_others
 from unionfs.errors import quoted
 from unionfs.settings.filters import parse_filters
+from unionfs.settings.words import moment
 from unionfs.sys.mountinfo import MountEntry
 
 _KEYS = ("mountpoint", "state", "session", "layer")
@@ -117,11 +119,10 @@ def inspect(mountpoint: str, as_json: bool) -> None:
     if as_json:
         print_json(whole)
         return
-    rows = [(name, _shown(value)) for name, value in whole["settings"].items() if name != "storage"]
-    rows += [("storage", _shown_storage(spec)) for spec in whole["settings"]["storage"]]
-    rows += [(name, _shown(whole[name])) for name in ("pid", "device", "since", "log")]
+    rows = setting_rows(whole["settings"])
+    rows += [(name, shown(whole[name])) for name in ("pid", "device", "since", "log")]
     print_table(("SETTING", "VALUE"), rows)
-    for reason in _reasons(whole["io"]):
+    for reason in io_reasons(whole["io"]):
         print(reason)
     if whole["figures"] is None:
         print("\nThe daemon does not answer; its figures are unknown.")
@@ -130,20 +131,10 @@ def inspect(mountpoint: str, as_json: bool) -> None:
     counts = []
     for name, value in whole["figures"].items():
         if isinstance(value, dict):
-            counts += [(_shown(f"{name}.{kind}"), _shown(count)) for kind, count in value.items()]
+            counts += [(shown(f"{name}.{kind}"), shown(count)) for kind, count in value.items()]
         else:
-            counts.append((_shown(name), _shown(value)))
+            counts.append((shown(name), shown(value)))
     print_table(("FIGURE", "VALUE"), counts)
-
-
-def _reasons(io: object) -> list[str]:
-    """Return sentences: why this I/O mode, why not the others, and what the kernel lacks."""
-    if not isinstance(io, dict):
-        return []
-    more = [values for name in ("why_not", "missing") if isinstance(values := io.get(name), dict)]
-    sentences = [io.get("why"), *(sentence for values in more for sentence in values.values())]
-    found = [str(sentence) for sentence in sentences if sentence]
-    return ["", *found] if found else []
 
 
 def _layers(mount: LiveMount) -> list[str]:
@@ -173,26 +164,3 @@ def _unknown(mount: MountEntry, state: str | None, entry: LiveMount | None = Non
     names = ("state", "pid", "layers", "session", "since")
     rest = {**dict.fromkeys(names), "held_by": []} if entry is None else _summary(entry)
     return {"mountpoint": mount.mountpoint, **rest, "state": state, "pid": None}
-
-
-def _shown_storage(spec: dict[str, Any]) -> str:
-    what = {"volume": "name", "bind": "path"}.get(spec["type"])
-    source = spec["type"] if what is None else f"{spec['type']} {quoted(spec[what])}"
-    return f"{source} at {quoted(spec['target'])}{' (read-only)' if spec['read_only'] else ''}"
-
-
-def _shown(value: object) -> str:
-    match value:
-        case None:
-            return "-"
-        case bool():
-            return "yes" if value else "no"
-        case list() | tuple():
-            return ", ".join(_shown(item) for item in value) or "-"
-        case dict():
-            given = {name: item for name, item in value.items() if item not in (None, (), [])}
-            return ", ".join(f"{name}={item}" for name, item in given.items()) or "yes"
-        case str():
-            return quoted(value) if value else "-"
-        case _:
-            return str(value)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from unionfs.cli.terminal import printable
 from unionfs.settings.sizes import shown_size
+from unionfs.settings.words import printable
 from unionfs.storage.archive.progress import Progress
 
 if TYPE_CHECKING:

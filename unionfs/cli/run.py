@@ -6,13 +6,12 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from datetime import datetime
 from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from unionfs.cli.terminal import printable
 from unionfs.errors import UserError, path_in, quoted, reason
+from unionfs.settings.words import printable
 from unionfs.sys.manager import journal_prefix
 from unionfs.sys.process import open_standard_files
 
@@ -110,11 +109,6 @@ def _usage(error: click.ClickException, program: str) -> str:
     path = program if context is None else context.command_path
     text = " ".join(error.format_message().split()).rstrip(".")
     return f"{text[:1].lower()}{text[1:]}; see `{path} --help`."
-
-
-def moment(seconds: float, timespec: str = "seconds") -> str:
-    """Format seconds since the epoch as ISO 8601 with the local offset."""
-    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec=timespec)
 
 
 def on_terminal() -> bool:

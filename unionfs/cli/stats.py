@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount
-from unionfs.cli.run import complain, moment, on_terminal, print_table, terminal_table
+from unionfs.cli.run import complain, on_terminal, print_table, terminal_table
 from unionfs.daemon.exposition import SCRAPE_SECONDS, exposition
 from unionfs.daemon.live import LiveMount
-from unionfs.daemon.stats import COUNTERS, Kind, MountGoneError, NoAnswerError, Snapshot, Span, snapshot
-from unionfs.errors import quoted
+from unionfs.daemon.stats import MountGoneError, NoAnswerError, Snapshot, Span, snapshot
+from unionfs.daemon.stats_tables import tables
+from unionfs.settings.words import moment
 
-_Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 # The daemon measures this much longer than the span, in case this process is delayed.
 _SPARE_SECONDS = 5.0
 
@@ -160,78 +160,3 @@ def _json(mount: LiveMount, span: Span) -> dict[str, Any]:
         "time": moment(time.time(), "milliseconds"),
         **span.to_json(),
     }
-
-
-def tables(mount: LiveMount, span: Span) -> list[_Table]:
-    # Most frequent first: a small terminal shows only the beginning.
-    kinds = sorted(
-        span.kinds().items(), key=lambda item: (-(item[1].per_second or 0), -item[1].total, item[0])
-    )
-    requests = [_row(name, kind) for name, kind in [("all", span.all_kinds()), *kinds]]
-    counters = [
-        (COUNTERS[name], _amount(name, total), "-" if rate is None else _amount(name, rate, rate=True))
-        for name, (total, rate) in span.counters().items()
-    ]
-    states = [
-        ("mountpoint", quoted(mount.settings.mountpoint)),
-        ("daemon", f"pid {mount.pid}, session {span.now.session}, io {span.now.io}"),
-        *_states(span.states()),
-    ]
-    return [
-        (("REQUEST", "REQUESTS", "PER SECOND", "P50", "P99"), requests),
-        (("COUNTER", "TOTAL", "PER SECOND"), counters),
-        (("STATE", "NOW"), states),
-    ]
-
-
-def _row(name: str, kind: Kind) -> tuple[str, ...]:
-    rate = "-" if kind.per_second is None else f"{kind.per_second:.1f}"
-    return name, str(kind.total), rate, *(shown_duration(kind.latency.quantile(part)) for part in (0.5, 0.99))
-
-
-def shown_duration(ns: float | None) -> str:
-    """Format a duration with three digits, the accuracy of the measurement."""
-    if ns is None:
-        return "-"
-    for unit, size in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
-        if ns >= size:
-            value = ns / size
-            return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {unit}"
-    return f"{ns:.0f} ns"
-
-
-def shown_bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
-def _amount(name: str, value: float, *, rate: bool = False) -> str:
-    if name.endswith("bytes"):
-        return shown_bytes(value)
-    if name.endswith("seconds"):
-        return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.1f} s"
-    return f"{value:.1f}" if rate else f"{value:.0f}"
-
-
-def _states(states: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = []
-    for name, value in states.items():
-        if isinstance(value, dict):
-            shown = ", ".join(f"{_words(key)} {_state(key, item)}" for key, item in value.items())
-        else:
-            shown = _state(name, value)
-        rows.append((_words(name), shown))
-    return rows
-
-
-def _words(name: str) -> str:
-    return name.removesuffix("_bytes").replace("_", " ")
-
-
-def _state(name: str, value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return shown_bytes(value) if name.endswith("bytes") and isinstance(value, int | float) else str(value)

@@ -7,18 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from unionfs.settings.words import printable
+
 _PLAIN_WORD = re.compile(r"[\w@%+=:,./-]+")
 _ESCAPES = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
-
-
-def printable(text: str, keep: str = "") -> str:
-    """Return the text with unprintable characters escaped, except those in `keep`."""
-    if text.isprintable():
-        return text
-    return "".join(
-        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode()
-        for char in text
-    )
 
 
 def all_printable(value: Any) -> Any:

@@ -17,9 +17,10 @@ from typing import Any, Final
 import click
 
 from unionfs.cli.run import on_terminal, print_table, terminal_table
-from unionfs.cli.stats import shown_bytes, shown_duration, tables
 from unionfs.daemon.overview import Activity, Overview
+from unionfs.daemon.stats_tables import tables
 from unionfs.errors import quoted
+from unionfs.settings.words import shown_bytes, shown_duration
 
 _SPARE_SECONDS: Final = 5.0
 _SORTS: Final = {

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import select
+import shlex
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from unionfs.containers.store import Container, names
 from unionfs.errors import UserError, on_failure, quoted
+from unionfs.settings.words import moment
 from unionfs.storage import jsonfiles
 from unionfs.sys.fds import Owned
 from unionfs.sys.process import is_alive, wait_gone
@@ -219,3 +221,31 @@ def facts(container: Container, state: State | None) -> dict[str, Any]:
         "since": None if state is None else state.since,
         "ended": None if state is None else state.ended,
     }
+
+
+def shown_fields(one: Mapping[str, Any]) -> dict[str, str]:
+    """Return docker's fields of `facts`, as words."""
+    status = {"created": "Created", "dead": "Dead", "exited": f"Exited ({one['code']})",
+              "restarting": f"Restarting ({one['code']})"}.get(one["state"])  # fmt: skip
+    if status is None:
+        status = f"Up {_duration(time.time() - one['since'])}"
+    elif one["ended"] is not None:
+        status += f" {_duration(time.time() - one['ended'])} ago"
+    return {
+        "Names": one["name"],
+        "ID": one["name"],
+        "Image": one["image"][:12] if one["image"] else (one["lowers"] or ["-"])[0],
+        "Command": shlex.join(one["command"])[:40] or "-",
+        "CreatedAt": moment(one["since"])[:19].replace("T", " ") if one["since"] else "-",
+        "Status": status,
+        "State": one["state"],
+        "Ports": ", ".join(one["ports"]),
+    }
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= size:
+            count = int(seconds // size)
+            return f"{count} {unit}{'s' if count > 1 else ''}"
+    return f"{max(int(seconds), 0)} seconds"

@@ -257,6 +257,14 @@ def keep_manifest(volume: Volume, copy: Callable[[IO[bytes]], None]) -> None:
     os.replace(f"{path}.new", path)
 
 
+def backed_up(volume: Volume) -> float | None:
+    """Return when the volume was last backed up or restored (seconds since the epoch), None if not known."""
+    try:
+        return os.lstat(f"{volume.directory}/{MANIFEST}").st_mtime
+    except OSError:
+        return None
+
+
 # -- verify ------------------------------------------------------------------------------------------------
 
 

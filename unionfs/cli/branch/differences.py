@@ -10,8 +10,9 @@ import click
 
 from unionfs.cli.branch.common import complete_branches, json_option, print_json, root_option
 from unionfs.cli.run import on_terminal
-from unionfs.cli.terminal import printable, shell_word
+from unionfs.cli.terminal import shell_word
 from unionfs.settings.sizes import shown_size
+from unionfs.settings.words import printable
 from unionfs.sys.calls import syncfs
 from unionfs.sys.fds import directory
 

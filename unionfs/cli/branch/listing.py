@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from unionfs.cli.branch.common import json_option, print_json, root_option
-from unionfs.cli.run import complain, moment, print_table
+from unionfs.cli.run import complain, print_table
 from unionfs.cli.terminal import shell_word
-from unionfs.errors import UserError, quoted
+from unionfs.errors import quoted
+from unionfs.settings.words import moment
 
 
 @click.command(epilog="Example: unionfs branch ls --json")
@@ -21,34 +22,21 @@ def ls(root: str | None, as_json: bool) -> int:
     `try` and its exit code.
     """
     # For start-up time: --help and completion do not need it.
-    from unionfs.branches.mounts import mount_of
-    from unionfs.branches.store import Store
+    from unionfs.branches.listed import listed
 
-    code, found = 0, []
-    for branch in Store(root).branches():
-        try:
-            record = branch.record()
-        except UserError as error:
-            code = complain("unionfs", str(error))
-            continue
-        entry = mount_of(branch)
-        values: dict[str, Any] = {
-            "name": branch.name, "base": record.base, "parent": record.parent, "uid": record.uid,
-            "created": moment(record.created / 1e9), "upper": branch.upper,
-            "mountpoint": None if entry is None else entry.settings.mountpoint,
-            "command": list(record.command) or None, "exit_code": record.exit_code,
-            "ended": None if record.ended is None else moment(record.ended / 1e9),
-        }  # fmt: skip
-        found.append(values)
-    parents = {values["parent"] for values in found}
+    sentences: list[str] = []
+    found = listed(root, sentences.append)
+    for sentence in sentences:
+        complain("unionfs", sentence)
     for values in found:
-        values["frozen"] = values["name"] in parents
+        values["created"] = moment(values["created"])
+        values["ended"] = None if values["ended"] is None else moment(values["ended"])
     if as_json:
         print_json(found)
     elif found:
         headings = "NAME", "OVER", "MADE", "MOUNTED", "COMMAND", "EXIT"
         print_table(headings, [_row(values) for values in found])
-    return code
+    return 1 if sentences else 0
 
 
 def _row(values: dict[str, Any]) -> tuple[str, ...]:

@@ -11,9 +11,9 @@ import click
 from unionfs.cli.branch.common import json_option, print_json, tell
 from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount
-from unionfs.cli.run import moment
 from unionfs.cli.snapshot.common import complete_snapshots
 from unionfs.errors import quoted
+from unionfs.settings.words import moment
 
 if TYPE_CHECKING:
     from unionfs.daemon.live import LiveMount

@@ -8,9 +8,10 @@ from unionfs.cli.branch.common import json_option, print_json
 from unionfs.cli.branch.differences import rendered, show, values_of
 from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount
-from unionfs.cli.run import moment, print_table
+from unionfs.cli.run import print_table
 from unionfs.cli.snapshot.common import complete_snapshots
 from unionfs.errors import quoted
+from unionfs.settings.words import moment
 
 
 @click.command(epilog="Example: unionfs snapshot ls --json /mnt")

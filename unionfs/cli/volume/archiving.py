@@ -14,11 +14,11 @@ import click
 from unionfs.cli.listing import print_json
 from unionfs.cli.progress import progress_option, shown_progress
 from unionfs.cli.run import complain, on_terminal
-from unionfs.cli.terminal import printable
 from unionfs.cli.volume.common import complete_volumes, open_volumes, root_option, tell
 from unionfs.errors import UserError
 from unionfs.settings.names import is_name
 from unionfs.settings.sizes import shown_size
+from unionfs.settings.words import printable
 
 if TYPE_CHECKING:
     from unionfs.storage.backup import Report

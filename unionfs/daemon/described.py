@@ -1,0 +1,47 @@
+"""The settings of a mount as words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from unionfs.errors import quoted
+
+
+def setting_rows(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return name and value of each setting, from `MountSettings.to_json`."""
+    rows = [(name, shown(value)) for name, value in settings.items() if name != "storage"]
+    return rows + [("storage", _shown_storage(spec)) for spec in settings["storage"]]
+
+
+def io_reasons(io: object) -> list[str]:
+    """Return sentences: why this I/O mode, why not the others, and what the kernel lacks."""
+    if not isinstance(io, dict):
+        return []
+    more = [values for name in ("why_not", "missing") if isinstance(values := io.get(name), dict)]
+    sentences = [io.get("why"), *(sentence for values in more for sentence in values.values())]
+    found = [str(sentence) for sentence in sentences if sentence]
+    return ["", *found] if found else []
+
+
+def _shown_storage(spec: dict[str, Any]) -> str:
+    what = {"volume": "name", "bind": "path"}.get(spec["type"])
+    source = spec["type"] if what is None else f"{spec['type']} {quoted(spec[what])}"
+    return f"{source} at {quoted(spec['target'])}{' (read-only)' if spec['read_only'] else ''}"
+
+
+def shown(value: object) -> str:
+    match value:
+        case None:
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case list() | tuple():
+            return ", ".join(shown(item) for item in value) or "-"
+        case dict():
+            given = {name: item for name, item in value.items() if item not in (None, (), [])}
+            return ", ".join(f"{name}={item}" for name, item in given.items()) or "yes"
+        case str():
+            return quoted(value) if value else "-"
+        case _:
+            return str(value)

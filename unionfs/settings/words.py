@@ -1,0 +1,39 @@
+"""Values as words: sizes, durations, moments, and text that others chose."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Return the text with unprintable characters escaped, except those in `keep`."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+def moment(seconds: float, timespec: str = "seconds") -> str:
+    """Format seconds since the epoch as ISO 8601 with the local offset."""
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec=timespec)
+
+
+def shown_duration(ns: float | None) -> str:
+    """Format a duration with three digits, the accuracy of the measurement."""
+    if ns is None:
+        return "-"
+    for unit, size in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
+        if ns >= size:
+            value = ns / size
+            return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {unit}"
+    return f"{ns:.0f} ns"
+
+
+def shown_bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,1 @@
+"""`unionfs web`: pages that show mounts, volumes, containers and branches, and change nothing."""
