@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import shutil
 import time
 from contextlib import suppress
 
@@ -21,19 +21,24 @@ from unionfs.sys.process import start_time
 _TIMES = 12
 
 
-def rehearse(directory: str) -> None:
-    """Settle and check a mount of empty directories below `directory` a few times; mount nothing.
+def rehearse(place: str) -> None:
+    """Settle and check a mount of empty directories in `place` a few times; mount nothing.
+
+    `place` is made, and removed. No other process has it, but one that was killed may have left it.
 
     Python numbers the types, dictionaries and functions that it has met, and notes the numbers beside the
     code. Without this each daemon would write them into pages of its own, and others than its neighbour
     does that finds another mount.
     """
-    with suppress(OSError, UserError), tempfile.TemporaryDirectory(dir=directory) as place:
-        for name in ("lower", "upper", "work", "merged"):
-            os.mkdir(f"{place}/{name}")
-        for _ in range(_TIMES):
-            _settle_and_check(place)
-            trio.run(trio.lowlevel.checkpoint)
+    try:
+        with suppress(OSError, UserError):
+            for name in ("lower", "upper", "work", "merged"):
+                os.makedirs(f"{place}/{name}", exist_ok=True)
+            for _ in range(_TIMES):
+                _settle_and_check(place)
+                trio.run(trio.lowlevel.checkpoint)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _settle_and_check(place: str) -> None:

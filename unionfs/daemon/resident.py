@@ -50,7 +50,7 @@ def reside(name: str, identity: str, run: Run) -> None:
     # Ignored by the caller of the first launcher, it would hide how processes ended.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     resident = _Resident(name)
-    rehearse(f"/proc/self/fd/{_DIRECTORY}")
+    rehearse(f"/proc/self/fd/{_DIRECTORY}/{name}.rehearsal")
     pages = None
     with suppress(OSError):
         pages = SamePages()
