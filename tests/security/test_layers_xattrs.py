@@ -72,7 +72,7 @@ class TestVolumes:
         done = store("backup", "data", "-o", area / "b.tar")
         assert done.returncode == 0, done.stderr
         for name in ("dir", "dir/file", "empty"):
-            assert f"of {name} its xattr {BROKEN} cannot be read (invalid argument)" in done.stderr
+            assert f"unionfs: {name}: its xattr {BROKEN} cannot be read (invalid argument)" in done.stderr
         assert "other" not in done.stderr
         store.ok("verify", "data")
         store.ok("clone", "data", "copy")

@@ -74,6 +74,7 @@ async def test_an_end_without_an_answer(capfd: pytest.CaptureFixture[str]) -> No
 async def test_those_that_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are killed, and as many as there may be delay, but do not stop, the next ones."""
     monkeypatch.setattr(children, "_SECONDS", 0.2)
+    others = children_of_this()
     async with trio.open_nursery() as nursery:
         asked = Children(nursery)
         pids = []
@@ -88,8 +89,8 @@ async def test_those_that_hang(monkeypatch: pytest.MonkeyPatch) -> None:
             await trio.sleep(0.1)
             pids = children_of_this()
         assert await asked.ask(lambda: 1) == 1
-    assert len(pids) >= children._MOST_CHILDREN
-    assert children_of_this() == []
+    assert len(set(pids) - set(others)) >= children._MOST_CHILDREN
+    assert set(children_of_this()) <= set(others)
 
 
 async def test_places_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
