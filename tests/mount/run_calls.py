@@ -30,6 +30,7 @@ BUSYBOX = next((path for path in ("/bin/busybox", "/usr/bin/busybox") if os.path
 
 
 _Box = TypeVar("_Box", bound="Containers")
+_Life = TypeVar("_Life", bound="Life")
 
 
 class Containers:
@@ -126,6 +127,15 @@ def containers(kind: type[_Box], area: Path) -> Iterator[_Box]:
     found = kind(area)
     with cleaned(area):
         yield found
+
+
+@contextmanager
+def lives(kind: type[_Life], area: Path) -> Iterator[_Life]:
+    """The same for detached ones, which are removed."""
+    with containers(kind, area) as found:
+        yield found
+        for name in found.kept():
+            found.call("rm", "-f", name)
 
 
 @contextmanager

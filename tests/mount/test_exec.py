@@ -12,7 +12,7 @@ import pytest
 
 from tests.mount import cli_calls
 from tests.mount.cli_calls import Done, refused, wait_for
-from tests.mount.run_calls import Life, Terminal, containers
+from tests.mount.run_calls import Life, Terminal, lives
 from tests.support import mounting
 from tests.support.patience import patient
 
@@ -44,10 +44,8 @@ class Execs(Life):
 
 @pytest.fixture
 def box(root: None, area: Path) -> Iterator[Execs]:
-    with containers(Execs, area) as found:
+    with lives(Execs, area) as found:
         yield found
-        for name in found.kept():
-            found.call("rm", "-f", name)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.cli_calls import Done, refused, wait_for
-from tests.mount.run_calls import Life, containers
+from tests.mount.run_calls import Life, lives
 from tests.security.container_calls import PYTHON, prison
 from tests.support.patience import patient
 from unionfs.containers import network
@@ -34,11 +34,9 @@ needs_slirp = pytest.mark.skipif(
 
 @pytest.fixture
 def box(root: None, area: Path) -> Iterator[Life]:
-    with containers(Life, area) as found:
+    with lives(Life, area) as found:
         (found.base / "bin/nc").symlink_to("busybox")
         yield found
-        for name in found.kept():
-            found.call("rm", "-f", name)
 
 
 def free_port() -> int:

@@ -10,15 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.mount.cli_calls import gone, refused, wait_for
-from tests.mount.run_calls import Life, containers
+from tests.mount.run_calls import Life, lives
 
 
 @pytest.fixture
 def box(root: None, area: Path) -> Iterator[Life]:
-    with containers(Life, area) as found:
+    with lives(Life, area) as found:
         yield found
-        for name in found.kept():
-            found.call("rm", "-f", name)
 
 
 def start(box: Life, policy: str, script: str, *options: str) -> None:

@@ -1,4 +1,4 @@
-"""Who may see the pages of `unionfs web`, and what a browser is told about them."""
+"""Who may see the pages of `unionfs web`, and which headers a browser gets with them."""
 
 from __future__ import annotations
 

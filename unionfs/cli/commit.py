@@ -11,7 +11,7 @@ from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount
 from unionfs.cli.rules import complete_images, tell
 from unionfs.cli.volume.common import root_option
-from unionfs.daemon.differences import upper_in_memory
+from unionfs.daemon.differences import follows_redirects, upper_in_memory
 from unionfs.errors import UserError, quoted
 
 
@@ -57,15 +57,13 @@ def commit(
     # Data in the kernel's cache of the mount is not in the upper yet.
     give(mount, "sync", "written to disk", "check the disk of the upper")
     prefix = USER if settings.userxattr else TRUSTED
-    redirects = settings.features.redirect_dir
-    follows = redirects in ("on", "follow") if settings.userxattr else redirects != "nofollow"
     wish = Wish(image, compress=compress, author=author, message=message)
     place = storage_root(root)
     if os.geteuid() != 0:
         override_modes()
     stack = Stack(
         upper, None if settings.features.index == "off" else work, settings.lowers,
-        Markers(prefix, follows_redirects=follows), settings.userxattr,
+        Markers(prefix, follows_redirects=follows_redirects(settings)), settings.userxattr,
     )  # fmt: skip
     done = write(stack, place, wish)
     if as_json:

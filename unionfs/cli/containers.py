@@ -169,8 +169,7 @@ def run(
     from unionfs.containers.store import new_name
 
     environment = {**variables_from_files(env_files), **environment}
-    if tty and not sys.stdin.isatty():
-        raise UserError("-t is given, but standard input is not a terminal; leave -t out.")
+    check_tty(tty)
     wish["own_network"] = net == "none"
     if net is not None and wish["ports"]:
         if net == "none":
@@ -250,6 +249,12 @@ def _start(
             )
         tell(notes)
         return start(whole, report, started)
+
+
+def check_tty(tty: bool) -> None:
+    """Refuse -t without a terminal. Raises UserError."""
+    if tty and not sys.stdin.isatty():
+        raise UserError("-t is given, but standard input is not a terminal; leave -t out.")
 
 
 def variables_from_files(paths: tuple[str, ...]) -> dict[str, str]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
 from unionfs.cli.completing import complete_containers
-from unionfs.cli.containers import CodedCommand, parse_environment, variables_from_files
+from unionfs.cli.containers import CodedCommand, check_tty, parse_environment, variables_from_files
 from unionfs.cli.run import complain
 from unionfs.cli.volume.common import root_option
-from unionfs.errors import UserError
 
 
 @click.command(
@@ -61,12 +58,9 @@ def execute(
     # For start-up time: --help and completion do not need it.
     from unionfs.containers.executing import Wish
     from unionfs.containers.executing import execute as start
-
-    # For start-up time: --help and completion do not need it.
     from unionfs.containers.process import CommandError
 
-    if tty and not sys.stdin.isatty():
-        raise UserError("-t is given, but standard input is not a terminal; leave -t out.")
+    check_tty(tty)
     if command[0] == "--":
         command = command[1:]
     if not command:

@@ -122,8 +122,8 @@ def inspect(mountpoint: str, as_json: bool) -> None:
     rows = setting_rows(whole["settings"])
     rows += [(name, shown(whole[name])) for name in ("pid", "device", "since", "log")]
     print_table(("SETTING", "VALUE"), rows)
-    for reason in io_reasons(whole["io"]):
-        print(reason)
+    if reasons := io_reasons(whole["io"]):
+        print("", *reasons, sep="\n")
     if whole["figures"] is None:
         print("\nThe daemon does not answer; its figures are unknown.")
         return

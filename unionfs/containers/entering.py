@@ -23,12 +23,11 @@ from typing import Any, NoReturn
 
 from unionfs.sys import namespaces
 from unionfs.sys.callfilter import filter_calls
-from unionfs.sys.calls import prctl
+from unionfs.sys.calls import PR_SET_PDEATHSIG, prctl
 from unionfs.sys.capabilities import drop_from_bounding_set, have_only, no_new_privileges
 from unionfs.sys.inheritance import take_limits
 
 # include/uapi/linux/prctl.h
-_PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 _OWN_FAILURE = 125
 _NULL = os.makedev(1, 3)  # Documentation/admin-guide/devices.txt
@@ -130,7 +129,7 @@ def _become(job: dict[str, Any], go: int) -> NoReturn:
     if not os.read(go, 1):
         os._exit(_OWN_FAILURE)  # the caller has ended
     if not job["detached"]:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setsid()
     if job["terminal"] is not None:
         fcntl.ioctl(job["terminal"], termios.TIOCSCTTY, 0)

@@ -26,11 +26,10 @@ from unionfs.containers.inherited import default_signals, inherit_only, join_new
 from unionfs.containers.small_root import enter_small_root, new_namespaces
 from unionfs.containers.terminal import Terminal
 from unionfs.errors import UserError, quoted, reason
-from unionfs.sys.calls import prctl
+from unionfs.sys.calls import PR_SET_PDEATHSIG, prctl
 from unionfs.sys.capabilities import NUMBERS, capability_sets, drop_from_bounding_set, set_capabilities
 
 # linux/prctl.h
-_PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _PR_SET_NO_NEW_PRIVS = 38
 _TERMINAL_SIGNALS = (
@@ -94,7 +93,7 @@ class Launch:
             if os.fork() == 0:
                 self._spawn(writer)
             prctl(_PR_SET_NAME, b"unionfs-session")
-            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             # Keep the slave open, so that the master stays usable while no program in the container has one.
             for fd in range(3):
                 os.dup2(last, fd)

@@ -24,13 +24,12 @@ from typing import Final
 
 from unionfs.errors import UserError, on_failure, quoted
 from unionfs.settings.ports import Port
-from unionfs.sys.calls import prctl
+from unionfs.sys.calls import PR_SET_PDEATHSIG, prctl
 from unionfs.sys.child import run_child
 from unionfs.sys.fds import Owned
 from unionfs.sys.namespaces import enter
 
 _NS_GET_USERNS: Final = 0xB701  # _IO(0xb7, 1), include/uapi/linux/nsfs.h
-_PR_SET_PDEATHSIG: Final = 1
 _FIRST_PORT: Final = "/proc/sys/net/ipv4/ip_unprivileged_port_start"
 _SECONDS: Final = 10.0
 _POLL_SECONDS: Final = 0.01
@@ -203,7 +202,7 @@ def _prepare(owner: int | None) -> None:
     """Let the program run in a user namespace, and end with this process. For its process."""
     if owner is not None:
         enter(owner)
-    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _check_free(port: Port) -> None:

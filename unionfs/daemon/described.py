@@ -20,8 +20,7 @@ def io_reasons(io: object) -> list[str]:
         return []
     more = [values for name in ("why_not", "missing") if isinstance(values := io.get(name), dict)]
     sentences = [io.get("why"), *(sentence for values in more for sentence in values.values())]
-    found = [str(sentence) for sentence in sentences if sentence]
-    return ["", *found] if found else []
+    return [str(sentence) for sentence in sentences if sentence]
 
 
 def _shown_storage(spec: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from unionfs.daemon.live import LiveMount
 from unionfs.errors import UserError, quoted
+from unionfs.settings.mount import MountSettings
 from unionfs.union.diff import diff
 
 
@@ -17,11 +18,15 @@ def changes_of(mount: LiveMount) -> Iterable[tuple[str, bytes]]:
         upper = upper_in_memory(mount)
     if upper is None:
         return ()
+    prefix = b"user.overlay." if settings.userxattr else b"trusted.overlay."
+    return diff(upper, settings.lowers, prefix, follows_redirects=follows_redirects(settings))
+
+
+def follows_redirects(settings: MountSettings) -> bool:
+    """Return whether the redirects in the layers of a mount are to be read."""
     # None, the default of layers in trusted.* xattrs, is only known to the daemon; redirects are then read.
     redirects = settings.features.redirect_dir
-    follows = redirects in ("on", "follow") if settings.userxattr else redirects != "nofollow"
-    prefix = b"user.overlay." if settings.userxattr else b"trusted.overlay."
-    return diff(upper, settings.lowers, prefix, follows_redirects=follows)
+    return redirects in ("on", "follow") if settings.userxattr else redirects != "nofollow"
 
 
 def upper_in_memory(mount: LiveMount) -> str:

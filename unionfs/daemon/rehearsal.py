@@ -14,7 +14,6 @@ from unionfs.daemon.live import LiveMount, claims_of
 from unionfs.daemon.settle import settle
 from unionfs.errors import UserError
 from unionfs.settings.mount import MountSettings
-from unionfs.sys.mountinfo import mounted_at, read_mountinfo
 from unionfs.sys.process import start_time
 
 # Python specialises what has run eight times (Python/specialize.c, of 3.11 and later).
@@ -51,5 +50,3 @@ def _settle_and_check(place: str) -> None:
     entry = LiveMount.from_json(entry.to_json())
     entry.is_alive()
     entry.mounts()
-    mounted_at(settings.mountpoint)
-    read_mountinfo()

@@ -98,6 +98,10 @@ def syscall(number: int, *arguments: Any, path: bytes | None = None) -> int:
     return int(found)
 
 
+PR_SET_PDEATHSIG = 1
+"""An option of `prctl`; include/uapi/linux/prctl.h."""
+
+
 def prctl(option: int, *arguments: int | bytes) -> None:
     if libc.prctl(option, *(*arguments, 0, 0, 0, 0)[:4]) != 0:
         raise fail()

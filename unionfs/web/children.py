@@ -15,9 +15,8 @@ from typing import Any, Final
 import trio
 
 from unionfs.errors import UserError, path_in, quoted, reason
-from unionfs.sys.calls import prctl
+from unionfs.sys.calls import PR_SET_PDEATHSIG, prctl
 
-_PR_SET_PDEATHSIG: Final = 1
 _MOST_CHILDREN: Final = 8
 _MOST_BYTES: Final = 16 << 20
 _MOST_MEMORY: Final = 2 << 30
@@ -44,7 +43,7 @@ def start_child(action: Callable[[int], object]) -> tuple[int, int]:
         return pid, reader
     code = 1
     try:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)

@@ -21,7 +21,7 @@ from unionfs.storage.volumes import Volumes
 
 def text_of(name: bytes | str) -> str:
     """Return a file name as text: bytes that are not UTF-8 and what cannot be printed are escaped."""
-    with suppress(UnicodeEncodeError):  # a text that is no file name
+    with suppress(UnicodeEncodeError):  # a text that is not a file name
         name = os.fsencode(name).decode("utf-8", "backslashreplace")
     return printable(str(name))
 
@@ -31,7 +31,7 @@ def settings_of(name: str) -> dict[str, Any]:
     mount = _mount(name)
     answer = mount.ask()
     reasons = io_reasons(answer.get("io")) if answer is not None else []
-    return {"rows": setting_rows(mount.settings.to_json()), "reasons": [one for one in reasons if one]}
+    return {"rows": setting_rows(mount.settings.to_json()), "reasons": reasons}
 
 
 def changes(name: str, first: int, count: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Who may see the pages: the token, the cookie that it buys, the Host header, and headers for the browser.
+"""Who may see the pages: the token, the cookie set for it, the Host header, and headers for the browser.
 
 Any process on this host can connect to a port, and so can any web site that runs in the user's browser:
 
