@@ -1,0 +1,430 @@
+"""A lower on a FUSE filesystem whose server stops: only those who need it wait, and they can be killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.mount.cli_calls import unionfs
+from tests.support.mounting import Mount, is_mounted, mounted
+from tests.support.patience import patient
+from tests.support.snapshot import take
+from tests.support.worker import REPOSITORY
+
+#: What needs the layer, as the body of a program; `p` is the mount point.
+CALLS = {
+    "look a name up": "os.stat(p + '/no such name')",
+    "list": "os.listdir(p + '/only')",
+    "read": "open(p + '/only/read', 'rb').read()",
+    "chmod": "os.chmod(p + '/only/chmod', 0o600)",
+    "write": "open(p + '/only/write', 'ab').write(b'more')",
+    "remove": "os.unlink(p + '/only/remove')",
+    "make": "open(p + '/only/new', 'xb').close()",
+    "rename": "os.rename(p + '/only/rename', p + '/only/renamed')",
+    "read a link": "os.readlink(p + '/only/link')",
+    "read an xattr": "os.getxattr(p + '/only/xattr', 'user.any')",
+    "count": "os.statvfs(p + '/only/statfs')",
+}
+KILLED = [call for call in CALLS if call != "count"]  # which the topmost layer answers
+
+
+class Server:
+    """The process of a FUSE filesystem that shows a directory."""
+
+    def __init__(self, source: Path, target: Path, seconds: float = 0.0) -> None:
+        self.target = target
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.served", source, target, str(seconds)], cwd=REPOSITORY
+        )
+        deadline = time.monotonic() + patient(20)
+        while not is_mounted(target):
+            assert self.process.poll() is None
+            assert time.monotonic() < deadline, "it is not mounted"
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
+
+    def go_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def end(self) -> None:
+        subprocess.run(["umount", "-l", self.target], check=False)
+        self.process.kill()
+        self.process.wait()
+
+
+class Place:
+    """A union over a served lower and an ordinary one."""
+
+    def __init__(self, area: Path, server: Server, mount: Mount) -> None:
+        self.area, self.server, self.mount, self.top = area, server, mount, mount.mountpoint
+        self.callers: list[subprocess.Popen[bytes]] = []
+
+    def call(self, body: str) -> subprocess.Popen[bytes]:
+        """A process that does something on the mount."""
+        script = f"import os, sys\np = sys.argv[1]\n{body}"
+        caller = subprocess.Popen([sys.executable, "-c", script, self.top], stderr=subprocess.PIPE, cwd="/")
+        self.callers.append(caller)
+        return caller
+
+    def waits(self, caller: subprocess.Popen[bytes]) -> None:
+        """Wait until a process waits for the mount."""
+        deadline = time.monotonic() + patient(20)
+        while time.monotonic() < deadline:
+            assert caller.poll() is None, caller.stderr and caller.stderr.read()
+            where = Path(f"/proc/{caller.pid}/wchan").read_text()
+            state = Path(f"/proc/{caller.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if "request_wait_answer" in where or state == "D":
+                return  # for an answer, or for a lock that is held by one that waits
+            time.sleep(0.01)
+        raise AssertionError(f"it waits for {where!r}")
+
+    def end(self) -> None:
+        for caller in self.callers:
+            caller.kill()
+        self.server.go_on()
+        for caller in self.callers:
+            caller.wait(patient(20))
+            if caller.stderr:
+                caller.stderr.close()
+
+
+def _tree(top: Path) -> None:
+    (top / "only").mkdir(parents=True)
+    (top / "both").mkdir()
+    for name in ("read", "chmod", "write", "remove", "rename", "xattr", "statfs"):
+        (top / "only" / name).write_bytes(name.encode() * 20_000)
+    (top / "only/link").symlink_to("read")
+    os.setxattr(top / "only/xattr", "user.any", b"value")
+    (top / "both/slow").write_text("slow")
+
+
+def _shown(top: Path) -> dict[bytes, tuple[int, int, bytes, dict[str, bytes]]]:
+    """Mode, size, content and xattrs of everything."""
+    return {
+        path: (one.mode, 0 if stat.S_ISDIR(one.mode) else one.size, one.content, one.xattrs)
+        for path, one in take(top).items()
+    }
+
+
+@contextmanager
+def _place(area: Path, session: str, seconds: float = 0.0) -> Iterator[Place]:
+    for name in ("served", "lower/both", "upper/own", "work"):
+        (area / name).mkdir(parents=True)
+    _tree(area / "source")
+    (area / "lower/both/other").write_text("of the other lower")
+    (area / "lower/late").mkdir()
+    (area / "lower/late/file").write_bytes(bytes(1 << 20))
+    (area / "source/late").mkdir(mode=0o751)
+    (area / "upper/both").mkdir()
+    (area / "upper/both/mine").write_text("of the upper")
+    (area / "upper/own/file").write_text("of the upper")
+    server = Server(area / "source", area / "served", seconds)
+    try:
+        with mounted(
+            area, lowers=[area / "served", area / "lower"], upper=area / "upper", work=area / "work",
+            session=session,
+        ) as mount:  # fmt: skip
+            place = Place(area, server, mount)
+            try:
+                yield place
+            finally:
+                place.end()
+    finally:
+        server.go_on()
+        server.end()
+
+
+@pytest.fixture
+def place(root: None, area: Path, session: str) -> Iterator[Place]:
+    with _place(area, session) as found:
+        yield found
+
+
+def _others_go_on(top: Path) -> None:
+    """What needs no call into the served lower."""
+    assert (top / "both/mine").read_text() == "of the upper"
+    assert (top / "both/mine").stat().st_size == len("of the upper")
+    (top / "both/mine").write_text("changed")
+    assert (top / "both/mine").read_text() == "changed"
+    (top / "both/mine").write_text("of the upper")
+    (top / "own/new").mkdir()
+    (top / "own/new/file").write_text("new")
+    (top / "own/new/file").rename(top / "own/moved")
+    assert sorted(os.listdir(top / "own")) == ["file", "moved", "new"]
+    (top / "own/moved").unlink()
+    (top / "own/new").rmdir()
+
+
+def _known(top: Path) -> None:
+    """Look directories up: those of a mount in use are known."""
+    for name in ("both/other", "own", "only", "late/file"):
+        os.stat(top / name)
+
+
+def _stopped(place: Place) -> None:
+    """Stop the server of a mount in use."""
+    _known(place.top)
+    place.server.stop()
+
+
+def test_others_go_on(place: Place) -> None:
+    """Also while more requests wait for the hung layer than there are threads for it."""
+    _stopped(place)
+    _others_go_on(place.top)
+    waiting = [place.call(f"os.stat(p + '/only/missing{number}')") for number in range(20)]
+    for caller in waiting:
+        place.waits(caller)
+    _others_go_on(place.top)
+    with (place.top / "both/mine").open() as file:
+        assert file.read() == "of the upper"
+    place.server.go_on()
+    for caller in waiting:
+        assert caller.wait(patient(20)) == 1
+        assert caller.stderr is not None
+        assert b"FileNotFoundError" in caller.stderr.read()
+
+
+@pytest.mark.parametrize("call", KILLED)
+def test_a_caller_can_be_killed(place: Place, call: str) -> None:
+    """It ends while the layer hangs; afterwards its call was made or not."""
+    _stopped(place)
+    caller = place.call(CALLS[call])
+    place.waits(caller)
+    caller.kill()
+    caller.wait(patient(20))
+    _others_go_on(place.top)
+    place.server.go_on()
+    names = sorted(os.listdir(place.top / "only"))
+    natively = sorted(os.listdir(place.area / "source/only"))
+    changed = {"remove": {"remove"}, "make": {"new"}, "rename": {"rename", "renamed"}}.get(call, set())
+    assert set(names) ^ set(natively) <= changed
+    assert (place.top / "only/read").read_bytes() == b"read" * 20_000
+
+
+def test_waiting_requests_end_well(place: Place) -> None:
+    """When the server goes on, so do they: all as on an ordinary directory."""
+    copy = place.area / "natively"
+    shutil.copytree(place.area / "source", copy, symlinks=True)
+    _stopped(place)
+    bodies = [body for call, body in CALLS.items() if call not in ("list", "count")]
+    waiting = [place.call(body) for body in bodies]
+    for caller in waiting:
+        place.waits(caller)
+    time.sleep(0.2)
+    place.server.go_on()
+    for body, caller in zip(bodies, waiting, strict=True):
+        natively = subprocess.run(
+            [sys.executable, "-c", f"import os, sys\np = sys.argv[1]\n{body}", copy], capture_output=True
+        )
+        assert caller.wait(patient(20)) == natively.returncode, body
+        assert caller.stderr is not None
+        of_error = [text.strip().splitlines()[-1:] for text in (caller.stderr.read(), natively.stderr)]
+        assert of_error[0] == [line.replace(bytes(copy), bytes(place.top)) for line in of_error[1]]
+    assert _shown(place.top / "only") == _shown(copy / "only")
+
+
+def test_a_copy_up_that_needs_the_layer_late(place: Place) -> None:
+    """The file is of the other lower, and copied in a thread; then its directory must be copied up, too."""
+    _stopped(place)
+    caller = place.call("os.chmod(p + '/late/file', 0o604)")
+    place.waits(caller)
+    _others_go_on(place.top)
+    place.server.go_on()
+    assert caller.wait(patient(20)) == 0
+    found = place.area / "upper/late"
+    assert stat.S_IMODE(found.stat().st_mode) == 0o751
+    assert stat.S_IMODE((found / "file").stat().st_mode) == 0o604
+    assert (found / "file").read_bytes() == bytes(1 << 20)
+    assert place.mount.work is not None
+    assert os.listdir(place.mount.work / "work") == []
+
+
+def test_a_large_copy_up_that_hangs(root: None, area: Path, session: str) -> None:
+    """Its data is copied in a thread, which cannot be stopped."""
+    if session == "pyfuse3":
+        pytest.skip("with this session a copy-up of a large file ends with its thread")
+    with _place(area, session, seconds=0.01) as place:
+        (area / "source/only/large").write_bytes(b"large" * (2 << 20))
+        _known(place.top)
+        caller = place.call("os.chmod(p + '/only/large', 0o604)")
+        deadline = time.monotonic() + patient(20)
+        while not os.listdir(area / "work/work"):
+            assert time.monotonic() < deadline, "nothing is copied"
+        place.server.stop()
+        place.waits(caller)
+        _others_go_on(place.top)
+        caller.kill()
+        caller.wait(patient(20))
+        _others_go_on(place.top)
+        place.server.go_on()
+        while os.listdir(area / "work/work"):
+            assert time.monotonic() < deadline + patient(20), "the copy is left"
+            time.sleep(0.01)
+        assert not (area / "upper/only/large").exists()
+        assert (place.top / "only/large").read_bytes() == b"large" * (2 << 20)
+        (place.top / "only/large").chmod(0o604)
+        assert (area / "upper/only/large").read_bytes() == b"large" * (2 << 20)
+
+
+def test_commands_answer(place: Place) -> None:
+    """`ls`, `inspect` and `stats` answer, and `inspect` names the layer."""
+    _stopped(place)
+    place.waits(place.call(CALLS["look a name up"]))
+    deadline = time.monotonic() + patient(20)
+    while not (hung := place.mount.inspect()["figures"]["hung_layers"]):
+        assert time.monotonic() < deadline, "no layer is named"
+    assert list(hung) == [str(place.area / "served")]
+    assert place.mount.inspect()["figures"]["requests_aside"] == 1
+    for words in (["ls", "--json"], ["inspect"], ["stats"], ["stats", "--json"]):
+        done = unionfs(*words, *([] if words[0] == "ls" else [place.top]))
+        assert done.returncode == 0, done.stderr
+        assert str(place.top) in done.stdout or words[0] == "stats"
+    listed = json.loads(unionfs("ls", "--json").stdout)
+    assert str(place.top) in [one["mountpoint"] for one in listed]
+
+
+@pytest.mark.parametrize("how", ["--force", "--lazy"])
+def test_umount_with_callers(place: Place, how: str) -> None:
+    _stopped(place)
+    callers = [place.call(CALLS[call]) for call in ("look a name up", "read", "chmod")]
+    for caller in callers:
+        place.waits(caller)
+    done = unionfs("umount", how, place.top)
+    assert done.returncode == 0, done.stderr
+    assert not is_mounted(place.top)
+    if how == "--lazy":  # it ends with its users
+        for caller in callers:
+            caller.kill()
+    for caller in callers:
+        assert caller.wait(patient(20)) != 0
+    _usable_again(place)
+
+
+def test_umount(place: Place) -> None:
+    _stopped(place)
+    done = unionfs("umount", place.top)
+    assert done.returncode == 0, done.stderr
+    assert not is_mounted(place.top)
+    _usable_again(place)
+
+
+def _usable_again(place: Place) -> None:
+    """Nobody has the upper any more, whatever the layer does."""
+    area = place.area
+    with mounted(
+        area, lowers=[area / "lower"], upper=area / "upper", work=area / "work",
+        session=place.mount.session, name="again",
+    ) as mount:  # fmt: skip
+        _others_go_on(mount.mountpoint)
+    place.server.go_on()
+
+
+def test_stopped_at_any_moment(place: Place) -> None:
+    """Under load of all kinds on the served lower: the others never wait for it."""
+    chance = random.Random(18)
+    body = """
+import random
+chance = random.Random(os.getpid())
+names = ['read', 'chmod', 'write', 'link', 'missing', *map(str, range(9))]
+calls = [
+    os.stat,
+    os.listxattr,
+    lambda name: open(name, 'rb').read(99),
+    lambda name: os.listdir(p + '/only'),
+    lambda name: os.chmod(name, 0o640),
+    lambda name: open(name, 'ab').write(b'x'),
+    os.unlink,
+]
+while True:
+    try:
+        chance.choice(calls)(p + '/only/' + chance.choice(names))
+    except OSError:
+        pass
+"""
+    _known(place.top)
+    load = [place.call(body) for _ in range(3)]
+    for _ in range(25):
+        time.sleep(chance.random() / 10)
+        place.server.stop()
+        for _ in range(3):
+            _others_go_on(place.top)
+        place.server.go_on()
+    for caller in load:
+        assert caller.poll() is None, caller.stderr and caller.stderr.read()
+        caller.kill()
+        caller.wait(patient(20))
+    assert sorted(os.listdir(place.top / "both")) == ["mine", "other", "slow"]
+
+
+def test_without_an_upper(root: None, area: Path, session: str) -> None:
+    """The topmost layer hangs, which also answers statfs(2)."""
+    for name in ("served", "lower/both"):
+        (area / name).mkdir(parents=True)
+    _tree(area / "source")
+    (area / "lower/both/other").write_text("of the other lower")
+    server = Server(area / "source", area / "served")
+    try:
+        with mounted(area, lowers=[area / "served", area / "lower"], session=session) as mount:
+            place = Place(area, server, mount)
+            try:
+                natively = os.statvfs(area / "served")
+                assert os.statvfs(place.top).f_blocks == natively.f_blocks
+                assert (place.top / "both/other").read_text() == "of the other lower"
+                server.stop()
+                caller = place.call("os.statvfs(p)")
+                place.waits(caller)
+                assert (place.top / "both/other").read_text() == "of the other lower"
+                with (place.top / "both/other").open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    assert file.read() == b"of the other lower"
+                caller.kill()
+                caller.wait(patient(20))
+            finally:
+                place.end()
+    finally:
+        server.go_on()
+        server.end()
+
+
+def test_a_slow_server_and_many_changes(root: None, area: Path, session: str) -> None:
+    """Programs that change the same files and directories of a slow lower at once: all as on a directory."""
+    with _place(area, session, seconds=0.002) as place:
+        natively = area / "natively"
+        shutil.copytree(area / "source", natively, symlinks=True)
+        body = """
+import random
+chance = random.Random(7)
+names = ['read', 'chmod', 'write', 'xattr', 'statfs']
+for turn in range(4):
+    for name in names:
+        path = p + '/only/' + name
+        os.chmod(path, 0o600 + turn)
+        os.utime(path, ns=(turn, turn))
+        with open(path, 'r+b') as file:
+            file.write(b'%d' % turn)
+        os.makedirs(p + '/only/sub%d/deep' % turn, exist_ok=True)
+        assert os.stat(path).st_size == len(name) * 20_000
+        os.listdir(p + '/only')
+"""
+        callers = [place.call(body) for _ in range(6)]
+        for caller in callers:
+            assert caller.wait(patient(60)) == 0, caller.stderr and caller.stderr.read().decode()
+        subprocess.run(
+            [sys.executable, "-c", f"import os, sys\np = sys.argv[1]\n{body}", natively], check=True
+        )
+        assert _shown(place.top / "only") == _shown(natively / "only")
