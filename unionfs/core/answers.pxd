@@ -4,6 +4,7 @@ from libc.stdint cimport uint64_t
 
 from unionfs.core.files cimport iovec
 from unionfs.core.listings cimport ListingRequests
+from unionfs.core.memo cimport Memo
 from unionfs.core.namerequests cimport NameRequests
 from unionfs.core.node cimport Node
 from unionfs.core.nodes cimport NodeTable
@@ -27,10 +28,13 @@ cdef class Answers:
     cdef Reads reads
     cdef bint acl
     cdef object refused
+    cdef Memo memo
+    cdef bint repeats
     cdef uint64_t counted[OPCODES]
     cdef bint left[OPCODES]
 
     cdef int answer(self, const char *message, size_t size) except -1
+    cdef int answer_now(self, const char *message, size_t size) except -1
     cdef int begin(self, const fuse_in_header *header, const char *body, size_t size) except -1
     cdef int lookup(self, const fuse_in_header *header, const char *body, size_t size) except -1
     cdef int getattr(self, const fuse_in_header *header, size_t size) except -1

@@ -26,6 +26,7 @@ from libc.string cimport memcmp, memset, strcmp, strlen
 
 from unionfs.core.listings cimport Dirents
 from unionfs.core.lookup cimport look_up
+from unionfs.core.memo cimport Memo, may_ask
 from unionfs.core.namerequests cimport name_in
 from unionfs.core.node cimport Attributes, Node, count_lookup
 from unionfs.core.state cimport is_resent
@@ -38,6 +39,8 @@ from unionfs.core.wire cimport (
     attr_answer, create_answer, entry_answer, fuse_batch_forget_in, fuse_forget_one,
     fuse_out_header, open_answer, statfs_answer,
 )
+
+from unionfs.core.memo import Wanted
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +103,7 @@ cdef class Answers:
         self.fd, self.nodes, self.objects, self.opens, self.names = fd, nodes, objects, opens, names
         self.sets, self.listings, self.reads = sets, listings, reads
         self.acl, self.refused = acl, refused
+        self.memo = None
         for number in enosys:
             self.left[number] = True
 
@@ -112,8 +116,38 @@ cdef class Answers:
         """Answer the request in ``message``; returns False if Python must. For tests and measurements."""
         return bool(self.answer(<const char *>&message[0], message.shape[0])) if message.shape[0] else False
 
+    def puts_aside(self):
+        """From now on a request that needs a call on a slow layer is not answered; see
+        :meth:`memo_of_last`."""
+        self.memo = Memo()
+
+    def memo_of_last(self):
+        """The memo of the last request, which was not answered; None where no layer is slow."""
+        return self.memo
+
+    def renew_memo(self):
+        """The last request keeps its memo, since it is answered later."""
+        self.memo = Memo()
+
+    def again(self, const unsigned char[::1] message not None, Memo memo not None):
+        """Answer a request that was put aside; returns False if Python must, or if more calls are wanted."""
+        own, self.memo, self.repeats = self.memo, memo, True
+        try:
+            return bool(self.answer(<const char *>&message[0], message.shape[0]))
+        finally:
+            self.memo, self.repeats = own, False
+
     cdef int answer(self, const char *message, size_t size) except -1:
-        """1: answered, 0: Python must. Raises no ``Exception``: one request must not end the mount."""
+        """1: answered, 0: Python must, or it is put aside. Raises no ``Exception``: one request must not end the
+        mount."""
+        if self.memo is None:
+            return self.answer_now(message, size)
+        if self.memo.used and not self.repeats:
+            self.memo = Memo()
+        with self.memo:
+            return self.answer_now(message, size)
+
+    cdef int answer_now(self, const char *message, size_t size) except -1:
         cdef const fuse_in_header *header = <const fuse_in_header *>message
         if size < sizeof(fuse_in_header) or header.length != size:
             return 0
@@ -125,6 +159,8 @@ cdef class Answers:
             return self.begin(header, message + sizeof(fuse_in_header), size - sizeof(fuse_in_header))
         except OSError as error:
             self.fail(header, error.errno or EIO)
+        except Wanted:
+            return 0
         except Exception:
             log.exception("request %d of node %d failed", header.opcode, header.nodeid)
             self.fail(header, EIO)
@@ -258,6 +294,8 @@ cdef class Answers:
         cdef statfs_answer out
         cdef statvfs_t st
         cdef int fd = self.nodes.root.top_layer().root.fd, failed
+        if may_ask(fd):
+            return 0
         with nogil:
             failed = fstatvfs(fd, &st)
         if failed:

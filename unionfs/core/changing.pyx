@@ -8,8 +8,10 @@ empty directory without lower parts. The others are those of `union.making` and 
 from libc.errno cimport EEXIST, ENODATA, EOPNOTSUPP
 from libc.errno cimport errno as c_errno
 from libc.stdio cimport snprintf
-from posix.unistd cimport close
 
+from unionfs.core.layercalls cimport fstat as fstat_in_layer
+from unionfs.core.layercalls cimport openat as open_in_layer
+from unionfs.core.marks cimport close
 from unionfs.core.node cimport Attributes, has_changed, has_entry, has_links, has_lower_data
 from unionfs.core.places cimport new_place
 from unionfs.core.search cimport is_hiding
@@ -20,6 +22,7 @@ from unionfs.core.stats cimport (
 from unionfs.core.state cimport REMOVING, RENAMING
 from unionfs.core.steps cimport passed
 
+from unionfs.core.marks import duplicate
 from unionfs.core.steps import NotPlain
 
 cdef extern from "<fcntl.h>" nogil:
@@ -27,9 +30,7 @@ cdef extern from "<fcntl.h>" nogil:
     int O_CREAT
     int O_EXCL
     int AT_REMOVEDIR
-    int F_DUPFD_CLOEXEC
     int unlinkat(int fd, const char *path, int flags)
-    int fcntl(int fd, int command, ...)
 
 cdef extern from "<stdio.h>" nogil:
     int renameat(int old_fd, const char *old, int new_fd, const char *new)
@@ -331,14 +332,14 @@ cdef class EntryChanges:
         if node.held >= 0 or (has_links(node) and self.nodes.state is None):
             return 0
         if node.kind == S_IFDIR:
-            step.held = fcntl(self.gate.fd(node.parts[0]), F_DUPFD_CLOEXEC, 0)
+            step.held = duplicate(self.gate.fd(node.parts[0]))
         else:
-            step.held = openat(self.gate.fd(node.place), node.name, O_PATH | O_NOFOLLOW | O_CLOEXEC)
+            step.held = open_in_layer(self.gate.fd(node.place), node.name, O_PATH | O_NOFOLLOW | O_CLOEXEC)
         if step.held < 0:
             raise NotPlain
         step.links = 1
         if node.kind != S_IFDIR:
-            if fstat(step.held, &st) != 0:
+            if fstat_in_layer(step.held, &st) != 0:
                 raise failure(c_errno)
             node.check_stat(&st)
             step.links = st.st_nlink

@@ -46,6 +46,7 @@ cdef class SmallCopyUps:
         self, Copy *copy, Layer layer, Workplace work, OriginFormat origins, int64_t limit
     ) except -1 nogil
     cdef bint copy_data(self, Copy *copy, int64_t whole) except -1 nogil
+    cdef bint fetch(self, Copy *copy) except -1 nogil
     cdef bint may_clone(self, uint64_t device) except -1 nogil
     cdef int never_clones(self, uint64_t device) except -1 with gil
     cdef bint put(self, Copy *copy, Node node, bint answers) except -1

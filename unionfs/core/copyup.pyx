@@ -8,15 +8,18 @@ from libc.errno cimport EDQUOT, EINVAL, EIO, ENOSPC, ENOSYS, ENOTTY, EOPNOTSUPP,
 from libc.errno cimport errno as c_errno
 from libc.stdlib cimport free, malloc
 from posix.time cimport timespec
-from posix.unistd cimport close, pread, pwrite, unlink
+from posix.unistd cimport pwrite, unlink
 
 from unionfs.core.clock cimport now_ns
 from unionfs.core.files cimport Handle, OpenFile, Use, new_file
+from unionfs.core.layercalls cimport flistxattr, fstat, get_flags, pread
+from unionfs.core.marks cimport close
+from unionfs.core.memo cimport may_ask
 from unionfs.core.node cimport Rare, has_changed, has_entry, has_links, has_lower_data
 from unionfs.core.places cimport Layer, Place, open_quietly
 from unionfs.core.setting cimport MODE, SIZE
 from unionfs.core.stats cimport (
-    O_CLOEXEC, O_NOFOLLOW, O_RDONLY, S_IFMT, S_IFREG, ctime_of, failure, fstat, openat,
+    O_CLOEXEC, O_NOFOLLOW, O_RDONLY, S_IFMT, S_IFREG, ctime_of, failure, openat,
 )
 from unionfs.core.steps cimport passed
 
@@ -40,7 +43,6 @@ cdef extern from "<sys/stat.h>" nogil:
     int utimensat(int fd, const char *path, const timespec *times, int flags)
 
 cdef extern from "<sys/xattr.h>" nogil:
-    ssize_t flistxattr(int fd, char *list, size_t size)
     int fsetxattr(int fd, const char *name, const void *value, size_t size, int flags)
 
 cdef extern from "<unistd.h>" nogil:
@@ -51,7 +53,6 @@ cdef extern from "<sys/ioctl.h>" nogil:
 
 cdef extern from "<linux/fs.h>" nogil:
     unsigned long FICLONE
-    unsigned long FS_IOC_GETFLAGS
     unsigned int FS_SYNC_FL, FS_IMMUTABLE_FL, FS_APPEND_FL, FS_NOATIME_FL
 
 cdef enum:
@@ -268,12 +269,14 @@ cdef class SmallCopyUps:
             return False
         if flistxattr(copy.source, NULL, 0) != 0:
             return False
-        if ioctl(copy.source, FS_IOC_GETFLAGS, &flags) != 0:
+        if get_flags(copy.source, &flags) != 0:
             if c_errno not in (ENOTTY, EINVAL, EOPNOTSUPP, ENOSYS, EPERM, EACCES):  # as union.flags
                 return False
         elif <unsigned int>flags & (FS_SYNC_FL | FS_IMMUTABLE_FL | FS_APPEND_FL | FS_NOATIME_FL):
             return False
 
+        if may_ask(copy.source) and not self.fetch(copy):
+            return False
         work.next(copy.name)
         copy.target = openat(work.fd, copy.name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, copy.mode)
         if copy.target < 0:
@@ -314,6 +317,17 @@ cdef class SmallCopyUps:
         while done < copy.size:
             count = pread(copy.source, self.buffer, min(copy.size - done, <int64_t>PIECE), done)
             if count <= 0 or pwrite(copy.target, self.buffer, count, done) != count:
+                return False
+            done += count
+        return True
+
+    cdef bint fetch(self, Copy *copy) except -1 nogil:
+        """Read the data from a slow layer before anything is made: see `memo`. Returns whether it is there."""
+        cdef int64_t done = 0
+        cdef ssize_t count
+        while done < copy.size:
+            count = pread(copy.source, self.buffer, min(copy.size - done, <int64_t>PIECE), done)
+            if count <= 0:
                 return False
             done += count
         return True

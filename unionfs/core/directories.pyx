@@ -1,10 +1,12 @@
 """Reading real directories, and the listings that are being read."""
 
 from libc.errno cimport errno as c_errno
-from posix.unistd cimport close
 
+from unionfs.core.layercalls cimport fstat
+from unionfs.core.marks cimport close
+from unionfs.core.memo cimport may_ask
 from unionfs.core.places cimport Place
-from unionfs.core.stats cimport failure, fstat, stat_t
+from unionfs.core.stats cimport failure, stat_t
 
 #: A directory larger than this (bytes on its filesystem) takes long to read.
 LARGE = 64 * 1024
@@ -32,12 +34,15 @@ cdef class Listing:
         cdef Place part
         cdef stat_t st
         cdef int fd
+        cdef bint slow = False
         for part in self.parts:
             fd = gate.open_for_listing(part)
             self.fds.append(fd)
             if fstat(fd, &st) != 0:
                 raise failure(c_errno)
             self.large = self.large or st.st_size > C_LARGE
+            slow = slow or may_ask(fd)
+        self.large = self.large and not slow  # that is read by the calls that `memo` puts aside
         return 0
 
     @property

@@ -11,7 +11,9 @@ from libc.stdint cimport UINT32_MAX
 from libc.stdlib cimport free, realloc
 from libc.string cimport memchr, memcmp, memcpy
 
-from unionfs.core.stats cimport failure, fstat, stat_t
+from unionfs.core.layercalls cimport entries_of, fstat
+from unionfs.core.memo cimport may_ask
+from unionfs.core.stats cimport failure, stat_t
 
 cdef extern from "<sys/syscall.h>" nogil:
     long SYS_getdents64
@@ -142,6 +144,13 @@ cdef class Entries:
         if fstat(fd, &st) != 0:
             raise failure(c_errno)
         self.devices[part] = st.st_dev
+        if may_ask(fd):
+            for piece in entries_of(fd):
+                found = self.parse(piece, <size_t>len(piece), <uint16_t>part, rules)
+                if found < 0:
+                    raise failure(-found)
+                some |= found
+            return some > 0
         with nogil:
             while size > 0 and found >= 0:
                 size = syscall(SYS_getdents64, fd, <char *>buffer, <size_t>BUFFER)

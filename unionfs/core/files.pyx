@@ -8,10 +8,16 @@ import os
 
 from libc.errno cimport EAGAIN, EINTR, EINVAL, EOPNOTSUPP
 from libc.errno cimport errno as c_errno
-from posix.unistd cimport close, pread
+from posix.unistd cimport pread
 
+from unionfs.core.layercalls cimport pread as read_in_layer
+from unionfs.core.marks cimport close, is_slow
 from unionfs.core.state cimport COUNTED, OF_UPPER, THROUGH
 from unionfs.core.stats cimport failure, fstat, result_of
+
+from unionfs.core.layercalls import call
+from unionfs.core.marks import close_fd
+from unionfs.core.layercalls import read as read_slow
 
 cdef extern from "<sys/uio.h>" nogil:
     int RWF_NOWAIT
@@ -77,7 +83,7 @@ cdef class OpenFile:
         if self.users == 0:
             fd, self.number = self.number, -1
             if fd >= 0:
-                os.close(fd)
+                close_fd(fd)
 
     cdef void leave(self):
         """The same, without a report of errors."""
@@ -93,7 +99,7 @@ cdef class OpenFile:
     def look_at_xattrs(self):
         """List the names of all its xattrs and remember them; None if they cannot be listed."""
         try:
-            self.xattrs = os.listxattr(self.descriptor())
+            self.xattrs = call(os.listxattr, self.descriptor())
         except OSError:  # for example too many
             return None
         return self.xattrs
@@ -102,6 +108,10 @@ cdef class OpenFile:
         """Fill a buffer without waiting for a disk; returns the byte count, short only at the end of the
         file. ``None``: read it in a thread."""
         fd = self.descriptor()
+        if is_slow(fd):
+            data = read_slow(fd, len(buffer), offset)
+            buffer[:len(data)] = data
+            return len(data)
         if not self.waits:
             return os.preadv(fd, [buffer], offset)
         try:
@@ -125,6 +135,11 @@ cdef class OpenFile:
         cdef ssize_t count
         if <int64_t>offset < 0:  # preadv2(2) takes -1 for the offset of the fd
             raise failure(EINVAL)
+        if is_slow(fd):
+            count = read_in_layer(fd, buffer, size, <int64_t>offset)
+            if count < 0:
+                raise failure(c_errno)
+            return count
         part.iov_base, part.iov_len = buffer, size
         if self.waits:
             count = preadv2(fd, &part, 1, <long>offset, RWF_NOWAIT)

@@ -5,17 +5,11 @@ from libc.errno cimport errno as c_errno
 from libc.stdint cimport uint64_t
 from libc.stdio cimport snprintf
 
+from unionfs.core.layercalls cimport attributes_of, getxattr, lgetxattr
 from unionfs.core.stats cimport AT_SYMLINK_NOFOLLOW, S_IFDIR, S_IFREG
 
 cdef extern from "<sys/stat.h>" nogil:
-    cdef struct statx_t "statx":
-        uint64_t stx_attributes
-    int statx(int fd, const char *path, int flags, unsigned int mask, statx_t *found)
     uint64_t STATX_ATTR_IMMUTABLE, STATX_ATTR_APPEND
-
-cdef extern from "<sys/xattr.h>" nogil:
-    ssize_t getxattr(const char *path, const char *name, void *value, size_t size)
-    ssize_t lgetxattr(const char *path, const char *name, void *value, size_t size)
 
 cdef enum:
     # Of a name in a directory, as in `search`
@@ -43,16 +37,16 @@ cdef class NodeFlags:
 
     cdef bint has_none(self, Node node) except -1:
         """Whether a node is known to have none."""
-        cdef statx_t found
+        cdef uint64_t found
         if (node.kind != S_IFREG and node.kind != S_IFDIR) or not node.territory.has_markers:
             return True
         if node.is_changed_in_place():
             return self.stores_none(node)
         if node.kind == S_IFDIR or node.held >= 0:
             return False
-        if statx(self.gate.fd(node.place), node.name, AT_SYMLINK_NOFOLLOW, 0, &found) != 0:
+        if attributes_of(self.gate.fd(node.place), node.name, AT_SYMLINK_NOFOLLOW, &found) != 0:
             return False
-        return not found.stx_attributes & (STATX_ATTR_IMMUTABLE | STATX_ATTR_APPEND)
+        return not found & (STATX_ATTR_IMMUTABLE | STATX_ATTR_APPEND)
 
     cdef bint stores_none(self, Node node) except -1:
         """The same for an object of the upper."""

@@ -19,6 +19,7 @@ from unionfs.core.validity cimport fill_entry
 from unionfs.core.wire cimport FUSE_READDIRPLUS, fuse_read_in
 
 from unionfs.core.entries import FIRST_TICKET as _FIRST_TICKET
+from unionfs.core.memo import Wanted
 
 
 cdef uint64_t TICKETS = _FIRST_TICKET
@@ -167,6 +168,7 @@ cdef class Lister:
         cdef bytearray parts = bytearray(len(entries.parts))
         cdef uint64_t ino
         cdef uint32_t mode
+        cdef bint wants = False
         while index < count:
             item = &entries.items[index]
             if not answer.fits(item.length, False):
@@ -177,11 +179,16 @@ cdef class Lister:
             elif merged and self.is_plain(entries, item, parts):
                 ino, mode = item.ino, <uint32_t>item.kind << 12
             else:
-                found = self.number(directory, entries.name_of(index))
+                try:
+                    found = self.number(directory, entries.name_of(index))
+                except Wanted:
+                    found, wants = (1, 0), True
                 ino, mode = (0, 0) if found is None else found
             if ino:
                 answer.put(entries.text_of(index), item.length, ino, entries.cookie_of(index), mode, False)
             index += 1
+        if wants:
+            raise Wanted
         return index
 
     cdef object number(self, Node directory, bytes name):
@@ -227,7 +234,8 @@ cdef class Lister:
 
     cpdef Py_ssize_t add_nodes(self, Node directory, Entries entries, Py_ssize_t first, Dirents answer) except -1:
         """Look up names from the index ``first`` and add them while they fit; returns the index of the next
-        one."""
+        one. Calls on slow layers are wanted for all of them at once."""
+        cdef bint wants = False
         cdef Py_ssize_t index = max(first, 0), count = <Py_ssize_t>entries.count
         cdef const Item *item
         cdef bytes name
@@ -237,18 +245,27 @@ cdef class Lister:
             if not answer.fits(item.length, True):
                 break
             name = entries.name_of(index)
+            unknown = None
             try:
-                found = look_up(directory, name, item.part if entries.is_new else 0)
-            except OSError:
-                found, unknown = None, self.unreachable(directory, name)
-            else:
-                unknown = None if found is not None else directory.territory.number_of_bare_whiteout(directory, name)
+                try:
+                    found = look_up(directory, name, item.part if entries.is_new else 0)
+                except OSError:
+                    found, unknown = None, self.unreachable(directory, name)
+                else:
+                    if found is None:
+                        unknown = directory.territory.number_of_bare_whiteout(directory, name)
+            except Wanted:
+                answer.put(name, item.length, 0, 0, 0, True)
+                wants, index = True, index + 1
+                continue
             if found is not None:
                 answer.put_node(name, item.length, entries.cookie_of(index), found)
             elif unknown is not None:
                 # It counts no lookup; the next request for it reports the error.
                 answer.put(name, item.length, unknown[0], entries.cookie_of(index), unknown[1], True)
             index += 1
+        if wants:
+            raise Wanted
         return index
 
 

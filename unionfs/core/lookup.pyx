@@ -61,7 +61,11 @@ cdef class Names(Territory):
         if node.is_copy_in_index() and not (<Place>places[0]).layer.is_upper:
             return self.objects.attributes(node)  # of the copy
         if self.may_lack_data(&st, node):
-            self.find_data(node)
+            try:
+                self.find_data(node)
+            except BaseException:
+                self.nodes.subtract(node, 0)  # a known node is not asked about its data again
+                raise
         return node.shown(&st)
 
     cdef bint may_lack_data(self, const stat_t *st, Node node) noexcept:

@@ -79,6 +79,22 @@ cdef class Channel:
         """Answer the request in the buffer; returns False if Python must."""
         return bool(self.answers.answer(<const char *>&self.view[0], size))
 
+    def again(self, message, memo):
+        """Answer a request that was put aside; see `Answers.again`."""
+        return self.answers.again(message, memo)
+
+    def memo_of_last(self):
+        """The memo of the request in the buffer; see `Answers.memo_of_last`."""
+        return self.answers.memo_of_last()
+
+    def renew_memo(self):
+        """See `Answers.renew_memo`."""
+        self.answers.renew_memo()
+
+    def puts_aside(self):
+        """From now on put requests aside that need slow layers."""
+        self.answers.puts_aside()
+
     def rested(self):
         """Others ran."""
         self.fair_until = now_ns() + FAIR_NS

@@ -6,10 +6,11 @@ do not change, are listed once.
 """
 
 from libc.errno cimport errno as c_errno
-from posix.unistd cimport close
 
 from unionfs.core.directories import LARGE as _LARGE
-from unionfs.core.stats cimport failure, fstat, stat_t
+from unionfs.core.layercalls cimport fstat
+from unionfs.core.marks cimport close
+from unionfs.core.stats cimport failure, stat_t
 
 MANY = 8
 
@@ -56,9 +57,9 @@ cdef class LowerNames:
             return parts
         found = self.known(parts, first)
         if found.asked < self.asked:
-            found.asked += 1
-            if found.asked == self.asked:
+            if found.asked + 1 == self.asked:
                 self.read(found)
+            found.asked += 1
         if found.names is None:
             return parts
         return parts[:first] + found.names.parts_with(name)

@@ -3,20 +3,13 @@
 from libc.errno cimport EACCES, EPERM
 from libc.errno cimport errno as c_errno
 from libc.stdio cimport snprintf
-from posix.unistd cimport close
 
+from unionfs.core.layercalls cimport fstat, fstatat, getxattr, listxattr, openat, readlinkat
+from unionfs.core.marks cimport close
 from unionfs.core.places cimport Place
 from unionfs.core.stats cimport (
-    AT_SYMLINK_NOFOLLOW, O_CLOEXEC, O_NOFOLLOW, O_PATH, S_IFDIR, failure, fstat, fstatat, openat, read_result,
-    result_of,
+    AT_SYMLINK_NOFOLLOW, O_CLOEXEC, O_NOFOLLOW, O_PATH, S_IFDIR, failure, read_result, result_of,
 )
-
-cdef extern from "<unistd.h>" nogil:
-    ssize_t readlinkat(int fd, const char *path, char *buffer, size_t size)
-
-cdef extern from "<sys/xattr.h>" nogil:
-    ssize_t getxattr(const char *path, const char *name, void *value, size_t size)
-    ssize_t listxattr(const char *path, char *names, size_t size)
 
 cdef enum:
     PATH_MAX = 4096
@@ -106,12 +99,12 @@ cdef class Objects:
         if fd < 0:
             return -EACCES
         snprintf(path, FD_PATH_SIZE, "/proc/self/fd/%d", fd)
-        found = listxattr(path, value, size) if name == NULL else getxattr(path, name, value, size)
-        if found < 0:
-            found = -c_errno
-        if mine:
-            close(fd)
-        return found
+        try:
+            found = listxattr(path, value, size) if name == NULL else getxattr(path, name, value, size)
+            return -c_errno if found < 0 else found
+        finally:
+            if mine:
+                close(fd)
 
     cpdef bytes readlink(self, Node node):
         """The target of a symlink."""

@@ -37,7 +37,8 @@ cdef class Opener:
     cdef RestingFiles resting
 
     cpdef OpenFile open_plain(self, Node node)
-    cdef bint look_at_xattrs(self, Node node, OpenFile file)
+    cdef bint is_still(self, Node node, OpenFile file) except -1
+    cdef bint look_at_xattrs(self, Node node, OpenFile file) except -1
     cdef OpenFile opened(self, Node node, bint writes)
     cdef OpenFile lend(self, Node node, Use use)
     cdef OpenFile lend_in_upper(self, Node node, Use use, bint writes)

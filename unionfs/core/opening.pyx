@@ -6,23 +6,21 @@ import os
 from libc.errno cimport EMFILE
 from libc.string cimport strcmp, strlen
 from posix.fcntl cimport O_NONBLOCK
-from posix.unistd cimport close
 
 from unionfs.core.files cimport UnreadFile
 from unionfs.core.lookup cimport Names
+from unionfs.core.layercalls cimport flistxattr, fstat
+from unionfs.core.marks cimport close
 from unionfs.core.node cimport has_entry, has_lower_data
 from unionfs.core.places cimport open_quietly
 from unionfs.core.state cimport MAPS, WRITES
-from unionfs.core.stats cimport O_CLOEXEC, O_NOFOLLOW, O_RDONLY, S_IFMT, S_IFREG, failure, fstat
+from unionfs.core.stats cimport O_CLOEXEC, O_NOFOLLOW, O_RDONLY, S_IFMT, S_IFREG, failure
 
 log = logging.getLogger(__name__)
 
 cdef extern from "<fcntl.h>" nogil:
     int O_NOCTTY
     int O_RDWR
-
-cdef extern from "<sys/xattr.h>" nogil:
-    ssize_t flistxattr(int fd, char *names, size_t size)
 
 cdef enum:
     NAMES_SIZE = 4096
@@ -257,6 +255,7 @@ cdef class Opener:
         cdef UnreadFile lower = None
         cdef int flags = (O_RDWR if writes else O_RDONLY) | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | O_NOCTTY
         cdef int dir_fd, fd
+        cdef bint found
         dir_fd = self.gate.fd(node.place)
         fd = open_quietly(node.place.layer, dir_fd, node.name, flags)
         if fd < 0:
@@ -268,11 +267,13 @@ cdef class Opener:
             lower.open, lower.node = self.open, node
         file.number, file.users, file.readable, file.writable, file.has_stat = fd, 1, True, writes, True
         file.waits = not node.place.layer.memory
-        if (
-            fstat(fd, &file.stat) != 0 or file.stat.st_mode & S_IFMT != S_IFREG
-            or (node.key and node.place.layer.key_of(&file.stat) != node.key)
-            or not self.look_at_xattrs(node, file)
-        ):
+        try:
+            found = self.is_still(node, file) and self.look_at_xattrs(node, file)
+        except BaseException:
+            close(fd)
+            file.number = -1
+            raise
+        if not found:
             close(fd)
             file.number = -1
             return None
@@ -280,7 +281,14 @@ cdef class Opener:
             self.resting.opened(lower)
         return file
 
-    cdef bint look_at_xattrs(self, Node node, OpenFile file):
+    cdef bint is_still(self, Node node, OpenFile file) except -1:
+        """Whether what was opened is the node's regular file."""
+        return (
+            fstat(file.number, &file.stat) == 0 and file.stat.st_mode & S_IFMT == S_IFREG
+            and (not node.key or node.place.layer.key_of(&file.stat) == node.key)
+        )
+
+    cdef bint look_at_xattrs(self, Node node, OpenFile file) except -1:
         """Record the names of all xattrs; returns False if there are too many, or the data is elsewhere."""
         cdef char names[NAMES_SIZE]
         cdef char *name = names

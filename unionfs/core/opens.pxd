@@ -28,4 +28,5 @@ cdef class Opens:
         self, const fuse_in_header *header, Node node, const uint32_t *flags, open_answer *answer
     ) except -1
     cdef void forget_attributes(self, Node node) noexcept
-    cdef void fill(self, Node node, OpenFile file) noexcept
+    cdef int fetch(self, Node node, OpenFile file) except -1
+    cdef int fill(self, Node node, OpenFile file) except -1

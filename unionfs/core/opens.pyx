@@ -10,6 +10,7 @@ from libc.stdlib cimport free, malloc
 from posix.fcntl cimport O_ACCMODE, O_RDWR, O_TRUNC
 from posix.unistd cimport ftruncate, write
 
+from unionfs.core.memo cimport may_ask
 from unionfs.core.node cimport successor_of
 from unionfs.core.opening cimport is_plain, is_plain_in_upper, take_back
 from unionfs.core.stats cimport failure
@@ -68,6 +69,8 @@ cdef class Opens:
         if not use.filled and not use.cached and (not file.has_stat or file.stat.st_size > self.small):
             take_back(node, file)
             return 0
+        if not use.filled and not use.cached and may_ask(file.number):
+            self.fetch(node, file)
         number = self.handles.add(node, file, None, header.uid, False, False, header.unique)
         handle = self.handles.by_number[number]
         answer.body.fh, answer.body.backing_id = number, 0
@@ -125,23 +128,36 @@ cdef class Opens:
         notice.body.ino, notice.body.offset, notice.body.length = node.id, -1, 0
         write(self.fd, &notice, sizeof(notice))
 
-    cdef void fill(self, Node node, OpenFile file) noexcept:
+    cdef int fetch(self, Node node, OpenFile file) except -1:
+        """Read a small file of a slow layer before anything is recorded: see `memo`."""
+        try:
+            if file.stat.st_size <= SMALL_FILE:
+                file.read_now(self.notice.data, file.stat.st_size, 0)
+        except OSError:
+            return 0
+        except BaseException:
+            take_back(node, file)
+            raise
+        return 0
+
+    cdef int fill(self, Node node, OpenFile file) except -1:
         """Put a small file into the page cache; after an error the READ reports it."""
         cdef store_notice *notice = self.notice
         cdef ssize_t size = file.stat.st_size if file.has_stat else 0
         if not 0 < size <= SMALL_FILE:
-            return
+            return 0
         try:
             if file.read_now(notice.data, size, 0) != size:
-                return
+                return 0
         except OSError:
-            return
+            return 0
         notice.header.length = sizeof(store_notice) - SMALL_FILE + size
         notice.header.error, notice.header.unique = FUSE_NOTIFY_STORE, 0
         notice.body.nodeid, notice.body.offset = node.id, 0
         notice.body.size, notice.body.padding = <uint32_t>size, 0
         write(self.fd, notice, notice.header.length)
         self.handles.bytes_read += size
+        return 0
 
     cdef int release(self, const fuse_in_header *header, const char *body, size_t size, void *out) except -1:
         """RELEASE; as `open`."""

@@ -1,6 +1,6 @@
 # Real directories in layers, and the one gate from a directory to an fd.
 
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 from posix.time cimport timespec
 
 from unionfs.core.stats cimport stat_t
@@ -8,7 +8,8 @@ from unionfs.core.stats cimport stat_t
 cdef class Layer:
     cdef readonly Py_ssize_t index
     cdef readonly str path
-    cdef readonly bint is_upper, in_place, acl, quiet, memory, keeps_numbers, is_idmapped
+    cdef readonly bint is_upper, in_place, acl, quiet, memory, keeps_numbers, is_idmapped, remote
+    cdef readonly uint32_t slow
     cdef public bint atime_stays  # settable for tests, as is the next one
     cdef public Py_ssize_t links_of_removed
     cdef readonly object dev, permissions
@@ -48,5 +49,5 @@ cdef class Gate:
     cdef void remove(self, Place place)
 
 cdef int require_some(list places) except -1
-cdef int open_quietly(Layer layer, int dir_fd, const char *name, int flags) noexcept
+cdef int open_quietly(Layer layer, int dir_fd, const char *name, int flags) except? -2
 cdef Place new_place(Layer layer, Place parent, bytes name, int64_t key)

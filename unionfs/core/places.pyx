@@ -10,11 +10,13 @@ import os
 
 from libc.errno cimport EACCES, EPERM, ESTALE
 from libc.errno cimport errno as c_errno
-from posix.unistd cimport close
-
+from unionfs.core.layercalls cimport fstat, openat
+from unionfs.core.marks cimport close, mark_root
 from unionfs.core.stats cimport (
-    O_CLOEXEC, O_DIRECTORY, O_NOFOLLOW, O_PATH, O_RDONLY, failure, fstat, openat, read_result, stat_t,
+    O_CLOEXEC, O_DIRECTORY, O_NOFOLLOW, O_PATH, O_RDONLY, failure, read_result, stat_t,
 )
+
+from unionfs.core.layercalls import call
 
 cdef extern from "<fcntl.h>" nogil:
     int O_NOATIME
@@ -33,12 +35,21 @@ cdef enum:
     TMPFS = 0x01021994
     RAMFS = 0x858458F6
     NFS = 0x6969
+    FUSE = 0x65735546
 
 #: ext2 to 4, xfs, btrfs, tmpfs, ramfs, f2fs, squashfs, erofs, NFS, bcachefs; and zfs. On others (FUSE, FAT,
 #: overlayfs of several filesystems) a number may change after cache eviction.
 cdef object KEEP_NUMBERS = frozenset({
     0xEF53, 0x58465342, 0x9123683E, TMPFS, <unsigned long>RAMFS, 0xF2F52010, 0x73717368, 0xE0F5E1E2, NFS,
     0xCA451A4E, 0x2FC12FC1,
+})
+
+#: Of network filesystems and FUSE, whose calls wait for a server: NFS, SMB1 to 3 (fs/smb/client), Ceph, AFS (also of
+#: the kernel's own client), 9p, Coda, NCP, OCFS2, FUSE and with it sshfs, rclone and glusterfs; and of those outside
+#: the kernel's header GFS2, Lustre, OrangeFS, BeeGFS, GPFS and PanFS (coreutils, src/stat.c).
+cdef object REMOTE = frozenset({
+    NFS, 0x517B, 0xFF534D42, 0xFE534D42, 0x00C36400, 0x5346414F, 0x6B414653, 0x01021997, 0x73757245, 0x564C,
+    0x7461636F, FUSE, 0x01161970, 0x0BD00BD0, 0x20030528, 0x19830326, 0x47504653, 0xAAD7AAEA,
 })
 
 cdef enum:
@@ -84,6 +95,10 @@ cdef class Layer:
         self.links_of_removed = 1 if magic == NFS else 0
         #: Whether objects keep their inode numbers.
         self.keeps_numbers = magic in KEEP_NUMBERS
+        #: Whether calls into it wait for a server, which may not answer.
+        self.remote = magic in REMOTE
+        #: Its number as a slow layer; 0: calls into it are made at once. See `memo`.
+        self.slow = 0
         #: Whether its mount maps ids (known only to a union that does so, too).
         self.is_idmapped = False
         #: How its objects have owner, mode and type in an xattr; None: as they are.
@@ -92,6 +107,11 @@ cdef class Layer:
     def has_mapped_ids(self):
         """Record that its mount maps ids."""
         self.is_idmapped = True
+
+    def is_slow(self):
+        """Record that requests put calls into it aside; see `memo`."""
+        self.slow = self.index + 1
+        mark_root(self.root.fd, self.slow)
 
     def becomes_lower(self):
         """Record that another upper lies on top of it: from now on its objects are copied up, and stay the same ones
@@ -172,7 +192,7 @@ cdef int require_some(list places) except -1:
     return 0
 
 
-cdef int open_quietly(Layer layer, int dir_fd, const char *name, int flags) noexcept:
+cdef int open_quietly(Layer layer, int dir_fd, const char *name, int flags) except? -2:
     """openat(2), without a change of the access time in a layer where that must not be, unless the object is
     another user's. Returns -1 with errno."""
     cdef int fd = openat(dir_fd, name, flags | (O_NOATIME if layer.quiet else 0))
@@ -345,7 +365,7 @@ cdef class Gate:
     def reopen(self, Layer layer not None, int path_fd, int flags):
         """Open the object of an O_PATH fd. Raises ``OSError``."""
         try:
-            return os.open(b"/proc/self/fd/%d" % path_fd, flags)
+            return call(os.open, b"/proc/self/fd/%d" % path_fd, flags)
         except PermissionError as error:
             if self.rights is None:
                 raise

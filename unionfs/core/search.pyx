@@ -10,13 +10,12 @@ from libc.errno cimport errno as c_errno
 from libc.stdio cimport snprintf
 from libc.string cimport memcmp
 
+from unionfs.core.layercalls cimport fstatat, lgetxattr, xattr_of
+from unionfs.core.memo cimport may_ask
 from unionfs.core.places cimport new_place, require_some
 from unionfs.core.stats cimport (
-    AT_SYMLINK_NOFOLLOW, S_IFCHR, S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, failure, fstatat, read_result, result_of,
+    AT_SYMLINK_NOFOLLOW, S_IFCHR, S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, failure, read_result, result_of,
 )
-
-cdef extern from "<sys/xattr.h>" nogil:
-    ssize_t lgetxattr(const char *path, const char *name, void *value, size_t size)
 
 cdef extern from * nogil:
     """
@@ -72,11 +71,15 @@ cdef int stat_at(Gate gate, Place place, int dir_fd, bytes name, stat_t *st) exc
     return 0
 
 
-cdef bint may_be_marked(int dir_fd, bytes name) noexcept:
+cdef bint may_be_marked(int dir_fd, bytes name) except -1:
     """Whether the directory ``name`` may have one of overlayfs's or fuse-overlayfs's xattrs, which are all called
     ``overlay`` or ``fuseoverlayfs``."""
     cdef char names[NAMES_SIZE]
-    cdef long size = xattr_names_at(dir_fd, name, names, NAMES_SIZE)
+    cdef long size
+    if may_ask(dir_fd):
+        size = xattr_of(dir_fd, name, NULL, False, names, NAMES_SIZE)
+    else:
+        size = xattr_names_at(dir_fd, name, names, NAMES_SIZE)
     if size < 0:
         return c_errno != EOPNOTSUPP
     return memmem(names, size, b"overlay", 7) != NULL
@@ -225,7 +228,7 @@ cdef class Search:
             return st.st_rdev == 0
         if kind != S_IFREG or st.st_size:
             return False
-        if not self.lacks_at:
+        if not self.lacks_at and not may_ask(dir_fd):
             if xattr_size_at(dir_fd, name, self.whiteout) >= 0:
                 return True
             if c_errno == ENODATA or c_errno == EOPNOTSUPP:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from time import perf_counter_ns
+from typing import Final
 
 import trio
 
@@ -19,6 +21,9 @@ from unionfs.union.tree import Union
 
 Check = Callable[[], None]
 
+#: At most so many large files are copied up from slow layers at once.
+_PATIENT: Final = 16
+
 
 class CopyUps:
     """Copies objects up, and counts them."""
@@ -32,6 +37,8 @@ class CopyUps:
         self._nanoseconds = 0
         #: The nodes that are being copied up in a thread, each with the end of that.
         self.running: dict[Node, trio.Event] = {}
+        #: For threads that may never end; others must not wait for them.
+        self._patient = trio.CapacityLimiter(_PATIENT)
 
     def figures(self) -> dict[str, object]:
         """JSON-able. The durations may overlap."""
@@ -170,12 +177,46 @@ class CopyUps:
 
     async def _in_thread(self, copy: FileCopy | DataCopy) -> None:
         done = self.running[copy.node] = trio.Event()
+        if copy.waits_for_server:
+            await self._in_abandoned_thread(copy, done)
+            return
         try:
             # Ends early if the request is cancelled.
             await in_thread(copy.copy, trio.from_thread.check_cancelled)
         finally:
+            self._ended(copy, done)
+
+    async def _in_abandoned_thread(self, copy: FileCopy | DataCopy, done: trio.Event) -> None:
+        """The same from a slow layer. A request that is cancelled does not wait for the thread, which keeps
+        what it uses open until its call has returned."""
+        await may_wait()
+        token = trio.lowlevel.current_trio_token()
+        over = abandoned = False
+
+        def run() -> None:
+            nonlocal over
+            try:
+                copy.copy(trio.from_thread.check_cancelled)
+            finally:
+                over = True
+                if abandoned:
+                    with suppress(trio.RunFinishedError):
+                        token.run_sync_soon(self._ended, copy, done)
+
+        copy.begins()
+        try:
+            await trio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=self._patient)
+        finally:
+            abandoned = True
+            if over:
+                self._ended(copy, done)
+
+    def _ended(self, copy: FileCopy | DataCopy, done: trio.Event) -> None:
+        """The thread of a copy has ended."""
+        if not done.is_set():
             del self.running[copy.node]
             done.set()
+            copy.ends()
 
 
 def _lent(node: Node) -> OpenFile | None:

@@ -19,6 +19,8 @@ from typing import Any, Final, TypeVar, TypeVarTuple
 
 import trio
 
+from unionfs.core.memo import Memo
+
 _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
 
@@ -68,14 +70,19 @@ def begin(coroutine: Coroutine[Any, Any, _T]) -> _T | _Pending:
 
 
 @types.coroutine
-def finish(coroutine: Coroutine[Any, Any, _T]) -> Generator[Any, Any, _T]:
-    """Run the rest of a coroutine for which `begin` returned PENDING; await it in a task."""
+def finish(coroutine: Coroutine[Any, Any, _T], memo: Memo | None = None) -> Generator[Any, Any, _T]:
+    """Run the rest of a coroutine for which `begin` returned PENDING, or one that has not begun; await it in
+    a task. ``memo``: that of its request."""
     # `await` refuses a coroutine that has begun, so this forwards the values it yields and receives.
     step: Callable[[Any], Any] = coroutine.send
     value: Any = None
     while True:
         try:
-            trap = step(value)
+            if memo is None:
+                trap = step(value)
+            else:
+                with memo:
+                    trap = step(value)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
         try:

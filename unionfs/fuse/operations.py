@@ -18,10 +18,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from unionfs.core import layercalls
 from unionfs.core.answers import missing_xattr
 from unionfs.core.files import Handle
 from unionfs.core.node import Attributes, Node
 from unionfs.core.setting import Change, set_attributes
+from unionfs.fuse.asides import Asides
 from unionfs.fuse.copying import CopyUps
 from unionfs.fuse.directories import Directories
 from unionfs.fuse.files import Files, truncate
@@ -81,6 +83,7 @@ class Operations:
         self.changes = Changes(union, copy_up)
         self.copy_ups = CopyUps(union, copy_up)
         self.directories = Directories()
+        self.asides = Asides(union.stack.layers)
         self.refreshing = Refreshing(union, self.directories, self.copy_ups)
         self.files = Files(union, self.copy_ups)
         self.snapshots = Snapshots(union, copy_up, self.files.handles, self.refreshing)
@@ -109,6 +112,7 @@ class Operations:
             "read_bytes": self.files.bytes_read,
             "written_bytes": self.files.bytes_written,
             **({} if self.union.watches is None else self.union.watches.figures()),
+            **self.asides.figures(),
             **memory_figures(),
             **self._more_figures(),
         }
@@ -323,7 +327,7 @@ class Operations:
 
     def statfs(self) -> os.statvfs_result:
         """statvfs(3) of the topmost layer."""
-        return os.statvfs(self.union.stack.layers[0].root_fd)
+        return layercalls.call(os.fstatvfs, self.union.stack.layers[0].root_fd)
 
     # -- extended attributes --------------------------------------------------------------------------
 
@@ -335,7 +339,7 @@ class Operations:
             raise os_error(missing)
         stored = self.union.stored_name(node, name)
         with self.union.checked_path(node) as path:
-            value = os.getxattr(path, stored)
+            value = layercalls.call(os.getxattr, path, stored)
         owners = node.territory.owners
         return owners.show_acl(value, node.layer) if owners is not None and name.startswith(ACL) else value
 
@@ -344,7 +348,7 @@ class Operations:
         node = self.node(id_)
         try:
             with self.union.checked_path(node) as path:
-                stored = [os.fsencode(name) for name in os.listxattr(path)]
+                stored = [os.fsencode(name) for name in layercalls.call(os.listxattr, path)]
         except OSError as failure:
             if failure.errno == errno.EOPNOTSUPP:
                 return []
@@ -412,7 +416,7 @@ class Operations:
             self.union.flags.may_change(node)
         if not node.in_place:
             with self.union.checked_path(node) as path:
-                os.getxattr(path, stored)  # no copy-up if there is nothing to remove
+                layercalls.call(os.getxattr, path, stored)  # no copy-up if there is nothing to remove
         await self.copy_ups.ensure(node)
         stored = self.union.stored_name(node, name)
         node.changes()

@@ -200,6 +200,7 @@ def make_loop(
         operations.latencies,
         channel,
         operations.invalidations,
+        operations.asides,
     )
     operations.snapshots.serve(loop)
     return loop

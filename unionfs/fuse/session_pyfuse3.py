@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import logging
 import stat
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Final, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
 
+from unionfs.core.memo import Memo, Wanted
+from unionfs.core.node import Node
 from unionfs.core.setting import Change
 from unionfs.fuse.directories import DOT, DOT_DOT
 from unionfs.fuse.errors import CUT_OFF, SessionError
+from unionfs.fuse.inline import finish
 from unionfs.fuse.operations import Named, Operations
 from unionfs.fuse.pyfuse3_notices import Notices, invalidate_attributes
+from unionfs.fuse.pyfuse3_replies import FOREVER, bare, entry, named, opened
 from unionfs.sys.calls import os_error
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import mounted_at, mounts_of_device
@@ -26,13 +31,13 @@ from unionfs.union.setids import Process
 
 log = logging.getLogger(__name__)
 
-#: Seconds; only this daemon changes the tree, so cached entries stay valid.
-FOREVER: Final = 1e9
-
 _FIGURES: Final[dict[str, object]] = {
     "passthrough": {"upper": False, "lower": False, "lower_programs_only": False},
     "cache": {"writeback": False, "opens_without_request": False},
 }
+
+#: At most so many names fit into the answer to one READDIRPLUS of 4096 bytes.
+_AHEAD: Final = 26
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -106,7 +111,9 @@ def _request(handler: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Cor
         began = latencies.clock() if latencies.watched else 0
         try:
             try:
-                return await handler(*args, **kwargs)
+                if not adapter.operations.asides.needed:
+                    return await handler(*args, **kwargs)
+                return await adapter.with_memo(kind, lambda: handler(*args, **kwargs), args)
             finally:
                 invalidations = adapter.operations.invalidations
                 if invalidations.now or invalidations.soon:
@@ -138,10 +145,36 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         self.enable_acl = operations.union.stack.acl
         self.nodes = operations.union.nodes
         self._on_init = on_init
+        #: The node and the process of each, by number.
+        self._open_directories: dict[int, tuple[int, int]] = {}
+        self._numbers = itertools.count(1)
 
     def init(self) -> None:
         """INIT is answered: the mount is usable."""
         self._on_init()
+
+    async def with_memo(
+        self, kind: str, handle: Callable[[], Coroutine[Any, Any, _T]], args: Sequence[object]
+    ) -> _T:
+        """Answer a request; if it needs a slow layer, after the calls were made there; see `core.memo`."""
+        memo = Memo()
+        try:
+            while True:
+                try:
+                    return await finish(handle(), memo)
+                except Wanted:
+                    await self.operations.asides.make_for(memo, self._caller(kind, args))
+        finally:
+            memo.close()
+
+    def _caller(self, kind: str, args: Sequence[Any]) -> int:
+        """The process that sent a request; 0: unknown. libfuse passes no FUSE_INTERRUPT on."""
+        if isinstance(args[-1], pyfuse3.RequestContext):
+            return int(args[-1].pid)
+        if kind == "read":
+            who = self.files[args[1]].who
+            return 0 if who is None else int(who.pid)
+        return self._open_directories[args[1]][1] if kind == "readdir" else 0
 
     async def invalidate_attributes(self) -> None:
         """Invalidate attributes changed by a copy-up, before the reply, so that no process sees old ones
@@ -154,7 +187,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     def _found(self, found: Named) -> pyfuse3.EntryAttributes:
         """The reply for a name that the kernel caches; counts a lookup of the node."""
         found[0].looked_up()
-        return _named(found)
+        return named(found)
 
     # -- names ----------------------------------------------------------------------------------------
 
@@ -164,7 +197,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     ) -> pyfuse3.EntryAttributes:
         found = self.operations.lookup(parent_inode, name)
         if found is None:
-            return _bare(0, seconds=FOREVER if self.operations.is_ours_alone(parent_inode) else 0)
+            return bare(0, seconds=FOREVER if self.operations.is_ours_alone(parent_inode) else 0)
         return self._found(found)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
@@ -227,7 +260,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
 
     @_request
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        return _entry(self.operations.getattr(inode))
+        return entry(self.operations.getattr(inode))
 
     @_request
     async def setattr(
@@ -250,7 +283,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             killer=_killer(ctx) if kills else None,
         )
         handle = None if fh is None else self.files.get(fh)
-        return _entry(await self.operations.setattr(inode, change, handle))
+        return entry(await self.operations.setattr(inode, change, handle))
 
     async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
         return True  # the kernel checks (default_permissions)
@@ -291,7 +324,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         prepared = await self.files.prepare(node, flags)
         who = Process(ctx.uid, ctx.gid, ctx.pid)
         number = self.files.open(node, flags, who, prepared, kills_set_ids=ctx.uid != 0)
-        return _opened(number, keep_cache=node.territory.lasting)
+        return opened(number, keep_cache=node.territory.lasting)
 
     @_request
     async def create(
@@ -302,7 +335,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             self.operations.changes, parent, name, mode, flags, Caller(ctx.uid, ctx.gid),
             Process(ctx.uid, ctx.gid, ctx.pid),
         )  # fmt: skip
-        return _opened(number), self._found((node, attributes))
+        return opened(number), self._found((node, attributes))
 
     @_request
     async def read(self, fh: int, off: int, size: int) -> bytes | bytearray:  # type: ignore[override]
@@ -340,46 +373,70 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
 
     @_request
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
-        return inode  # listings belong to the directory, not to an open
+        # Listings belong to the directory, not to an open, but a request for one has no process.
+        number = next(self._numbers)
+        self._open_directories[number] = inode, ctx.pid
+        return number
 
     @_request
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        node = self.operations.node(fh)
+        node = self.operations.node(self._open_directories[fh][0])
+        entries, first = await self.operations.directories.entries(node, start_id)
+        if self.operations.asides.needed:
+            self._look_up_at_once(node, map(entries.name, range(first, len(entries))[:_AHEAD]))
         for name, shown, place in ((b".", node, DOT), (b"..", node.parent or node, DOT_DOT)):
-            dot = _bare(shown.id, stat.S_IFDIR)
+            dot = bare(shown.id, stat.S_IFDIR)
             if start_id < place and not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), dot, place):
                 return
-        entries, first = await self.operations.directories.entries(node, start_id)
         for index in range(first, len(entries)):
             if node.unlinked:
                 return
             name, cookie = pyfuse3.FileNameT(entries.name(index)), entries.cookie(index)
             try:
-                found = self.operations.union.lookup(node, name)
-            except OSError:
-                found = None
-                unknown = self.operations.union.number_of_unreachable(node, name)
-            else:
-                unknown = None if found else node.territory.number_of_bare_whiteout(node, name)
-            if unknown is not None and not pyfuse3.readdir_reply(token, name, _bare(*unknown), cookie):
+                found, unknown = self._look_up(node, name)
+            except Wanted:
+                return  # the next request begins here
+            if unknown is not None and not pyfuse3.readdir_reply(token, name, bare(*unknown), cookie):
                 return
             if found is None:
                 continue
             child = found[0]
-            if not pyfuse3.readdir_reply(token, name, _named(found), cookie):
+            if not pyfuse3.readdir_reply(token, name, named(found), cookie):
                 self.nodes.forget(child, 0)
                 return
             child.looked_up()
         if first == len(entries):
             self.operations.directories.end(node)
 
+    def _look_up(self, node: Node, name: bytes) -> tuple[Named | None, tuple[int, int] | None]:
+        """What a name of a listing is, or else its number and type, if it is listed."""
+        try:
+            found = self.operations.union.lookup(node, name)
+        except OSError:
+            return None, self.operations.union.number_of_unreachable(node, name)
+        return found, None if found else node.territory.number_of_bare_whiteout(node, name)
+
+    def _look_up_at_once(self, node: Node, names: Iterable[bytes]) -> None:
+        """Raise `Wanted` if a name needs calls on slow layers, which are then wanted for all of them."""
+        wants = False
+        for name in names:
+            try:
+                found, _ = self._look_up(node, name)
+            except Wanted:
+                wants = True
+                continue
+            if found is not None:
+                self.nodes.forget(found[0], 0)
+        if wants:
+            raise Wanted
+
     @_request
     async def releasedir(self, fh: int) -> None:
-        pass
+        self._open_directories.pop(fh, None)
 
     @_request
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        await self.operations.fsyncdir(fh)
+        await self.operations.fsyncdir(self._open_directories[fh][0])
 
 
 _STATVFS: Final = (
@@ -390,54 +447,3 @@ _STATVFS: Final = (
 def _killer(ctx: pyfuse3.RequestContext) -> Process | None:
     """The process of a request, if its changes clear set-id bits."""
     return Process(ctx.uid, ctx.gid, ctx.pid) if ctx.uid else None
-
-
-def _opened(number: int, *, keep_cache: bool = True) -> pyfuse3.FileInfo:
-    return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(number), keep_cache=keep_cache)
-
-
-def _named(found: Named) -> pyfuse3.EntryAttributes:
-    """The reply for a name, valid for ever unless others can change its object."""
-    entry = _entry(found)
-    if not found[0].territory.lasting:
-        entry.entry_timeout = 0
-    return entry
-
-
-def _entry(found: Named) -> pyfuse3.EntryAttributes:
-    node, attributes = found
-    st: Any = attributes.st
-    entry = pyfuse3.EntryAttributes()
-    # The library has one number for node and inode, so bound hard links have several numbers.
-    entry.st_ino = pyfuse3.InodeT(node.id)
-    entry.generation = node.generation
-    entry.entry_timeout = FOREVER
-    entry.attr_timeout = FOREVER if attributes.lasting else 0
-    entry.st_mode = pyfuse3.ModeT(st.st_mode)
-    entry.st_nlink = attributes.nlink
-    entry.st_uid = st.st_uid
-    entry.st_gid = st.st_gid
-    entry.st_rdev = st.st_rdev
-    entry.st_size = st.st_size
-    entry.st_blksize = st.st_blksize
-    entry.st_blocks = st.st_blocks
-    entry.st_atime_ns = st.st_atime_ns
-    entry.st_mtime_ns = st.st_mtime_ns
-    entry.st_ctime_ns = attributes.ctime_ns
-    return entry
-
-
-def _bare(number: int, kind: int = 0, seconds: float = 0) -> pyfuse3.EntryAttributes:
-    """A name with only a number and a file type, which the kernel may cache for ``seconds``.
-
-    Number 0 means a missing name. In a listing the entry is a name whose lookup fails: pyfuse3 has one number
-    for node and inode, and readdir(3) skips inode 0, so the kernel gets an id without a node, and looks the
-    name up before use. For ``.`` and ``..`` the kernel uses number and type, and counts no lookup
-    (fs/fuse/readdir.c).
-    """
-    entry = pyfuse3.EntryAttributes()
-    entry.st_ino = pyfuse3.InodeT(number)
-    entry.st_mode = pyfuse3.ModeT(kind)
-    entry.entry_timeout = seconds
-    entry.attr_timeout = 0
-    return entry

@@ -11,6 +11,7 @@ import stat
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
+from unionfs.core import layercalls
 from unionfs.sys.fds import Owned
 
 ALL: Final = b""
@@ -58,7 +59,7 @@ def read_xattrs(
     Skips one that is removed concurrently. Raises what ``failed`` raises.
     """
     try:
-        names = os.listxattr(place, follow_symlinks=follow)
+        names = layercalls.call(os.listxattr, place, follow_symlinks=follow)
     except OSError as error:
         if error.errno != errno.EOPNOTSUPP:
             failed(ALL, error)
@@ -67,7 +68,7 @@ def read_xattrs(
     for name in map(os.fsencode, names):
         if wanted(name):
             try:
-                found[name] = os.getxattr(place, name, follow_symlinks=follow)
+                found[name] = layercalls.call(os.getxattr, place, name, follow_symlinks=follow)
             except OSError as error:
                 if error.errno != errno.ENODATA:
                     failed(name, error)

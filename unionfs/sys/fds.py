@@ -9,6 +9,8 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Final
 
+from unionfs.core import layercalls, marks
+
 _MANY: Final = 1 << 20
 
 
@@ -16,7 +18,7 @@ def close_quietly(fd: int) -> None:
     """close(2), which releases the fd whatever it reports. An error tells something only of data that was
     written and not synced."""
     with suppress(OSError):
-        os.close(fd)
+        marks.close_fd(fd)
 
 
 class Owned:
@@ -79,8 +81,8 @@ def open_for_listing(fd: int) -> int:
 def open_quietly(name: bytes, flags: int, dir_fd: int | None = None) -> int:
     """open(2) so that reading does not change the access time, if the file is the user's. Raises OSError."""
     try:
-        return os.open(name, flags | os.O_NOATIME, dir_fd=dir_fd)
+        return layercalls.call(os.open, name, flags | os.O_NOATIME, dir_fd=dir_fd)
     except PermissionError as error:
         if error.errno != errno.EPERM:
             raise
-        return os.open(name, flags, dir_fd=dir_fd)
+        return layercalls.call(os.open, name, flags, dir_fd=dir_fd)

@@ -14,6 +14,7 @@ import stat
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
+from unionfs.core import layercalls
 from unionfs.core.copyup import entered, enters
 from unionfs.core.node import Node
 from unionfs.core.nodes import Stored
@@ -61,9 +62,9 @@ class CopyUp:
         union.require_upper()
         work = union.work.fd
         with Owned(union.open_path(node)) as source, union.work.temporary() as temporary:
-            st, name = os.fstat(source), temporary.name
+            st, name = layercalls.call(os.fstat, source), temporary.name
             if stat.S_ISLNK(st.st_mode):
-                os.symlink(os.readlink(b"", dir_fd=source), name, dir_fd=work)
+                os.symlink(layercalls.call(os.readlink, b"", dir_fd=source), name, dir_fd=work)
             else:
                 os.mknod(name, stat.S_IFMT(st.st_mode) | 0o600, st.st_rdev, dir_fd=work)
             self._copy_attributes(node, source, st, work, name)
@@ -91,7 +92,7 @@ class CopyUp:
         assert node.parent is not None
         union = self.union
         lower = union.gate.fd(node.parts[0])
-        st = os.stat(lower)
+        st = layercalls.call(os.stat, lower)
         shown = node.attributes_of(st).ctime_ns
         with union.work.temporary() as temporary:
             with Owned(temporary.mkdir()) as copy:

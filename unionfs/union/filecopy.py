@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable
 from typing import Final
 
+from unionfs.core import layercalls, marks
 from unionfs.core.copyup import SmallCopyUps, hand_over
 from unionfs.core.files import OpenFile
 from unionfs.core.node import Node
@@ -51,7 +52,40 @@ def small_copy_ups(copy_up: CopyUp) -> SmallCopyUps | None:
     )
 
 
-class FileCopy:
+class _Copy:
+    """A copy whose thread may go on after its request has ended: then its end closes everything."""
+
+    _source: OpenFile
+    _running = _left = False
+
+    @property
+    def waits_for_server(self) -> bool:
+        """Whether reading the source may take for ever."""
+        return marks.slow(self._source.fd)
+
+    def begins(self) -> None:
+        """A thread uses it from now on."""
+        self._running = True
+
+    def ends(self) -> None:
+        """The thread has ended."""
+        self._running = False
+        if self._left:
+            self.close()
+
+    def close(self, *exc: object) -> None:
+        """Close everything, unless a thread uses it: then at its end."""
+        self._left = self._running
+        if not self._running:
+            self._close()
+
+    __exit__ = close
+
+    def _close(self) -> None:
+        raise NotImplementedError
+
+
+class FileCopy(_Copy):
     """The copy-up of one regular file. Leaving its context without :meth:`finish` discards the copy."""
 
     def __init__(
@@ -119,11 +153,11 @@ class FileCopy:
         if node.lower_data is not None:
             with Owned(union.open_path(node)) as path_fd:
                 self._metadata = union.gate.reopen(node.layer, path_fd, _READ)
-            st = os.fstat(self._metadata)
+            st = layercalls.call(os.fstat, self._metadata)
         else:
             # with one user it was just opened and not read since, so its atime is unchanged
             known = self._source.st if self._source.users == 1 else None
-            st = known or os.fstat(self._source.fd)
+            st = known or layercalls.call(os.fstat, self._source.fd)
         return union.shown(node, st, self._object)
 
     @property
@@ -220,7 +254,7 @@ class FileCopy:
             raise
         return file if keep else None
 
-    def close(self, *exc: object) -> None:
+    def _close(self) -> None:
         """Close all fds, and discard an unfinished copy."""
         if self._temporary.taken:
             self._temporary.discard()
@@ -232,10 +266,8 @@ class FileCopy:
             self._open = False
             self._union.files.take_back_later(self.node, self._source)
 
-    __exit__ = close
 
-
-class DataCopy:
+class DataCopy(_Copy):
     """The data of one metacopy file in the upper follows, into the same object, which may have several names.
 
     Readers use the lower's until the xattr `metacopy` is removed, after all data was copied; so a crash in
@@ -286,7 +318,8 @@ class DataCopy:
         fd, capability = self._target.fd, self._capability(self._target.fd)
         try:
             if self.size:
-                _copy(self._union, self._source.fd, os.fstat(self._source.fd), fd, self.size, goes_on)
+                source = self._source.fd
+                _copy(self._union, source, layercalls.call(os.fstat, source), fd, self.size, goes_on)
             goes_on()
             os.ftruncate(fd, self.size)
             if capability is not None:
@@ -328,7 +361,7 @@ class DataCopy:
         self._copy_up.tell(Effects(node))
         return file if keep else None
 
-    def close(self, *exc: object) -> None:
+    def _close(self) -> None:
         """Close all fds."""
         if self._target is not None:
             close_quietly(self._target.fd)
@@ -336,8 +369,6 @@ class DataCopy:
         if self._open:
             self._open = False
             self._union.files.take_back_later(self.node, self._source)
-
-    __exit__ = close
 
 
 def _data_of(node: Node, st: os.stat_result) -> LowerData:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Final
 
+from unionfs.core import layercalls, marks
 from unionfs.sys import calls
 
 _CHUNK: Final = 8 * 1024 * 1024
@@ -61,15 +62,16 @@ def copy_data(
 
 def copy_piece(source: int, target: int, count: int, offset: int) -> int:
     """Copy up to ``count`` bytes at ``offset`` to the same offset. Returns their number, 0 at the end."""
-    try:
-        done = os.copy_file_range(source, target, count, offset, offset)
-        if done:
-            return done
-    except OSError as error:
-        if error.errno not in _NO_RANGE_COPY:
-            raise
+    if not marks.slow(source):
+        try:
+            done = os.copy_file_range(source, target, count, offset, offset)
+            if done:
+                return done
+        except OSError as error:
+            if error.errno not in _NO_RANGE_COPY:
+                raise
     # Some filesystems copy nothing and report no error.
-    data = os.pread(source, min(count, _READ), offset)
+    data = layercalls.read(source, min(count, _READ), offset)
     written = 0
     while written < len(data):
         written += os.pwrite(target, memoryview(data)[written:], offset + written)
@@ -79,8 +81,8 @@ def copy_piece(source: int, target: int, count: int, offset: int) -> int:
 def _next_data(fd: int, position: int, size: int) -> tuple[int, int]:
     """Start and end of the next data from ``position``; ``(size, size)`` if only a hole is left."""
     try:
-        start = os.lseek(fd, position, os.SEEK_DATA)
-        return start, min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        start = layercalls.call(os.lseek, fd, position, os.SEEK_DATA)
+        return start, min(layercalls.call(os.lseek, fd, start, os.SEEK_HOLE), size)
     except OSError as error:
         if error.errno == errno.ENXIO:
             return size, size

@@ -10,6 +10,7 @@ import os
 import stat
 from typing import Final
 
+from unionfs.core import layercalls
 from unionfs.core.files import OpenFile
 from unionfs.sys.fds import close_quietly, open_quietly
 from unionfs.union.rights import Rights
@@ -30,7 +31,10 @@ def open_backing(
     """
     flags, readable = (os.O_RDWR if write else os.O_RDONLY) | _FLAGS, True
     try:
-        fd = open_quietly(name, flags, dir_fd) if quiet else os.open(name, flags, dir_fd=dir_fd)
+        if quiet:
+            fd = open_quietly(name, flags, dir_fd)
+        else:
+            fd = layercalls.call(os.open, name, flags, dir_fd=dir_fd)
     except PermissionError as error:
         if not write:
             fd = rights.open(dir_fd, name, flags, error, upper=upper)
@@ -56,7 +60,7 @@ def open_held(
     name = b"/proc/self/fd/%d" % held
     flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
     try:
-        fd = open_quietly(name, flags) if quiet else os.open(name, flags)
+        fd = open_quietly(name, flags) if quiet else layercalls.call(os.open, name, flags)
     except PermissionError as error:
         if rights is None:
             raise
@@ -66,10 +70,10 @@ def open_held(
 
 def _checked(fd: int, *, readable: bool, writable: bool, waits: bool) -> OpenFile:
     try:
-        st = os.fstat(fd)
+        st = layercalls.call(os.fstat, fd)
         if not stat.S_ISREG(st.st_mode):
             raise OSError(errno.EIO, "the layer no longer holds a regular file there")
-    except OSError:
+    except BaseException:
         close_quietly(fd)
         raise
     return OpenFile(fd, readable=readable, writable=writable, waits=waits, st=st)

@@ -16,6 +16,7 @@ import os
 import time
 from typing import Final
 
+from unionfs.core import layercalls
 from unionfs.core.flags import NodeFlags
 from unionfs.core.node import Node
 from unionfs.sys import calls
@@ -65,13 +66,13 @@ class Flags(NodeFlags):
         """What statx(2) says of the flags of a lower's file."""
         assert node.place is not None
         if node.held >= 0:
-            return calls.statx_flags(node.held, b"", calls.AT_EMPTY_PATH)
+            return layercalls.call(calls.statx_flags, node.held, b"", calls.AT_EMPTY_PATH)
         try:
             dir_fd = self._objects.gate.fd(node.place)
-            return calls.statx_flags(dir_fd, node.name, calls.AT_SYMLINK_NOFOLLOW)
+            return layercalls.call(calls.statx_flags, dir_fd, node.name, calls.AT_SYMLINK_NOFOLLOW)
         except PermissionError:
             with Owned(self._objects.open_path(node)) as fd:
-                return calls.statx_flags(fd, b"", calls.AT_EMPTY_PATH)
+                return layercalls.call(calls.statx_flags, fd, b"", calls.AT_EMPTY_PATH)
 
     # -- what they forbid -----------------------------------------------------------------------------
 
@@ -162,7 +163,7 @@ _UNSUPPORTED: Final = (errno.ENOTTY, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSY
 def read_flags(fd: int) -> int:
     """The flags of a lower's object that apply in the union: an fd, not O_PATH; none where there are none."""
     try:
-        return calls.get_flags(fd) & (PROTECTED | _COPIED)
+        return layercalls.call(calls.get_flags, fd) & (PROTECTED | _COPIED)
     except OSError as error:
         if error.errno in _UNSUPPORTED:
             return 0

@@ -7,6 +7,8 @@ import re
 import sys
 from typing import Final
 
+from unionfs.core import layercalls
+
 #: An NFS client's name for a removed file with an open fd: its number in 16 digits and a count in 8
 #: (fs/nfs/unlink.c, nfs_sillyrename).
 NFS_REMOVED: Final = re.compile(r"\.nfs[0-9a-f]{24}")
@@ -16,4 +18,4 @@ _ENCODING: Final = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
 
 def real_names(fd: int) -> list[bytes]:
     """All names in a real directory."""
-    return [name.encode(*_ENCODING) for name in os.listdir(fd)]
+    return [name.encode(*_ENCODING) for name in layercalls.call(os.listdir, fd)]

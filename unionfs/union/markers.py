@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final, NamedTuple
 
+from unionfs.core import layercalls
+
 ABSENT: Final = (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES)
 FUSE_OVERLAYFS: Final = b"user.fuseoverlayfs."
 _ESCAPE: Final = b"overlay."
@@ -130,7 +132,7 @@ class Markers:
         """
         path = b"/proc/self/fd/%d" % fd
         try:
-            names = os.listxattr(path)
+            names = layercalls.call(os.listxattr, path)
         except OSError as error:
             if error.errno in ABSENT:
                 return Marks()
@@ -138,7 +140,7 @@ class Markers:
         if not names:
             return Marks()
         if read is None:
-            read = partial(os.getxattr, path)
+            read = partial(_value_of, path)
         opaque = os.fsdecode(self.opaque) in names and _value(read, self.opaque) == b"y"
         if not opaque and os.fsdecode(_OTHER_OPAQUE) in names:
             opaque = _value(read, _OTHER_OPAQUE) == b"y"
@@ -215,6 +217,10 @@ class Markers:
             os.setxattr(path, self.opaque, b"x")
 
 
+def _value_of(path: bytes, name: bytes) -> bytes:
+    return layercalls.call(os.getxattr, path, name)
+
+
 def _value(read: Read, name: bytes) -> bytes | None:
     try:
         return read(name)
@@ -226,7 +232,7 @@ def _value(read: Read, name: bytes) -> bytes | None:
 
 def _get(path: bytes | int, name: bytes, *, follow: bool = False) -> bytes | None:
     try:
-        return os.getxattr(path, name, follow_symlinks=follow or type(path) is int)
+        return layercalls.call(os.getxattr, path, name, follow_symlinks=follow or type(path) is int)
     except OSError as error:
         if error.errno in ABSENT:
             return None

@@ -11,9 +11,10 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
+from unionfs.core import layercalls
 from unionfs.core.directories import Listing
 from unionfs.core.lowernames import LowerNames
 from unionfs.core.places import Gate, Layer, Place
@@ -82,7 +83,7 @@ class Merge(Search):
         found: dict[bytes, None] = {}
         for part in parts:
             with Owned(self.gate.open_for_listing(part)) as fd:
-                for name in map(os.fsencode, os.listdir(fd)):
+                for name in map(os.fsencode, layercalls.call(os.listdir, fd)):
                     shown = hidden_name(name) if name.startswith(PREFIX) else name
                     if shown is not None:
                         found[shown] = None
@@ -122,7 +123,7 @@ class Merge(Search):
         for part in parts:
             fd = self.gate.fd(part)
             try:
-                st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                st = layercalls.call(os.stat, name, dir_fd=fd, follow_symlinks=False)
             except FileNotFoundError:
                 if self.named.hides(part, fd, name):
                     return False
@@ -153,8 +154,8 @@ class Merge(Search):
         object has replaced it.
         """
         st, (place,) = found
-        fd = os.open(name, _PATH, dir_fd=self.gate.fd(place))
-        if place.layer.key(os.fstat(fd)) != place.layer.key(st):
+        fd = layercalls.call(os.open, name, _PATH, dir_fd=self.gate.fd(place))
+        if place.layer.key(layercalls.call(os.fstat, fd)) != place.layer.key(st):
             close_quietly(fd)
             raise OSError(errno.ESTALE, "a layer holds another object there")
         return fd
@@ -199,41 +200,53 @@ class _MergedListing(Listing):
         """The names in one real directory without its whiteouts, which go into ``whiteouts``."""
         shown = []
         hides = self._merge.hides_xattr_whiteouts(self.parts, self.parts[index], fd)
-        with os.scandir(fd) as entries:
-            for entry in entries:
-                name = os.fsencode(entry.name)
-                if name.startswith(PREFIX):
-                    below = hidden_name(name)
-                    if below is not None:
-                        whiteouts.add(below)
-                    continue
-                try:
-                    hidden = self._is_whiteout(index, fd, entry, files=hides)
-                except FileNotFoundError:
-                    continue
-                except OSError:  # a name that cannot be examined exists all the same
-                    hidden = False
-                if hidden:
-                    whiteouts.add(name)
-                else:
-                    shown.append(name)
+        for name, kind in layercalls.call(_entries_of, fd):
+            if name.startswith(PREFIX):
+                below = hidden_name(name)
+                if below is not None:
+                    whiteouts.add(below)
+                continue
+            try:
+                hidden = self._is_whiteout(index, fd, name, kind, files=hides)
+            except FileNotFoundError:
+                continue
+            except OSError:  # a name that cannot be examined exists all the same
+                hidden = False
+            if hidden:
+                whiteouts.add(name)
+            else:
+                shown.append(name)
         return shown
 
-    def _is_whiteout(self, index: int, fd: int, entry: os.DirEntry[str], *, files: bool) -> bool:
+    def _is_whiteout(self, index: int, fd: int, name: bytes, kind: int, *, files: bool) -> bool:
         """Whether an entry of one real directory is a whiteout, as regular files may be if ``files``."""
-        if entry.is_dir(follow_symlinks=False) or entry.is_symlink():
+        if kind in (stat.S_IFDIR, stat.S_IFLNK) or (not files and kind == stat.S_IFREG):
             return False
-        if not files and entry.is_file(follow_symlinks=False):
-            return False
-        name = os.fsencode(entry.name)
         try:
-            st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            st = layercalls.call(os.stat, name, dir_fd=fd, follow_symlinks=False)
         except PermissionError as error:
             again = self._merge.gate.stat_refused(self.parts[index], name, error)
             if again is None:
                 return False
             st = again
         return self._merge.markers.is_whiteout(st, fd, name)
+
+
+def _entries_of(fd: int) -> list[tuple[bytes, int]]:
+    """The names in a real directory, each with its file type; 0: it has been removed, or is another one."""
+    found = []
+    with os.scandir(fd) as entries:
+        for entry in entries:
+            kind = 0
+            with suppress(OSError):
+                if entry.is_symlink():
+                    kind = stat.S_IFLNK
+                elif entry.is_dir(follow_symlinks=False):
+                    kind = stat.S_IFDIR
+                elif entry.is_file(follow_symlinks=False):
+                    kind = stat.S_IFREG
+            found.append((os.fsencode(entry.name), kind))
+    return found
 
 
 def path_of(place: Place) -> bytes:

@@ -6,6 +6,7 @@ import os
 import stat
 from contextlib import suppress
 
+from unionfs.core import layercalls
 from unionfs.core.directories import Listing
 from unionfs.core.files import OpenFile
 from unionfs.core.lookup import Names
@@ -73,7 +74,7 @@ class Merged(Names):
         upper = self._stack.upper
         if upper is not None and node.in_place and not node.is_dir:
             try:
-                st = os.stat(node.held)
+                st = layercalls.call(os.stat, node.held)
             except OSError:
                 return  # the name is gone already; those not looked up yet become another node
             if st.st_nlink > upper.links_of_removed:

@@ -18,6 +18,7 @@ import stat
 from collections.abc import Sequence
 from typing import Final
 
+from unionfs.core import layercalls
 from unionfs.core.places import Gate, Place
 from unionfs.sys.fds import close_quietly
 from unionfs.union.lowerdata import LowerData
@@ -94,10 +95,10 @@ def open_data(gate: Gate, data: LowerData) -> int:
     """See `Merge.open_data`."""
     dir_fd = gate.fd(data.place)
     try:
-        fd = os.open(data.name, _READ, dir_fd=dir_fd)
+        fd = layercalls.call(os.open, data.name, _READ, dir_fd=dir_fd)
     except PermissionError as error:
         fd = gate.rights.open(dir_fd, data.name, _READ, error, upper=data.place.layer.is_upper)
-    st = os.fstat(fd)
+    st = layercalls.call(os.fstat, fd)
     if not stat.S_ISREG(st.st_mode) or data.place.layer.key(st) != data.key:
         close_quietly(fd)
         raise OSError(errno.EIO, "a layer holds another object in place of a metacopy file's data")

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from typing import Final
 
+from unionfs.core import layercalls
 from unionfs.core.directories import LARGE
 from unionfs.core.places import NOT_THERE, Gate, Layer, Place
 from unionfs.core.search import PREFIX
@@ -76,9 +77,9 @@ class NamedWhiteouts:
             return True
         try:
             with Owned(self._gate.open_for_listing(place)) as fd:
-                if os.fstat(fd).st_size > LARGE:
+                if layercalls.call(os.fstat, fd).st_size > LARGE:
                     return True
-                names = os.listdir(fd)
+                names = layercalls.call(os.listdir, fd)
         except OSError:
             return True
         some = any(name.startswith(".wh.") for name in names)
@@ -87,7 +88,7 @@ class NamedWhiteouts:
 
     def _exists(self, place: Place, name: bytes, dir_fd: int) -> bool:
         try:
-            os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+            layercalls.call(os.stat, name, dir_fd=dir_fd, follow_symlinks=False)
         except OSError as error:
             if error.errno in NOT_THERE:
                 return False

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from unionfs.core import layercalls, marks
 from unionfs.core import objects as core
 from unionfs.core.node import Node
 from unionfs.core.places import Gate
@@ -66,12 +67,12 @@ class Objects(core.Objects):
         assert node.place is not None
         dir_fd, name = self.gate.fd(node.place), node.real_name
         try:
-            fd = os.open(name, _PATH, dir_fd=dir_fd)
+            fd = layercalls.call(os.open, name, _PATH, dir_fd=dir_fd)
         except PermissionError as error:
             fd = self.gate.rights.open(dir_fd, name, _PATH, error, upper=node.place.layer.is_upper)
         try:
-            node.check(os.fstat(fd))
-        except OSError:
+            node.check(layercalls.call(os.fstat, fd))
+        except BaseException:
             close_quietly(fd)
             raise
         return fd, True
@@ -89,7 +90,7 @@ class Objects(core.Objects):
     def open_path(self, node: Node) -> int:
         """A new O_PATH fd of the node's object; the caller closes it."""
         fd, opened = self.path_fd(node)
-        return fd if opened else os.dup(fd)
+        return fd if opened else marks.duplicate(fd)
 
     @contextmanager
     def outliving(self, node: Node, done: Callable[[], object] = lambda: None) -> Iterator[int]:
@@ -114,7 +115,7 @@ class Objects(core.Objects):
     def readlink_refused(self, node: Node) -> bytes:
         """The target of a symlink in a directory that this user may not search."""
         with Owned(self.open_path(node)) as fd:
-            return os.readlink(b"", dir_fd=fd)
+            return layercalls.call(os.readlink, b"", dir_fd=fd)
 
 
 def link_object(node: Node, source: int, dir_fd: int, name: bytes) -> None:

@@ -17,6 +17,7 @@ import os
 from contextlib import suppress
 from typing import Final
 
+from unionfs.core import layercalls
 from unionfs.core.files import OpenFile, RestingFiles
 from unionfs.core.node import Node
 from unionfs.core.opening import KeptFiles, Opener, take_back
@@ -108,7 +109,7 @@ class OpenFiles:
         file = None if node.use is None else node.use.file
         if file is not None and file.users and file.is_open and node.lower_data is None and node.held < 0:
             with suppress(OSError):
-                node.hold(os.open(b"/proc/self/fd/%d" % file.fd, os.O_PATH | os.O_CLOEXEC))
+                node.hold(layercalls.call(os.open, b"/proc/self/fd/%d" % file.fd, os.O_PATH | os.O_CLOEXEC))
 
     # -- files that stay open -------------------------------------------------------------------------
 
@@ -185,7 +186,7 @@ class OpenFiles:
                 assert file.st is not None
                 node.check(file.st)
             data = node.territory.opened(node, file)
-        except OSError:
+        except BaseException:
             close_quietly(file.fd)
             raise
         if file.xattrs is not None:
@@ -198,7 +199,8 @@ class OpenFiles:
 
     def _open_lower_data(self, node: Node, data: LowerData) -> OpenFile:
         fd = open_data(self._gate, data)
-        return OpenFile(fd, readable=True, writable=False, waits=_waits(node), st=os.fstat(fd))
+        st = layercalls.call(os.fstat, fd)
+        return OpenFile(fd, readable=True, writable=False, waits=_waits(node), st=st)
 
 
 def _waits(node: Node) -> bool:

@@ -22,6 +22,7 @@ import stat
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from unionfs.core import layercalls
 from unionfs.core.nodes import Stored
 from unionfs.core.origins import OriginFormat, handle_at, subvolume
 from unionfs.core.places import Gate, Layer, Place
@@ -86,7 +87,7 @@ class Origins(OriginFormat):
     def _value(self, place: Place, name: bytes, xattr: bytes) -> bytes | None:
         where = b"/proc/self/fd/%d/%b" % (self._gate.fd(place), name)
         try:
-            return os.getxattr(where, xattr, follow_symlinks=False)
+            return layercalls.call(os.getxattr, where, xattr, follow_symlinks=False)
         except OSError:
             return None
 
@@ -128,7 +129,7 @@ class Origins(OriginFormat):
         return Stored.UNKNOWN
 
     def _of_copy(self, source: int) -> bytes:
-        return os.getxattr(b"/proc/self/fd/%d" % source, self._markers.origin)
+        return layercalls.call(os.getxattr, b"/proc/self/fd/%d" % source, self._markers.origin)
 
     def names_objects_of(self, layer: Layer) -> bool:
         """Whether origins name the objects of a layer, with the numbers that they have."""

@@ -24,6 +24,7 @@ import stat
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
+from unionfs.core import layercalls
 from unionfs.core.places import Layer
 from unionfs.errors import LayerError
 from unionfs.sys import attributes, calls
@@ -121,9 +122,10 @@ class Permissions:
         """
         if stat.S_IFMT(st.st_mode) not in _KEPT:
             return st
+        follow = follow or type(where) is int
         for name in self.names:
             try:
-                value = os.getxattr(where, name, follow_symlinks=follow or type(where) is int)
+                value = layercalls.call(os.getxattr, where, name, follow_symlinks=follow)
             except OSError:
                 continue  # it has none, or nobody may read it
             shown = parse(value, st)

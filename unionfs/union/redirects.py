@@ -18,6 +18,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from unionfs.core import layercalls
 from unionfs.core.places import Gate, Layer, Place
 from unionfs.union.markers import Markers, Marks
 from unionfs.union.named import NamedWhiteouts
@@ -109,7 +110,7 @@ class PartSearch:
         if not markers.follows_redirects:
             raise OSError(errno.EPERM, "a layer holds a redirect, and these are not followed")
         owner = markers.redirects_of
-        if owner is not None and os.fstat(self._gate.fd(place)).st_uid != owner:
+        if owner is not None and layercalls.call(os.fstat, self._gate.fd(place)).st_uid != owner:
             raise OSError(errno.EPERM, "a layer holds a redirect in another user's directory")
 
     def _stat(self, place: Place, name: bytes) -> os.stat_result | None:
@@ -172,7 +173,7 @@ def stat_step(dir_fd: int, name: bytes) -> os.stat_result | None:
     if name in _NEVER:
         raise OSError(errno.EACCES, "a layer holds an invalid redirect")
     try:
-        return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        return layercalls.call(os.stat, name, dir_fd=dir_fd, follow_symlinks=False)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
             return None

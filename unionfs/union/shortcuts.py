@@ -29,8 +29,11 @@ class Shortcuts:
     empty_places: bool = True
     """Do not search a copied-up directory into which nothing was put; see `Place.empty`."""
 
+    fast_layers: bool = True
+    """Call into lowers on ordinary filesystems at once, not as if they might not answer; see `memo`."""
 
-NO_SHORTCUTS: Final = Shortcuts(capabilities=False, unread_files=False, empty_places=False)
+
+NO_SHORTCUTS: Final = Shortcuts(capabilities=False, unread_files=False, empty_places=False, fast_layers=False)
 
 
 class Capabilities:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
+from unionfs.core import layercalls
 from unionfs.core.node import Attributes, Node
 from unionfs.core.nodes import NodeTable
 from unionfs.core.places import BoundLayer, Layer
@@ -53,6 +54,9 @@ class Union(Objects):
         record what another daemon needs to take over."""
         self.stack = stack
         self.state = state
+        for layer in stack.layers:
+            if not layer.is_upper and (layer.remote or not shortcuts.fast_layers):
+                layer.is_slow()
         if stack.keeps_permissions:  # which are stored under other names
             shortcuts = replace(shortcuts, capabilities=False)
         if notifier is not None:
@@ -112,7 +116,7 @@ class Union(Objects):
         """
         for part in parent.parts:
             try:
-                st = os.stat(name, dir_fd=self.gate.fd(part), follow_symlinks=False)
+                st = layercalls.call(os.stat, name, dir_fd=self.gate.fd(part), follow_symlinks=False)
             except FileNotFoundError:
                 continue
             except OSError:

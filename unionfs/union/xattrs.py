@@ -6,6 +6,7 @@ import errno
 import os
 from typing import Final
 
+from unionfs.core import layercalls
 from unionfs.core.places import Place
 from unionfs.core.state import State
 from unionfs.sys.attributes import read_xattrs
@@ -58,7 +59,7 @@ def default_acl(place: Place, dir_fd: int) -> bytes:
     acl = place.default_acl
     if acl is None:
         try:
-            acl = os.getxattr(b"/proc/self/fd/%d" % dir_fd, ACL_DEFAULT)
+            acl = layercalls.call(os.getxattr, b"/proc/self/fd/%d" % dir_fd, ACL_DEFAULT)
         except OSError as error:
             if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
                 raise

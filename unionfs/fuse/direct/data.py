@@ -12,6 +12,7 @@ import stat
 from functools import partial
 from typing import Final
 
+from unionfs.core import layercalls, marks
 from unionfs.core.files import Handle, OpenFile
 from unionfs.core.loop import new_buffer
 from unionfs.core.node import Attributes, Node
@@ -209,12 +210,13 @@ class DataRequests:
 
     async def _read(self, request: rq.Read) -> Reply | None:
         file = self._reading(request.nodeid, request.fh)
-        if request.size >= SPLICED:
+        slow = marks.slow(file.fd)  # what is read of it comes from the request's memo
+        if request.size >= SPLICED and not slow:
             if await self._spliced(request, file):
                 return None
             file = self._reading(request.nodeid, request.fh)  # a copy-up may have replaced it
         # The answer is sent before the next request is read, so one buffer serves all reads that do not wait.
-        if file.waits and request.size >= SPLICED:
+        if file.waits and request.size >= SPLICED and not slow:
             here = None  # other requests were read in between, and may use the buffer
         else:
             here = file.read_into(self._buffer[: request.size], request.offset)
@@ -291,7 +293,8 @@ class DataRequests:
 
     def _lseek(self, request: rq.Lseek) -> Reply:
         file = self._reading(request.nodeid, request.fh)
-        return encode.lseek(request.unique, os.lseek(file.fd, request.offset, request.whence))
+        position = layercalls.call(os.lseek, file.fd, request.offset, request.whence)
+        return encode.lseek(request.unique, position)
 
     async def _copy_file_range(self, request: rq.CopyFileRange) -> Reply:
         return encode.written(request.unique, await self._copied(request))

@@ -13,6 +13,7 @@ import stat
 import sys
 from typing import Final, NamedTuple
 
+from unionfs.core import layercalls
 from unionfs.core.node import Node
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import Reply, encode
@@ -57,10 +58,16 @@ async def answer(operations: Operations, request: rq.Ioctl) -> Reply:
         elif command.writes:
             result = _set(operations, node, fd, request.cmd, value)
         else:
-            result = fcntl.ioctl(fd, request.cmd, value)
+            result, value[:] = layercalls.call(_ioctl, fd, request.cmd, bytes(value))
             others = _get(value) & ~(command.immutable | command.append)
             _put(value, others | _shown(operations, node, command))
     return encode.ioctl(request.unique, result, bytes(value[: request.out_size]))
+
+
+def _ioctl(fd: int, command: int, value: bytes) -> tuple[int, bytes]:
+    """The result of ioctl(2), and what it has left in its argument."""
+    left = bytearray(value)
+    return fcntl.ioctl(fd, command, left), bytes(left)
 
 
 def _open(operations: Operations, node: Node) -> int:
@@ -68,7 +75,7 @@ def _open(operations: Operations, node: Node) -> int:
     if node.is_dir:
         return operations.union.gate.open_for_listing(node.parts[0])
     with operations.union.checked_path(node) as path:
-        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return layercalls.call(os.open, path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _shown(operations: Operations, node: Node, command: _Command) -> int:

@@ -17,13 +17,15 @@ import logging
 import mmap
 import struct
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import trio
 
 from unionfs.core.loop import FAIR, WAIT, Channel, new_buffer
+from unionfs.core.memo import Memo, Wanted
+from unionfs.fuse.asides import Asides
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.inline import PENDING, begin, finish
 from unionfs.fuse.invalidations import Invalidations
@@ -71,6 +73,7 @@ class Loop:
         latencies: Latencies,
         channel: Channel,
         invalidations: Invalidations | None = None,
+        asides: Asides | None = None,
     ) -> None:
         self._device = device
         self._channel = channel
@@ -94,6 +97,10 @@ class Loop:
         self._running: dict[int, tuple[trio.CancelScope, int]] = {}
         self._latencies = latencies
         self._hold: trio.Event | None = None
+        #: Makes calls on slow layers, if there are any; see `core.memo`.
+        self._asides = asides if asides is not None and asides.needed else None
+        if self._asides is not None:
+            channel.puts_aside()
 
     @asynccontextmanager
     async def held(self, seconds: float) -> AsyncIterator[None]:
@@ -166,6 +173,10 @@ class Loop:
 
     def serve(self, size: int) -> bool:
         """Answer the request in the buffer; returns True if it started a task for the answer."""
+        memo = None if self._asides is None else self._channel.memo_of_last()
+        message = None
+        if memo is not None and memo.used:
+            message = bytes(self._view[:size])
         try:
             request = self._decode(self._view, size)
         except ProtocolError as error:
@@ -174,32 +185,83 @@ class Loop:
                 self._device.answer(encode.error(error.unique, errno.EIO))
             return False
         number = request.number
+        if message is not None:
+            self._put_aside(request, memo, message)
+            return True
         self._requests[self._names.get(number, "unknown")] += 1
         try:
-            answer = self._answers.get(number)
-            if answer is not None:
-                reply = answer(request)
+            if memo is None:
+                reply = self._begin(request, None)
             else:
-                waiting = self._waiting.get(number)
-                if waiting is None:
-                    reply = self._other(request)
-                else:
-                    coroutine = waiting(request)
-                    begun = begin(coroutine)
-                    if begun is PENDING:
-                        if "data" in request.fields:
-                            self._new_buffer()
-                        # Recorded before its task runs: the next request may already be its INTERRUPT, which
-                        # the kernel sends once (fs/fuse/dev.c, request_wait_answer).
-                        scope = trio.CancelScope()
-                        self._running[request.unique] = scope, request.pid
-                        self._nursery.start_soon(self._finish, request, coroutine, scope)
-                        return True
-                    reply = begun  # type: ignore[assignment]
+                with memo:
+                    reply = self._begin(request, memo)
+        except Wanted:
+            self._put_aside(request, memo)
+            return True
         except BaseException as error:
             reply = self._failed(request, error)
-        self._reply(reply)
+        if reply is PENDING:
+            return True
+        self._reply(reply)  # type: ignore[arg-type]
         return False
+
+    def _begin(self, request: Request, memo: Memo | None) -> object:
+        """The answer, or PENDING if a task was started for it."""
+        answer = self._answers.get(request.number)
+        if answer is not None:
+            return answer(request)
+        waiting = self._waiting.get(request.number)
+        if waiting is None:
+            return self._other(request)
+        coroutine = waiting(request)
+        begun = begin(coroutine)
+        if begun is PENDING:
+            self._in_task(request, memo, finish(coroutine, memo))
+        return begun
+
+    def _in_task(self, request: Request, memo: Memo | None, rest: Awaitable[Reply | None]) -> None:
+        if "data" in request.fields:
+            self._new_buffer()
+        if memo is not None:
+            self._channel.renew_memo()
+        # Recorded before its task runs: the next request may already be its INTERRUPT, which the kernel sends
+        # once (fs/fuse/dev.c, request_wait_answer).
+        scope = trio.CancelScope()
+        self._running[request.unique] = scope, request.pid
+        self._nursery.start_soon(self._finish, request, memo, rest, scope)
+
+    # -- requests that wait for slow layers -----------------------------------------------------------
+
+    def _put_aside(self, request: Request, memo: Memo | None, message: bytes | None = None) -> None:
+        """Answer a request that wants calls on slow layers in a task. ``message``: its bytes, if `core` is to
+        try first."""
+        assert memo is not None
+        self._in_task(request, memo, self._anew(request, memo, message))
+
+    async def _anew(self, request: Request, memo: Memo, message: bytes | None = None) -> Reply | None:
+        """Make the calls that a request wants and answer it anew, until it wants none."""
+        assert self._asides is not None
+        while True:
+            await self._asides.make(memo)
+            if message is not None:
+                if self._channel.again(message, memo):
+                    return None  # it is sent
+                if memo.wanted():
+                    continue
+                message = None
+                self._requests[self._names.get(request.number, "unknown")] += 1
+            try:
+                return await self._answered(request, memo)
+            except Wanted:
+                continue
+
+    async def _answered(self, request: Request, memo: Memo) -> Reply | None:
+        waiting = self._waiting.get(request.number)
+        if waiting is not None:
+            return await finish(waiting(request), memo)
+        answer = self._answers.get(request.number)
+        with memo:
+            return self._other(request) if answer is None else answer(request)
 
     # -- measuring latencies --------------------------------------------------------------------------
 
@@ -265,17 +327,23 @@ class Loop:
         return encode.error(request.unique, errno.EIO)
 
     async def _finish(
-        self, request: Request, coroutine: Coroutine[Any, Any, Reply | None], scope: trio.CancelScope
+        self, request: Request, memo: Memo | None, rest: Awaitable[Reply | None], scope: trio.CancelScope
     ) -> None:
         unique = request.unique
         reply: Reply | None = encode.error(unique, errno.EINTR)
         with scope:
             try:
-                reply = await finish(coroutine)
+                try:
+                    reply = await rest
+                except Wanted:
+                    assert memo is not None
+                    reply = await self._anew(request, memo)
             except Exception as error:
                 reply = self._failed(request, error)
             finally:
                 del self._running[unique]
+        if memo is not None:
+            memo.close()
         self._reply(reply)
         self._latencies.end(unique, self._names.get(request.number, "unknown"))
         if self._files.deferred:

@@ -11,6 +11,7 @@ import stat
 import struct
 from typing import Final
 
+from unionfs.core import layercalls
 from unionfs.core.node import Attributes, Node
 from unionfs.core.setting import Change
 from unionfs.fuse.direct.former import is_removed, is_renamed, made
@@ -191,7 +192,7 @@ class NameRequests:
     def _statx(self, request: rq.Statx) -> Reply:
         node, attributes = self._operations.getattr(request.nodeid)
         with self._union.checked_path(node) as path:
-            raw = calls.statx(calls.AT_FDCWD, path, 0, request.sx_mask)
+            raw = layercalls.call(_statx, path, request.sx_mask)
         patched = bytearray(raw)
         # Some fields of struct statx, include/uapi/linux/stat.h: stx_nlink, stx_uid, stx_gid, stx_mode,
         # stx_blocks, stx_ctime, stx_rdev_major and stx_rdev_minor
@@ -310,6 +311,10 @@ class NameRequests:
     async def _syncfs(self, request: rq.Syncfs) -> Reply:
         await self._operations.syncfs()
         return encode.ok(request.unique)
+
+
+def _statx(path: bytes, mask: int) -> bytes:
+    return calls.statx(calls.AT_FDCWD, path, 0, mask)
 
 
 def _sized(unique: int, value: bytes, size: int) -> Reply:

@@ -1,0 +1,26 @@
+# Which fds belong to slow layers.
+
+from libc.stdint cimport uint32_t, uint64_t
+
+cdef enum:
+    # Fds beyond have no marks.
+    MOST_FDS = 1 << 20
+
+cdef struct Mark:
+    # id: of the object that was opened, 0: the fd is not one of a slow layer; ino, major, minor: what it must still be
+    # layer: the number of the slow layer; flushes: whether close(2) waits for the server
+    uint64_t id
+    uint64_t ino
+    uint32_t major
+    uint32_t minor
+    uint32_t layer
+    bint flushes
+
+cdef Mark *marks
+
+cdef bint is_slow(int fd) noexcept nogil
+cdef int mark_as(int fd, const Mark *mark) noexcept nogil
+cdef Mark new_mark(int fd, uint32_t layer, bint opened) noexcept nogil
+cdef int mark_root(int fd, uint32_t layer) except -1
+cdef int marked_child(int fd, int opened, int flags) noexcept nogil
+cdef int close(int fd) noexcept nogil
