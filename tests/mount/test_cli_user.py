@@ -256,6 +256,29 @@ def test_check_and_convert(host: Host, place: Place) -> None:
     succeed(host.unionfs("umount", place.merged))
 
 
+def test_unreadable_files_that_are_empty(host: Host, place: Place) -> None:
+    """They are copied up without being read, as by overlayfs, where all is shown as the user's; others are
+    not."""
+    for name, text in (("written", ""), ("chmod", ""), ("cut", ""), ("touched", ""), ("full", "secret\n")):
+        (place.lower / name).write_text(text)
+        (place.lower / name).chmod(0o640)
+    before = (place.lower / "chmod").stat()
+    host.mount("-o", f"squash_to_uid={UID},squash_to_gid={os.stat(place.upper).st_gid}")
+    script = "echo mine >> written; chmod 0604 chmod; truncate -s 3 cut; touch -d @7 touched; cat written"
+    assert succeed(host.run("sh", "-ec", f"cd {place.merged}; {script}")) == "mine\n"
+    for script in ("echo x | dd of=full oflag=append conv=notrunc,fsync", "chmod 0600 full", "cat full"):
+        done = host.run("sh", "-ec", f"cd {place.merged}; {script}")
+        assert done.returncode != 0
+        assert "Permission denied" in done.stderr
+    succeed(host.unionfs("umount", place.merged))
+    assert sorted(os.listdir(place.upper)) == ["chmod", "cut", "touched", "written"]
+    modes = {name: stat.S_IMODE((place.upper / name).stat().st_mode) for name in os.listdir(place.upper)}
+    assert modes == {"chmod": 0o604, "cut": 0o640, "touched": 0o640, "written": 0o640}
+    assert (place.upper / "chmod").stat().st_mtime_ns == before.st_mtime_ns
+    assert (place.upper / "cut").read_bytes() == b"\0\0\0"
+    assert (place.upper / "touched").stat().st_mtime == 7
+
+
 def test_what_belongs_to_others(host: Host, place: Place) -> None:
     """It cannot be copied up, and so root's sticky directory takes no file; the log says why, once."""
     (place.lower / "tmp").mkdir()
