@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from unionfs.branches import beneath, journal, seen, sharing
 from unionfs.branches.after import reached
 from unionfs.branches.apply import Application, ChangedError, step
+from unionfs.branches.ids import entered
 from unionfs.branches.journal import Journal
 from unionfs.branches.mounts import mounted, parent_claimed
 from unionfs.branches.store import Branch, Store
@@ -260,6 +261,8 @@ def recover(store: Store, name: str | None = None) -> dict[str, Journal]:
             entry = journal.read(store, id)
             if entry is None:
                 journal.forget(store, id)
+            elif entry.ids != entered():
+                continue  # a command with that branch's ids does it
             elif entry.state != journal.DONE and finish(store, entry):
                 finished[entry.branch] = entry
         except (UserError, OSError) as error:
