@@ -3,6 +3,7 @@
     ROOT/commits/ID/journal.json    the operations
     ROOT/commits/ID/state.json      the state of the commit
     ROOT/commits/ID/after.json      the state of the base after it, to detect later changes
+    ROOT/commits/ID/seen.json       what a branch that stays remembered of the base before it; see `seen`
     ROOT/commits/ID/new, old        the new objects, and the replaced ones, if they can be here
     BASE/.unionfs-ID/new, old       else there, on the base's filesystem
     ROOT/commits/ID/stage           after a commit to a parent: that directory, taken from the parent's layer
