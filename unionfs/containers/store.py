@@ -170,7 +170,7 @@ class Container:
         """Return the name of the storage driver that it was created with; None for a new container."""
         try:
             with open(f"{self.path}/{_DRIVER}", encoding="ascii", errors="replace") as file:
-                return parse_storage_driver(file.read().strip())
+                return file.read().strip()
         except FileNotFoundError:
             return DEFAULT if os.path.exists(f"{self.path}/{_FACTS}") else None
 
@@ -179,7 +179,7 @@ class Container:
         # For start-up time: many commands use none.
         from unionfs.images.drivers import open_driver
 
-        return open_driver(self.driver() or DEFAULT, self.root)
+        return open_driver(parse_storage_driver(self.driver() or DEFAULT), self.root)
 
     def layer(self) -> Writable:
         """Return its writable layer, for its driver. Raises UserError."""

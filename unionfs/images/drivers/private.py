@@ -7,8 +7,8 @@ of the container, however the first one ends, and so that no other namespace get
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from unionfs.core.places import Layer
@@ -140,6 +140,23 @@ class PlainTree:
 
     def abandon(self) -> None:
         pass
+
+
+def attach_device(fstype: str, source: str, target: str) -> None:
+    """Mount the filesystem on a device at a directory. Raises OSError."""
+    with (
+        Owned(detached.new_filesystem(fstype, [("source", source)])) as mount,
+        Owned(os.open(target, _PATH)) as place,
+    ):
+        detached.attach(mount, place)
+
+
+@contextmanager
+def mounted_device(fstype: str, source: str, *, read_only: bool = False) -> Iterator[str]:
+    """The path of a filesystem on a device, which is mounted nowhere. Raises OSError."""
+    options = [("source", source), *([("ro", "")] if read_only else [])]
+    with Owned(detached.new_filesystem(fstype, options)) as fd:
+        yield f"/proc/self/fd/{fd}"
 
 
 def bind(source: str, target: str) -> None:
