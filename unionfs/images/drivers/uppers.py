@@ -73,7 +73,14 @@ def follows_redirects() -> bool | None:
 
 
 def diff(layer: Writable) -> Iterator[tuple[str, bytes]]:
-    return changes(upper_of(layer), layer.lowers, prefix(), follows_redirects=follows_redirects())
+    """Yield the changes; what is hidden was never there."""
+    root = os.path.realpath(layer.root)
+    hidden = [parts_below(lower, root) for lower in layer.lowers]
+    tops = [os.fsencode(f"/{'/'.join(parts)}/") for parts in hidden if parts is not None]
+    found = changes(upper_of(layer), layer.lowers, prefix(), follows_redirects=follows_redirects())
+    for kind, path in found:
+        if kind != "D" or not any(path.startswith(top) for top in tops):
+            yield kind, path
 
 
 def size(layer: Writable) -> int:
