@@ -253,6 +253,26 @@ def test_all_lowers_count(drivers: Drivers) -> None:
     assert drivers.left() == []
 
 
+def test_an_image_of_the_store(drivers: Drivers) -> None:
+    """Two layers, the upper one with a whiteout; the second container finds the base by their names."""
+    box = drivers.box
+    for name in ("upper", "work", "merged"):
+        (box.area / name).mkdir()
+    merged, archive = box.area / "merged", f"oci-archive:{box.area}/image.tar:web"
+    box.ok("mount", "-l", box.base, "-u", box.area / "upper", "--work", box.area / "work", merged)
+    (merged / "dir/gone").unlink()
+    (merged / "dir/new").write_text("new\n")
+    box.ok("commit", merged, "--image", archive)
+    box.ok("umount", merged)
+    words = ("--rm", "--image", archive, "--", "ls", "/dir")
+    for _ in range(2):
+        assert drivers.say(*words, base=False) == "file\nmode\nmoved\nnew\nreplaced\n"
+        assert len(drivers.bases()) == int(drivers.driver in _BASED)
+    drivers.say("--name", "kept", *words[1:3], "--", "rm", "/dir/new", base=False)
+    assert "D /dir/new" in drivers.changes("kept")
+    assert drivers.say("--name", "kept", "--", "ls", "/dir", base=False) == "file\nmode\nmoved\nreplaced\n"
+
+
 def test_a_lower_may_hold_the_storage_root(drivers: Drivers) -> None:
     box = drivers.box
     if drivers.driver in _BASED:
