@@ -171,7 +171,7 @@ class Container:
         try:
             with open(f"{self.path}/{_DRIVER}", encoding="ascii", errors="replace") as file:
                 return file.read().strip()
-        except FileNotFoundError:
+        except OSError:
             return DEFAULT if os.path.exists(f"{self.path}/{_FACTS}") else None
 
     def storage_driver(self) -> Driver:
@@ -222,9 +222,12 @@ class Container:
         """Remove it with all its changes. Raises UserError; an immutable file in it prevents any removal."""
         complaint = f"container {quoted(self.name)} cannot be removed"
         if self.driver() not in (None, DEFAULT):
+            # For start-up time: many commands use none.
+            from unionfs.images.drivers.base import Writable
+
             refuse_mounted(self.path, complaint)
             with on_failure(complaint, "check the storage driver"):
-                self.storage_driver().remove(self.layer())
+                self.storage_driver().remove(Writable(self.path, self.root))
         refuse_locked(self.path, complaint)
         self._sweep()
         # Rename it to an invalid container name first, so that a partly removed one is not taken for a

@@ -7,10 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-from unionfs.errors import UserError
 from unionfs.settings.specs import Spec
 from unionfs.storage.measuring import Use
-from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +108,3 @@ class Driver(ABC):
     def prune(self) -> list[str]:
         """Remove the bases that no container uses, and return their names."""
         return []
-
-    def _need_mounts(self, cure: str) -> None:
-        """Refuse a process that may not mount."""
-        if not has_capability(CAP_SYS_ADMIN):
-            raise UserError(f"storage driver {self.name} mounts, which needs root; {cure}.")

@@ -24,7 +24,7 @@ class Btrfs(Snapshots):
     name = "btrfs"
 
     def check(self) -> None:
-        self._need_mounts("run it as root, or choose the storage driver union or vfs")
+        self._need_root()
         place = existing(self.root)
         with directory(place) as fd:
             if filesystem_magic(fd) == btrfs.MAGIC:

@@ -41,7 +41,7 @@ class DeviceMapper(Snapshots):
     name = "devicemapper"
 
     def check(self) -> None:
-        self._need_mounts("run it as root, or choose the storage driver union or vfs")
+        self._need_root()
         need_program("dmsetup", "dmsetup", "storage driver devicemapper")
         need_program("mkfs.ext4", "e2fsprogs", "storage driver devicemapper")
         try:

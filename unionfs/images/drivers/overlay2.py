@@ -17,7 +17,7 @@ from unionfs.images.drivers.base import Driver, Wanted, Writable
 from unionfs.images.drivers.private import PrivateMount
 from unionfs.sys import detached
 from unionfs.sys.calls import mount
-from unionfs.sys.capabilities import may_use_trusted_xattrs
+from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability, may_use_trusted_xattrs
 from unionfs.sys.fds import Owned
 from unionfs.union.images import is_image, open_image
 
@@ -29,7 +29,11 @@ class Overlay2(Driver):
     name = "overlay2"
 
     def check(self) -> None:
-        self._need_mounts(f"run it as root or under `unshare -rm`, or {_OTHER}")
+        if not has_capability(CAP_SYS_ADMIN):
+            raise UserError(
+                "storage driver overlay2 mounts, which needs root; run it as root or under `unshare -rm`, or "
+                f"{_OTHER}."
+            )
         if not detached.is_known("overlay"):
             raise UserError(
                 f"storage driver overlay2: this kernel has no overlayfs; load the module overlay, or "

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
-from unionfs.errors import on_failure, quoted
+from unionfs.errors import UserError, on_failure, quoted
 from unionfs.images.drivers import copying
 from unionfs.images.drivers.base import Driver, Writable
 from unionfs.images.drivers.fingerprint import fingerprint
@@ -25,6 +25,7 @@ from unionfs.storage import jsonfiles
 from unionfs.storage.measuring import Use
 from unionfs.storage.root import make_directory
 from unionfs.sys.calls import syncfs
+from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability, is_host_root
 from unionfs.sys.fds import Owned, directory
 from unionfs.sys.trees import remove_path
 
@@ -63,6 +64,13 @@ class Snapshots(Driver):
     @abstractmethod
     def _base_size(self, key: str) -> int:
         """The bytes of a base."""
+
+    def _need_root(self) -> None:
+        if not (is_host_root() and has_capability(CAP_SYS_ADMIN)):
+            raise UserError(
+                f"storage driver {self.name} needs root, and that of a user namespace has too few rights; run "
+                "it as root, or choose the storage driver union or vfs."
+            )
 
     # -- the interface
 

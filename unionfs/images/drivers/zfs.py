@@ -29,7 +29,7 @@ class Zfs(Snapshots):
     name = "zfs"
 
     def check(self) -> None:
-        self._need_mounts("run it as root, or choose the storage driver union or vfs")
+        self._need_root()
         if not detached.is_known("zfs"):
             raise UserError(
                 "storage driver zfs: this kernel has no ZFS; load the module zfs (package zfs-dkms), or "
