@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,10 +83,13 @@ class Drivers:
             found += [f"{table}: {line}" for line in lines if f"{self.box.root}/" in line]
         for file in (self.box.root / "drivers").glob("*/*data"):
             found += [device.path for device in loop.devices_of(str(file))]
+        names = (Path(path).read_text() for path in glob.glob("/sys/block/dm-*/dm/name"))
+        found += [name for name in names if name.startswith("unionfs-")]
         if self.driver == "btrfs":
             for path, _, _ in os.walk(self.box.root):
-                if os.stat(path).st_ino == btrfs.FIRST_INODE and "/drivers/" not in path:
-                    found.append(path)
+                with suppress(FileNotFoundError):
+                    if os.stat(path).st_ino == btrfs.FIRST_INODE and "/drivers/" not in path:
+                        found.append(path)
         return found
 
 

@@ -11,6 +11,7 @@ Documentation/admin-guide/device-mapper/thin-provisioning.rst.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -68,8 +69,8 @@ class DeviceMapper(Snapshots):
 
     def _new_base(self, key: str, layer: Writable) -> Mapping[str, Any]:
         number = self._next()
-        with self._active() as pool:
-            self._message(pool, f"create_thin {number}")
+        with self._active():
+            self._message(f"create_thin {number}")
             device = self._activate(number)
             try:
                 self._run("mkfs.ext4", "-q", "-E", "nodiscard,root_owner=0:0", device)
@@ -91,9 +92,9 @@ class DeviceMapper(Snapshots):
 
     def _snapshot(self, key: str, layer: Writable) -> None:
         number = self._next()
-        with self._active() as pool:
+        with self._active():
             # The base is inactive, so it needs not be suspended.
-            self._message(pool, f"create_snap {number} {self._record(key)['number']}")
+            self._message(f"create_snap {number} {self._record(key)['number']}")
         _write(f"{layer.path}/device", str(number))
 
     def _delete(self, layer: Writable) -> None:
@@ -128,14 +129,20 @@ class DeviceMapper(Snapshots):
         _write(path, str(number))
         return number
 
-    def _devices(self) -> list[str]:
-        """The active devices of this storage root, and its pool."""
-        words = [line.split()[0] for line in self._dmsetup("ls").splitlines() if line.split()]
-        return [word for word in words if word.startswith(self._name(""))]
+    def _devices(self) -> dict[str, str]:
+        """The active devices of this storage root, and its pool, with their paths.
+
+        Those of devtmpfs: names in /dev/mapper come later, from udev, or never.
+        """
+        found = {}
+        for path in glob.glob("/sys/block/dm-*/dm/name"):
+            with suppress(OSError), open(path, encoding="ascii", errors="replace") as file:
+                found[file.read().strip()] = f"/dev/{path.split('/')[3]}"
+        return {name: path for name, path in found.items() if name.startswith(self._name(""))}
 
     @contextmanager
     def _active(self) -> Iterator[str]:
-        """The pool, active."""
+        """The path of the pool, active."""
         pool = self._name("pool")
         if pool not in self._devices():
             with ExitStack() as fds:
@@ -149,7 +156,7 @@ class DeviceMapper(Snapshots):
                 table = f"0 {_DATA // _SECTOR} thin-pool {' '.join(devices)} {_POOL_OPTIONS}"
                 self._create(pool, table)
         try:
-            yield f"/dev/mapper/{pool}"
+            yield self._devices()[pool]
         finally:
             self._deactivate_pool()
 
@@ -165,7 +172,7 @@ class DeviceMapper(Snapshots):
         if name not in self._devices():
             with self._active() as pool:
                 self._create(name, f"0 {_DEVICE // _SECTOR} thin {pool} {number}")
-        return f"/dev/mapper/{name}"
+        return self._devices()[name]
 
     def _deactivate(self, number: int) -> None:
         with suppress(UserError):  # it was not active, or something still uses it: then until that ends
@@ -174,20 +181,19 @@ class DeviceMapper(Snapshots):
 
     def _deactivate_pool(self) -> None:
         """Remove the pool unless a device uses it."""
-        if self._devices() == [self._name("pool")]:
+        if list(self._devices()) == [self._name("pool")]:
             self._dmsetup("remove", "--retry", "--noudevsync", self._name("pool"))
 
     def _delete_device(self, number: int) -> None:
         self._deactivate(number)
-        with self._active() as pool:
-            self._message(pool, f"delete {number}")
+        with self._active():
+            self._message(f"delete {number}")
 
     def _create(self, name: str, table: str) -> None:
-        # udev may be missing: libdevmapper then makes the device files itself.
         self._dmsetup("create", name, "--noudevrules", "--noudevsync", "--table", table)
 
-    def _message(self, pool: str, text: str) -> None:
-        self._dmsetup("message", pool, "0", text)
+    def _message(self, text: str) -> None:
+        self._dmsetup("message", self._name("pool"), "0", text)
 
     def _dmsetup(self, *words: str) -> str:
         return self._run("dmsetup", *words)

@@ -68,8 +68,8 @@ class Snapshots(Driver):
     def _need_root(self) -> None:
         if not (is_host_root() and has_capability(CAP_SYS_ADMIN)):
             raise UserError(
-                f"storage driver {self.name} needs root, and that of a user namespace has too few rights; run "
-                "it as root, or choose the storage driver union or vfs."
+                f"storage driver {self.name} needs root, and that of a user namespace has too few rights; "
+                "run it as root, or choose the storage driver union or vfs."
             )
 
     # -- the interface
