@@ -90,7 +90,7 @@ def test_prune_spares_what_runs(box: Life) -> None:
     for name in ("over", "other"):
         box.say("--name", name, "--", "true")
     assert box.state("over")["state"] == "exited"
-    assert json.loads(box.ok("container", "prune", "-f", "--json")) == {"removed": ["other", "over"]}
+    assert json.loads(box.ok("container", "prune", "-f", "--json")) == {"removed": ["other", "over"], "bases": []}
     assert box.ok("ps", "-aq") == "runs\n"
     assert box.ok("rm", "-f", "runs") == "runs\n"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from unionfs.cli.completing import complete_containers
+from unionfs.cli.completing import complete_containers, complete_storage_drivers
 from unionfs.cli.rules import complete_images, tell
 from unionfs.cli.run import CodedError, complain, for_each
 from unionfs.cli.storage_options import storage_options
@@ -100,6 +100,9 @@ Examples:
     "-u", "--upper", metavar="DIR|tmpfs[:OPT,...]",
     help="Store changes in a directory or in memory instead of in the container.",
 )  # fmt: skip
+@click.option("--storage-driver", "driver", metavar="DRIVER", shell_complete=complete_storage_drivers,
+              help="union, overlay2, btrfs, zfs, devicemapper or vfs. A kept container remembers its own.  "
+                   "[the configuration's, or union]")  # fmt: skip
 @click.option("--work", metavar="DIR", help="The work directory of an upper of your own, as for mount.")
 @storage_options
 @click.option("--name", metavar="NAME", help="The container's name: the same name finds its files again.")

@@ -214,6 +214,7 @@ def facts(container: Container, state: State | None) -> dict[str, Any]:
         "code": None if state is None else state.code,
         "command": [] if state is None else list(state.command),
         "image": container.image(),
+        "driver": container.driver(),
         "lowers": list(container.lowers()),
         "restart": "no" if state is None else state.policy,
         "restarts": 0 if state is None else state.restarts,
