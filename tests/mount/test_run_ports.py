@@ -226,3 +226,10 @@ def test_spelling(text: str, port: Port) -> None:
 def test_bad_spelling(texts: list[str]) -> None:
     with pytest.raises(UserError, match="-p"):
         parse_ports(texts)
+
+
+def test_sentences() -> None:
+    with pytest.raises(UserError, match="^-p x:80: invalid port x; write a number from 1 to 65535.$"):
+        parse_ports(["x:80"])
+    with pytest.raises(UserError, match="^-p h:8:80: invalid IPv4 address h; write "):
+        parse_ports(["h:8:80"])
