@@ -17,8 +17,8 @@ _LOOP = "trap 'echo term; exit 3' TERM; trap 'echo hup' HUP; echo up; while :; d
 
 
 @pytest.fixture
-def box(root: None, area: Path) -> Iterator[Life]:
-    with containers(Life, area) as found:
+def box(root: None, area: Path, runtime: str) -> Iterator[Life]:
+    with containers(Life, area, runtime) as found:
         yield found
 
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from unionfs.errors import UserError, quoted
 from unionfs.settings.mount import IO_MODES, LOG_LEVELS, SESSIONS
+from unionfs.settings.runtime import AUTO, RUNTIMES
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ KEYS: Final[Mapping[str, tuple[Any, Callable[[Any], str | None]]]] = {
     "io": ("auto", _one_of(IO_MODES)),
     "log-level": ("info", _one_of(LOG_LEVELS)),
     "volume-driver": ("local", _text),
+    "runtime": (AUTO, _one_of(RUNTIMES)),
 }
 
 
