@@ -149,12 +149,16 @@ def test_a_workdir_in_the_kernel_s_trees(inside: Prison, path: str) -> None:
 
 _WORKDIR_SWAPPED = """
 import sys
+from dataclasses import replace
 from unionfs.cli.main import main
-from unionfs.containers import run
+from unionfs.containers import bubblewrap, oci
 number, *sys.argv[1:] = sys.argv[1:]
 # The swap: the path that was checked leads to an open file of the runtime's.
-describe, swapped = run.Description, f"/proc/self/fd/{number}"
-run.Description = lambda merged, command, workdir, *more: describe(merged, command, swapped, *more)
+swapped = f"/proc/self/fd/{number}"
+for module, name in ((bubblewrap, "arguments"), (oci, "configuration")):
+    def render(container, *words, original=getattr(module, name), **more):
+        return original(replace(container, workdir=swapped), *words, **more)
+    setattr(module, name, render)
 sys.exit(main())
 """
 

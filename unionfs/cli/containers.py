@@ -288,7 +288,7 @@ def rm(root: str | None, force: bool, with_volumes: bool, names: tuple[str, ...]
     are still removed.
     """
     # For start-up time: --help and completion do not need it.
-    from unionfs.containers.state import end
+    from unionfs.containers.state import end, has_ended
     from unionfs.containers.store import Container
     from unionfs.storage.root import storage_root
     from unionfs.storage.volumes import Volumes
@@ -300,7 +300,7 @@ def rm(root: str | None, force: bool, with_volumes: bool, names: tuple[str, ...]
         container = Container(place, name)
         if force and container.is_running():
             end(container)
-        with container.claimed(make=False):
+        with container.claimed(make=False, ends=lambda: has_ended(container)):
             anonymous = container.volumes() if with_volumes else {}
             container.remove()
         for volume in anonymous.values():

@@ -166,7 +166,7 @@ class _Run:
                 f"{missing}no lower is given; add -l DIR for each one, topmost first, or --image IMAGE."
             )
         keep = not new
-        with container.claimed(make=True):
+        with container.claimed(make=True, ends=lambda: state.has_ended(container)):
             try:
                 lowers = self._lowers()
                 container.make(lowers, layers=wish.upper is None, image=wish.image)

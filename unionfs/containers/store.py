@@ -6,7 +6,8 @@ import fcntl
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
@@ -22,6 +23,8 @@ from unionfs.sys.fds import Owned
 from unionfs.sys.trees import remove_path
 
 _FACTS = "container.json"
+_END_SECONDS = 10.0
+_POLL_SECONDS = 0.05
 
 
 def names(root: str) -> list[str]:
@@ -58,6 +61,14 @@ def new_name() -> str:
     return secrets.token_hex(6)
 
 
+def _lock(fd: int) -> bool:
+    """Lock a file, if nobody has locked it; return whether it is locked."""
+    with suppress(BlockingIOError):
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
 class Container:
     """One container's directory. Its layers stay until the container is removed."""
 
@@ -90,8 +101,11 @@ class Container:
         return False
 
     @contextmanager
-    def claimed(self, *, make: bool) -> Iterator[None]:
-        """Lock the directory. Raises UserError, also if it is missing and `make` is false."""
+    def claimed(self, *, make: bool, ends: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Lock the directory. Raises UserError, also if it is missing and `make` is false.
+
+        Waits for a process that holds it while `ends` says that its command has ended, for some seconds.
+        """
         if make or os.path.lexists(self._root):
             open_root(self._root)
             check_directory(self.above)
@@ -107,11 +121,12 @@ class Container:
                 "storage root."
             ) from error
         with opened as fd:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+            deadline = time.monotonic() + _END_SECONDS
+            while not (locked := _lock(fd)) and ends() and time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
+            if not locked:
                 cure = "wait for its end, or choose another name" if make else "stop it first"
-                raise UserError(f"container {quoted(self.name)} is running; {cure}.") from error
+                raise UserError(f"container {quoted(self.name)} is running; {cure}.")
             yield
 
     def lowers(self) -> tuple[str, ...]:
