@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,38 @@ def test_mount_change_and_umount(host: Host, place: Place) -> None:
     assert gone(pid)
     assert os.listdir(host.runtime / "unionfs") in ([], ["unionfs.log"])
     assert stat.S_IMODE((host.runtime / "unionfs").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("missing", ["mtab", "helper", "bit"])
+def test_umount_without_a_usable_helper(host: Host, place: Place, missing: str) -> None:
+    """The sentence says what fusermount3 lacks, and with that the mount goes."""
+    host.mount()
+    helper = Path(os.path.realpath(shutil.which("fusermount3") or "/usr/bin/fusermount3"))
+    copy = place.root / "copy"
+    if missing == "mtab":
+        at = Path("/etc")
+        shutil.copytree(at, copy, symlinks=True, ignore=lambda path, _: ["mtab"] if path == "/etc" else [])
+        cause, cure = "fusermount3 needs /etc/mtab", "ln -s /proc/self/mounts /etc/mtab"
+    elif missing == "helper":
+        at = helper.parent
+        copy.mkdir()
+        for program in ("python3", Path(sys.executable).resolve().name, "env", "setpriv", "sh", "umount"):
+            if (at / program).exists():
+                shutil.copy(at / program, copy)
+        cause, cure = "fusermount3 is missing", "install the package fuse3"
+    else:
+        at = helper
+        shutil.copy(helper, copy)
+        copy.chmod(0o755)
+        cause, cure = "is not setuid root", "chmod 4755"
+    host.root("mount", "--bind", copy, at)
+    done = host.unionfs("umount", place.merged)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"unionfs: {place.merged} cannot be unmounted: ")
+    assert cause in done.stderr
+    assert cure in done.stderr
+    host.root("umount", "-l", at)
+    succeed(host.unionfs("umount", place.merged))
 
 
 def test_directories_are_renamed(host: Host, place: Place) -> None:

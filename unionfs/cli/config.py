@@ -31,6 +31,7 @@ def config() -> None:
       log-level = "info"          as `mount --log-level`
       volume-driver = "local"     the driver of new volumes
       storage-driver = "union"    as `run --storage-driver`
+      runtime = "auto"            as `run --runtime`
       [volume-options.local]      options for new volumes of a driver
       size = "10g"
     \b

@@ -9,29 +9,34 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
-from unionfs.containers import bubblewrap, state
 from unionfs.containers import entrance as entrances
 from unionfs.containers import network as networks
-from unionfs.containers.bubblewrap import Confinement
+from unionfs.containers import oci, state
+from unionfs.containers.bubblewrap import Bubblewrap
 from unionfs.containers.confinement import settle_confinement
+from unionfs.containers.description import Description
 from unionfs.containers.driving import choose_driver
 from unionfs.containers.entrance import Entrance
 from unionfs.containers.inside import Inside, prepare_inside, refuse_kernel_trees
-from unionfs.containers.network import Network
+from unionfs.containers.network import Network, Slirp4netns
 from unionfs.containers.process import Command, hold_signals, wait_for_end
+from unionfs.containers.runtimes import choose_runtime
 from unionfs.containers.state import State
 from unionfs.containers.store import Container, new_name
 from unionfs.daemon.preflight import check_lower
 from unionfs.daemon.settle import absolute
-from unionfs.errors import UserError, quoted
+from unionfs.errors import UserError, on_failure, quoted
 from unionfs.images.drivers import Mounted, Wanted, Writable, open_driver
 from unionfs.settings.ports import Port
 from unionfs.settings.restart import Policy, Restarts
+from unionfs.settings.runtime import AUTO
 from unionfs.settings.specs import Spec, VolumeSpec
 from unionfs.storage.root import storage_root
 from unionfs.storage.volumes import Volumes
 from unionfs.sys import guardian
+from unionfs.sys.calls import os_error
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
+from unionfs.sys.child import run_child
 from unionfs.sys.fds import Owned
 from unionfs.sys.process import start_time
 
@@ -73,6 +78,8 @@ class Wish:
     """Of a detached container."""
     driver: str | None = None
     """The storage driver; None: that of a kept container, else the configuration's."""
+    runtime: str = AUTO
+    """What makes the container, of settings.runtime.RUNTIMES."""
 
 
 def run(wish: Wish, complain: Callable[[str], object], started: Callable[[], object] = lambda: None) -> int:
@@ -120,15 +127,25 @@ class _Run:
         self._wish = wish
         self._complain = complain
         self._report_start = started
-        self._program = bubblewrap.find()
+        self._runtime = choose_runtime(wish.runtime)
         self._confinement = settle_confinement(
             wish.cap_add, wish.cap_drop, wish.security, privileged=wish.privileged
         )
         self._connector = networks.choose() if wish.ports else None
+        if isinstance(self._connector, Slirp4netns) and os.geteuid() != 0 and not self._is_bubblewrap:
+            raise UserError(
+                f"-p of an ordinary user's container of {self._runtime.title} needs pasta, and only "
+                "slirp4netns is installed, whose sandbox needs uid 0; install the package passt, or "
+                "bubblewrap."
+            )
         self._network: Network | None = None
         self._container = Container(storage_root(wish.root), wish.name or new_name())
         driver = choose_driver(wish.driver, wish.upper, self._container)
         self._driver = open_driver(driver, self._container.root)
+
+    @property
+    def _is_bubblewrap(self) -> bool:
+        return isinstance(self._runtime, Bubblewrap)
 
     def run(self) -> int:
         wish, container = self._wish, self._container
@@ -150,7 +167,7 @@ class _Run:
             )
         self._driver.check()
         keep = not new
-        with container.claimed(make=True):
+        with container.claimed(make=True, ends=lambda: state.has_ended(container)):
             try:
                 layer = Writable(container.path, container.root, self._lowers())
                 container.make(layer, self._driver if wish.upper is None else None, image=wish.image)
@@ -271,8 +288,8 @@ class _Run:
         state.write(self._container, last)
         if not command.made:
             raise UserError(
-                f"bubblewrap could not create the container (exit code {code}); see its own message, and "
-                "`unionfs doctor` for what this host lacks."
+                f"{self._runtime.title} could not create the container (exit code {code}); see its own "
+                "message, and `unionfs doctor` for what this host lacks."
             )
         return last, command.told_to_end
 
@@ -299,48 +316,40 @@ class _Run:
         """The command, started in the mounted root."""
         wish, confinement, merged = self._wish, self._confinement, mounted.path
         os.umask(0o022)
-        connector = self._connector
-        small = _wants_small_root(confinement, inside.workdir, mounted.storage)
-        with ExitStack() as stack:
-            data = [bubblewrap.environment_arguments(inside.environment)]
-            data += [] if confinement.filter is None else [confinement.filter]
-            fds = [stack.enter_context(Owned(bubblewrap.in_memory(part))) for part in data]
-            resolver = None
-            if connector is not None:
-                lines = bubblewrap.in_memory(f"nameserver {connector.nameserver}\n".encode())
-                resolver = stack.enter_context(Owned(lines))
+        connector, runtime = self._connector, self._runtime
+        lines = None if connector is None else f"nameserver {connector.nameserver}\n".encode()
+        container = Description(
+            merged, wish.command, inside.workdir, inside.hostname, inside.environment, mounted.storage,
+            confinement, wish.own_network or connector is not None, inside.account, wish.read_only, lines,
+        )  # fmt: skip
+        small = not self._is_bubblewrap or _wants_small_root(container)
+        guarded = not self._is_bubblewrap and container.by_root and not confinement.privileged
+        with ExitStack() as held:
             return Command(
-                self._program,
-                bubblewrap.arguments(
-                    merged,
-                    wish.command,
-                    workdir=inside.workdir,
-                    hostname=inside.hostname,
-                    own_network=wish.own_network or connector is not None,
-                    storage=mounted.storage,
-                    confinement=confinement,
-                    environment_fd=fds[0],
-                    filter_fd=None if len(fds) == 1 else fds[1],
-                    account=inside.account,
-                    read_only=wish.read_only,
-                    resolver_fd=resolver,
-                ),
-                keep=[*fds, *([] if resolver is None else [resolver])],
+                lambda info, block: runtime.call(container, held, info, block),
                 bounding=confinement.capabilities,
                 small_root=merged if small else None,
                 account=inside.account,
-                connect=None if connector is None else partial(self._connect, connector),
+                connect=None if connector is None and not guarded else partial(self._finish, guarded),
             )
 
-    def _connect(self, connector: networks.Program, init: int) -> None:
-        self._network = Network(connector, init, self._wish.ports)
+    def _finish(self, guarded: bool, init: int) -> None:
+        """Finish a container that has been made. Raises UserError."""
+        if guarded:
+            with on_failure("the container's root cannot be protected", "use --runtime bubblewrap"):
+                if error := run_child(partial(oci.finish, init), None):
+                    raise os_error(error)
+        if self._connector is not None:
+            self._network = Network(self._connector, init, self._wish.ports)
 
 
-def _wants_small_root(confinement: Confinement, workdir: str, storage: Sequence[Spec]) -> bool:
+def _wants_small_root(container: Description) -> bool:
     """Return whether bubblewrap starts in a small tree: if not privileged, for root or a workdir on storage.
 
     Others may swap a workdir below storage. An ordinary user needs one more user namespace.
     """
-    if confinement.privileged:
+    if container.confinement.privileged:
         return False
-    return os.geteuid() == 0 or any(workdir.startswith(f"{spec.target}/") for spec in storage)
+    return os.geteuid() == 0 or any(
+        container.workdir.startswith(f"{spec.target}/") for spec in container.storage
+    )

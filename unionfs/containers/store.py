@@ -8,7 +8,8 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 _FACTS = "container.json"
 _DRIVER = "driver"
+_END_SECONDS = 10.0
+_POLL_SECONDS = 0.05
 
 
 def names(root: str) -> list[str]:
@@ -65,6 +68,14 @@ def new_name() -> str:
     return secrets.token_hex(6)
 
 
+def _lock(fd: int) -> bool:
+    """Lock a file, if nobody has locked it; return whether it is locked."""
+    with suppress(BlockingIOError):
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
 class Container:
     """One container's directory. Its layers stay until the container is removed."""
 
@@ -97,8 +108,11 @@ class Container:
         return False
 
     @contextmanager
-    def claimed(self, *, make: bool) -> Iterator[None]:
-        """Lock the directory. Raises UserError, also if it is missing and `make` is false."""
+    def claimed(self, *, make: bool, ends: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Lock the directory. Raises UserError, also if it is missing and `make` is false.
+
+        Waits for a process that holds it while `ends` says that its command has ended, for some seconds.
+        """
         if make or os.path.lexists(self.root):
             open_root(self.root)
             check_directory(self.above)
@@ -114,11 +128,12 @@ class Container:
                 "storage root."
             ) from error
         with opened as fd:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+            deadline = time.monotonic() + _END_SECONDS
+            while not (locked := _lock(fd)) and ends() and time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
+            if not locked:
                 cure = "wait for its end, or choose another name" if make else "stop it first"
-                raise UserError(f"container {quoted(self.name)} is running; {cure}.") from error
+                raise UserError(f"container {quoted(self.name)} is running; {cure}.")
             yield
 
     def lowers(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Any, Final
 from unionfs.errors import UserError, quoted
 from unionfs.settings.drivers import DEFAULT, STORAGE_DRIVERS, nearest
 from unionfs.settings.mount import IO_MODES, LOG_LEVELS, SESSIONS
+from unionfs.settings.runtime import AUTO, RUNTIMES
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ KEYS: Final[Mapping[str, tuple[Any, Callable[[Any], str | None]]]] = {
     "log-level": ("info", _one_of(LOG_LEVELS)),
     "volume-driver": ("local", _text),
     "storage-driver": (DEFAULT, _one_of(STORAGE_DRIVERS)),
+    "runtime": (AUTO, _one_of(RUNTIMES)),
 }
 
 
