@@ -65,7 +65,7 @@ class Serving:
 
         self.settings = replace(settings, session="pyfuse3")
         await serve_by_pyfuse3(
-            self._operations, settings.mountpoint, settings.fuse_options(), on_mounted
+            self._operations, settings.mountpoint, settings.fuse_options(), on_mounted, settings.max_nodes
         )
 
     async def _serve_directly(self, on_mounted: Callable[[], None]) -> None:
@@ -81,14 +81,14 @@ class Serving:
 
         await serve_directly(
             self._operations, settings.mountpoint, options, IoMode(settings.io), partial(self._ready,
-            on_mounted), cpu_idle=settings.cpu_idle,
+            on_mounted), cpu_idle=settings.cpu_idle, max_nodes=settings.max_nodes,
         )
 
     async def resume(self, connection: Connection, former: Former, on_mounted: Callable[[], None]) -> None:
         """Serve the mount of a former daemon until it is gone. Raises SessionError."""
         await resume_directly(
             self._operations, self.settings.mountpoint, connection, former, partial(self._ready, on_mounted),
-            cpu_idle=self.settings.cpu_idle,
+            cpu_idle=self.settings.cpu_idle, max_nodes=self.settings.max_nodes,
         )
         self._gone = True
 

@@ -34,6 +34,8 @@ _FIGURES: Final[dict[str, object]] = {
     "cache": {"writeback": False, "opens_without_request": False},
 }
 
+_NO_LIMIT: Final = "libfuse cannot ask the kernel to give nodes back"
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -43,13 +45,20 @@ async def serve(
     mountpoint: str,
     mount_options: Sequence[str],
     on_ready: Callable[[], None],
+    max_nodes: int = 0,
 ) -> None:
     """Mount, serve until the mount is gone, and clean up.
 
     ``mount_options`` are libfuse's (``fsname=...``, ``allow_other`` ...); ``on_ready`` is called at the
-    kernel's first request. Raises :class:`SessionError` if mounting fails or the mount is disconnected.
+    kernel's first request. ``max_nodes``: the wanted limit, which has no effect here.
+
+    Raises :class:`SessionError` if mounting fails or the mount is disconnected.
     """
-    operations.add_figures(lambda: _FIGURES)
+    limit: dict[str, object] = {}
+    if max_nodes:
+        limit["node_limit"] = {"max_nodes": max_nodes, "none_because": _NO_LIMIT}
+        log.warning("option max_nodes has no effect: %s", _NO_LIMIT)
+    operations.add_figures(lambda: {**_FIGURES, **limit})
     operations.refreshing.serve(Notices())
     try:
         pyfuse3.init(
