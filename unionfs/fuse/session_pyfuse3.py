@@ -6,7 +6,7 @@ import errno
 import functools
 import logging
 import stat
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final, ParamSpec, TypeVar
 
 import pyfuse3
@@ -34,8 +34,6 @@ _FIGURES: Final[dict[str, object]] = {
     "cache": {"writeback": False, "opens_without_request": False},
 }
 
-_NO_LIMIT: Final = "libfuse cannot ask the kernel to give nodes back"
-
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -45,20 +43,15 @@ async def serve(
     mountpoint: str,
     mount_options: Sequence[str],
     on_ready: Callable[[], None],
-    max_nodes: int = 0,
+    figures: Mapping[str, object],
 ) -> None:
     """Mount, serve until the mount is gone, and clean up.
 
     ``mount_options`` are libfuse's (``fsname=...``, ``allow_other`` ...); ``on_ready`` is called at the
-    kernel's first request. ``max_nodes``: the wanted limit, which has no effect here.
-
-    Raises :class:`SessionError` if mounting fails or the mount is disconnected.
+    kernel's first request; ``figures`` are added to those of the session. Raises
+    :class:`SessionError` if mounting fails or the mount is disconnected.
     """
-    limit: dict[str, object] = {}
-    if max_nodes:
-        limit["node_limit"] = {"max_nodes": max_nodes, "none_because": _NO_LIMIT}
-        log.warning("option max_nodes has no effect: %s", _NO_LIMIT)
-    operations.add_figures(lambda: {**_FIGURES, **limit})
+    operations.add_figures(lambda: {**_FIGURES, **figures})
     operations.refreshing.serve(Notices())
     try:
         pyfuse3.init(
