@@ -25,6 +25,7 @@ import trio
 
 from unionfs.core.loop import FAIR, WAIT, Channel, new_buffer
 from unionfs.fuse.direct.device import Device
+from unionfs.fuse.direct.nodelimit import NodeLimit
 from unionfs.fuse.inline import PENDING, begin, finish
 from unionfs.fuse.invalidations import Invalidations
 from unionfs.fuse.latency import Latencies
@@ -71,6 +72,7 @@ class Loop:
         latencies: Latencies,
         channel: Channel,
         invalidations: Invalidations | None = None,
+        limit: NodeLimit | None = None,
     ) -> None:
         self._device = device
         self._channel = channel
@@ -94,6 +96,7 @@ class Loop:
         self._running: dict[int, tuple[trio.CancelScope, int]] = {}
         self._latencies = latencies
         self._hold: trio.Event | None = None
+        self._limit = limit
 
     @asynccontextmanager
     async def held(self, seconds: float) -> AsyncIterator[None]:
@@ -127,6 +130,7 @@ class Loop:
     async def _read_requests(self) -> None:
         channel, deferred = self._channel, self._files.deferred
         serve, latencies, invalidations = self.serve, self._latencies, self._invalidations
+        limit = self._limit
         cut_off = False
         while True:
             while self._hold is not None:
@@ -144,6 +148,8 @@ class Loop:
                 raise
             if invalidations.soon or invalidations.now:
                 self._announce()  # of what `core` has copied up
+            if size <= 0 and limit is not None and limit.exceeded:
+                self._nursery.start_soon(limit.give_back)
             if size == WAIT:
                 if channel.holds:
                     with trio.move_on_after(_BURST_SECONDS):
