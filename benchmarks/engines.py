@@ -26,7 +26,7 @@ from tests.clients.engines import KERNEL, OURS, THEIRS, Docker, Store, busybox_t
 from tests.clients.rooms import Room, room
 from tests.support import areas
 
-# Kernel overlayfs where podman compares both trees file by file for each diff, as it does with every mount program:
+# Kernel overlayfs where podman compares both trees file by file for each diff, as with every mount program:
 # it trusts the upper directory only of an overlayfs that it mounts itself without redirect_dir
 # (useNaiveDiff in containers/storage, drivers/overlay/overlay.go).
 COMPARED = "overlay-compared"
