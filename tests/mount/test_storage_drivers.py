@@ -25,6 +25,7 @@ from unionfs.images.drivers import open_driver
 from unionfs.settings.drivers import STORAGE_DRIVERS
 from unionfs.sys import btrfs, loop
 
+RUNTIME = "bubblewrap"
 _SCRIPT = """
 cd /dir
 echo more >> file; echo new > new; rm gone; chmod 4711 mode
@@ -97,7 +98,7 @@ class Drivers:
 def drivers(
     request: pytest.FixtureRequest, root: None, area: Path, filesystem: Callable[..., Path]
 ) -> Iterator[Drivers]:
-    with lives(Life, area) as box:
+    with lives(Life, area, RUNTIME) as box:
         if request.param == "btrfs":
             box.root = filesystem("btrfs") / "storage"
         try:
@@ -321,7 +322,7 @@ def test_a_base_serves_until_its_lowers_change(drivers: Drivers) -> None:
 def test_a_creation_that_was_killed_is_made_again(
     root: None, area: Path, filesystem: Callable[..., Path], driver: str
 ) -> None:
-    with lives(Life, area) as box:
+    with lives(Life, area, RUNTIME) as box:
         box.root = filesystem("btrfs") / "storage"
         for number in range(3000):
             (box.base / "data" / str(number)).write_text("x" * 100)
@@ -341,7 +342,7 @@ def test_a_creation_that_was_killed_is_made_again(
 def test_subvolumes_of_the_command_are_removed(
     root: None, area: Path, filesystem: Callable[..., Path]
 ) -> None:
-    with lives(Life, area) as box:
+    with lives(Life, area, RUNTIME) as box:
         box.root = filesystem("btrfs") / "storage"
         box.ok("run", "--storage-driver", "btrfs", "--name", "kept", "-l", box.base, "--", "true")
         tree = box.root / "containers/kept/tree"
@@ -354,7 +355,7 @@ def test_subvolumes_of_the_command_are_removed(
 
 
 def test_a_kept_container_remembers_its_driver(root: None, area: Path) -> None:
-    with lives(Life, area) as box:
+    with lives(Life, area, RUNTIME) as box:
         configuration = area / "configuration"
         environment = {"XDG_CONFIG_HOME": str(configuration)}
         (configuration / "unionfs").mkdir(parents=True)
@@ -379,7 +380,7 @@ def test_a_kept_container_remembers_its_driver(root: None, area: Path) -> None:
 
 
 def test_what_cannot_be(root: None, area: Path) -> None:
-    with lives(Life, area) as box:
+    with lives(Life, area, RUNTIME) as box:
         done = box.run("--rm", "--storage-driver", "overlay", "--", "true")
         assert done.stderr == "unionfs: unknown storage driver overlay; did you mean overlay2?\n"
         for words, *parts in (
@@ -397,7 +398,7 @@ def test_what_cannot_be(root: None, area: Path) -> None:
      ("devicemapper", "this kernel has no device-mapper; load the modules dm_mod")],
 )  # fmt: skip
 def test_a_missing_module_is_named(root: None, area: Path, driver: str, part: str) -> None:
-    with lives(Life, area) as box:
+    with lives(Life, area, RUNTIME) as box:
         done = box.run("--rm", "--storage-driver", driver, "--", "true")
         if done.returncode == 0 or "this kernel has no" not in done.stderr:
             pytest.skip(f"this kernel has what {driver} needs")
@@ -407,7 +408,7 @@ def test_a_missing_module_is_named(root: None, area: Path, driver: str, part: st
 
 def test_without_root(root: None, area: Path) -> None:
     """vfs works for an ordinary user; the others need root."""
-    with lives(Life, area) as box:
+    with lives(Life, area, RUNTIME) as box:
         home = area / "home"
         home.mkdir()
         for path in (home, *box.base.rglob("*"), box.base):
@@ -437,7 +438,7 @@ def test_without_root(root: None, area: Path) -> None:
 
 @pytest.mark.parametrize("driver", ["overlay2", "vfs"])
 def test_in_a_user_namespace(root: None, area: Path, driver: str) -> None:
-    with lives(Life, area) as box:
+    with lives(Life, area, RUNTIME) as box:
         own = ["unshare", "-rm", sys.executable, "-m", "unionfs"]
         if cli_calls.call(["unshare", "-rm", "true"]).returncode != 0:
             pytest.skip("user namespaces cannot be created here")
