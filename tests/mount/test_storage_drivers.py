@@ -184,7 +184,7 @@ def test_prune(drivers: Drivers) -> None:
 def test_a_killed_run_leaves_nothing(drivers: Drivers, remove: bool) -> None:
     box = drivers.box
     words = ["--rm"] if remove else ["--name", "killed"]
-    storage = ["-v", "vol:/data", "-v", "/anonymous", "--tmpfs", "/tmp"]
+    storage = ["-v", "vol:/data", "-v", "/anonymous", "--tmpfs", "/tmp", "-e", f"BOX={box.root}"]
     script = f"echo x > /new; echo y > /data/new; {_LOOP}"
     run = box.start("--storage-driver", drivers.driver, *words, *storage, "--", "sh", "-c", script)
     assert run.stdout is not None
@@ -206,15 +206,12 @@ def test_a_killed_run_leaves_nothing(drivers: Drivers, remove: bool) -> None:
 
 
 def _processes_in(box: Life) -> list[int]:
-    """The processes whose root is a container of this storage root."""
+    """The processes of this test's container, by the environment that it was given."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            text = path.read_bytes()
-        except OSError:
-            continue
-        if b"HOSTNAME=" in text and b"PWD=/" in text and os.path.exists(path.parent / "root/dir/mode"):
-            found.append(int(path.parent.name))
+        with suppress(OSError):
+            if f"BOX={box.root}".encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
     return found
 
 
