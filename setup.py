@@ -1,4 +1,4 @@
-"""Builds the compiled core and the launcher; everything else is in pyproject.toml.
+"""Builds the compiled core, the launcher and the init of containers; everything else is in pyproject.toml.
 
 UNIONFS_CORE: words for a special build: ``trace`` (line tracing, for coverage and profilers), ``asan``
 (AddressSanitizer; needs LD_PRELOAD of libasan). Both keep assertions and check bounds.
@@ -11,12 +11,14 @@ from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 # isort: split
 # That of setuptools.
 from distutils.ccompiler import new_compiler
 from distutils.command.build_scripts import build_scripts
 from distutils.command.install_data import install_data
+from distutils.errors import CCompilerError
 from distutils.sysconfig import customize_compiler
 
 CORE = Path("unionfs/core")
@@ -40,20 +42,38 @@ if "asan" in words:
     link_args += ["-fsanitize=address"]
 
 LAUNCHER = "launcher/fuse-unionfs.c"
+INIT = "launcher/unionfs-init.c"
+
+
+def build_program(source: str, directory: str, *link: str) -> None:
+    """Compile a program of one file. Raises CCompilerError."""
+    compiler = new_compiler()
+    customize_compiler(compiler)
+    hardening = ["-D_FORTIFY_SOURCE=2", "-fstack-protector-strong"]
+    objects = compiler.compile(
+        [source], "build/launcher", extra_postargs=["-O2", "-Wall", "-Wextra", *hardening]
+    )
+    compiler.mkpath(directory)
+    compiler.link_executable(objects, Path(source).stem, directory, extra_postargs=list(link))
 
 
 class BuildLauncher(build_scripts):
     """Compiles the command `fuse-unionfs`, in place of copying a script."""
 
     def run(self) -> None:
-        compiler = new_compiler()
-        customize_compiler(compiler)
-        hardening = ["-D_FORTIFY_SOURCE=2", "-fstack-protector-strong"]
-        objects = compiler.compile(
-            [LAUNCHER], "build/launcher", extra_postargs=["-O2", "-Wall", "-Wextra", *hardening]
-        )
-        self.mkpath(self.build_dir)
-        compiler.link_executable(objects, Path(LAUNCHER).stem, self.build_dir)
+        build_program(LAUNCHER, self.build_dir)
+
+
+class BuildExtensions(build_ext):
+    """Also builds the init of containers, which is static; without a static C library there is none."""
+
+    def run(self) -> None:
+        super().run()
+        place = Path("unionfs/containers")
+        try:
+            build_program(INIT, str(place if self.inplace else Path(self.build_lib) / place), "-static")
+        except CCompilerError as error:
+            self.warn(f"OCI runtimes cannot be used: {error}")
 
 
 class InstallManual(install_data):
@@ -79,7 +99,9 @@ class InstallManual(install_data):
 
 setup(
     scripts=[LAUNCHER],
-    cmdclass={"build_scripts": BuildLauncher, "install_data": InstallManual},
+    cmdclass={
+        "build_ext": BuildExtensions, "build_scripts": BuildLauncher, "install_data": InstallManual
+    },
     # Without any, the command is not run.
     data_files=[("share/man/man1", [])],
     ext_modules=cythonize(

@@ -12,9 +12,10 @@ All work on the same tree of 30,000 files, each on a copy in a new filesystem (w
 and make a branch, run `true` and a build of 60 C files, install an npm package of 500 files from an archive,
 list what was changed, and apply that to the tree; then the same again up to the build, and throw it away.
 Figures are seconds, of the whole command as called from a shell. `--results FILE` adds to those in a file,
-and `--write PAGE` puts its table into a page.
+`--write PAGE` puts its table into a page, and `--json FILE` writes it for `scripts/perf report`.
 
-`--many` measures the commit of 10,000 changed files of 1 KiB, beside `cp -a` of them.
+`--many` measures the commit of 10,000 changed files of 1 KiB, beside `cp -a` of them. `--files N` takes other
+numbers of files, of both trees, to try it out.
 """
 
 from __future__ import annotations
@@ -39,21 +40,35 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import lab
 from benchmarks.disks import KINDS, new_filesystem
+from benchmarks.perf.results import ContestantFacts, Kind
 
 _FILES, _SOURCES, _PACKAGE, _MANY = 30_000, 60, 500, 10_000
+_FEWEST = 2000
+"""Directories 7 and 8 of a hundred files each are changed."""
 _STEPS = ("create", "true", "C build", "npm install", "diff", "commit", "discard")
+_WHATS = {
+    "create": "make a branch, a copy, a worktree or a mount",
+    "true": "run true in it",
+    "C build": "compile 60 C files with two jobs, remove 100 files, change one",
+    "npm install": "install a package of 500 files from an archive",
+    "diff": "list what was changed",
+    "commit": "apply it to the tree",
+    "discard": "throw a branch away, on which the build was done",
+}
+_COMMIT_MANY = "commit of many"
 _BUILD = "make -s -j2 && rm -r tree/7 && echo changed >> tree/8/1"
 _NPM = "npm install --silent --offline --no-audit --no-fund --cache kept ./probe-1.0.0.tgz && rm -r kept"
 _END = "<!-- end -->"
 _UNIONFS = str(Path(sys.executable).parent / "unionfs")
 
 
-def _make_tree(root: Path) -> None:
+def _make_tree(root: Path, files: int) -> None:
     """The tree that all work on."""
     source = random.Random(1)
     data = source.randbytes(1 << 20)
-    for number in range(_FILES):
+    for number in range(files):
         directory = root / "tree" / str(number // 100)
         if number % 100 == 0:
             directory.mkdir(parents=True)
@@ -68,9 +83,9 @@ def _make_tree(root: Path) -> None:
     (root / "Makefile").write_text("prog: $(patsubst %.c,%.o,$(wildcard *.c))\n\t$(CC) -o $@ $^\n")
     (root / "package.json").write_text('{"name": "site", "version": "1.0.0", "private": true}\n')
     with tarfile.open(root / "probe-1.0.0.tgz", "w:gz") as archive:
-        files = {f"lib/{number}.js": f"module.exports = {number}\n" * 40 for number in range(_PACKAGE)}
-        files["package.json"] = '{"name": "probe", "version": "1.0.0"}\n'
-        for name, text in files.items():
+        texts = {f"lib/{number}.js": f"module.exports = {number}\n" * 40 for number in range(_PACKAGE)}
+        texts["package.json"] = '{"name": "probe", "version": "1.0.0"}\n'
+        for name, text in texts.items():
             member = tarfile.TarInfo(f"package/{name}")
             member.size = len(text)
             archive.addfile(member, io.BytesIO(text.encode()))
@@ -229,6 +244,13 @@ class Try(_Contestant):
         self.discard()
 
 
+_FACTS: dict[str, tuple[Kind, str]] = {
+    "unionfs": ("ours", "unionfs try, branch diff, branch commit"),
+    "cp": ("plain", "cp -a --reflink=auto, and back by rsync"),
+    "git": ("plain", "a git worktree, committed and merged"),
+    "fuse-o. script": ("plain", "fuse-overlayfs mounted by a script, and back by rsync"),
+    "try": ("plain", "the script github.com/binpash/try, on kernel overlayfs"),
+}
 _CONTESTANTS = {
     "unionfs": Unionfs, "cp": Copy, "git": Worktree, "fuse-overlayfs": FuseOverlayfs, "try": Try,
 }  # fmt: skip
@@ -286,20 +308,20 @@ def _fresh(
         yield contestant
 
 
-def _many(area: Path, filesystem: str) -> dict[str, float]:
+def _many(area: Path, filesystem: str, files: int) -> dict[str, float]:
     """Seconds of a commit of many changed files, and of `cp -a` of them: medians of three."""
     found = []
     for _ in range(3):
         with new_filesystem(area, filesystem) as place:
-            found.append(_commit_and_copy(place))
+            found.append(_commit_and_copy(place, files))
     commits, copies = zip(*found, strict=True)
     return {"commit": statistics.median(commits), "cp -a": statistics.median(copies)}
 
 
-def _commit_and_copy(place: Path) -> tuple[float, float]:
+def _commit_and_copy(place: Path, files: int) -> tuple[float, float]:
     os.environ["UNIONFS_ROOT"] = str(place / "store")
     base, upper = place / "base", place / "store/branches/br/upper"
-    for number in range(_MANY):
+    for number in range(files):
         if number % 100 == 0:
             (base / str(number // 100)).mkdir(parents=True)
         (base / str(number // 100) / str(number % 100)).write_bytes(b"0123456789abcdef" * 64)
@@ -331,8 +353,8 @@ def _table(results: dict[str, Any]) -> str:
     text = "\n".join(lines) + f"\n\n{results['filesystem']}, {results['host']}.\n"
     if (many := results.get("many")) is not None:
         text += (
-            f"The commit of {_MANY:,} changed files of 1 KiB takes {many['commit']:.2f} s; `cp -a` of them "
-            f"takes {many['cp -a']:.2f} s.\n"
+            f"The commit of {results.get('many files', _MANY):,} changed files of 1 KiB takes "
+            f"{many['commit']:.2f} s; `cp -a` of them takes {many['cp -a']:.2f} s.\n"
         )
     return text
 
@@ -344,6 +366,36 @@ def _write(page: Path, filesystem: str, table: str) -> None:
     page.write_text(f"{before}{begin}\n{table}{_END}{after}")
 
 
+def _write_json(path: Path, results: dict[str, Any]) -> None:
+    """Write a file for `scripts/perf report`."""
+    names = {name: "fuse-o. script" if name == "fuse-overlayfs" else name for name in results["trees"]}
+    samples: dict[tuple[str, str], dict[str, list[float]]] = {}
+    failures = {}
+    for name, found in results["trees"].items():
+        for step, value in found.items():
+            if not isinstance(value, str):
+                samples.setdefault((step, "s"), {})[names[name]] = [value]
+            elif value != "-":
+                failures[step, names[name]] = value
+    many = results.get("many", {})
+    for name, key in (("unionfs", "commit"), ("cp", "cp -a")):
+        if key in many:
+            samples.setdefault((_COMMIT_MANY, "s"), {})[name] = [many[key]]
+    there = {name for by_name in samples.values() for name in by_name}
+    number = results.get("many files", _MANY)
+    whats = {**_WHATS, _COMMIT_MANY: f"commit {number:,} changed files of 1 KiB; cp: cp -a of them"}
+    files, filesystem = results.get("files", _FILES), results["filesystem"]
+    lab.write(
+        path,
+        f"branches-{filesystem}",
+        f"Branches of a tree of {files:,} files, on {filesystem}",
+        [ContestantFacts(name, what, kind) for name, (kind, what) in _FACTS.items() if name in there],
+        {name: what for name, what in whats.items() if (name, "s") in samples},
+        samples,
+        failures=failures,
+    )
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -351,24 +403,32 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=list(_CONTESTANTS))
     parser.add_argument("--filesystem", choices=KINDS, default="ext4")
     parser.add_argument("--many", action="store_true")
+    parser.add_argument("--files", type=int, help=f"of the tree ({_FILES}), and of --many ({_MANY})")
     parser.add_argument("--try", dest="try_", default="", help="the script")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--write", type=Path, metavar="PAGE")
+    parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--area", type=Path, default=Path(tempfile.gettempdir()))
-    return parser.parse_args()
+    found = parser.parse_args()
+    if found.files is not None and found.files < _FEWEST:
+        parser.error(f"--files {found.files}: at least {_FEWEST} are needed")
+    return found
 
 
 def main() -> None:
     options = _arguments()
     Try.program = options.try_
-    results: dict[str, Any] = {"host": _host(), "filesystem": options.filesystem, "trees": {}}
+    files, many = options.files or _FILES, options.files or _MANY
+    results: dict[str, Any] = {
+        "host": _host(), "filesystem": options.filesystem, "files": files, "many files": many, "trees": {},
+    }  # fmt: skip
     if options.results is not None and options.results.exists():
         results |= json.loads(options.results.read_text())
     names = options.only or ([] if options.many or options.write else list(_CONTESTANTS))
     with tempfile.TemporaryDirectory(dir=options.area) as text:
         area = Path(text)
         if names:
-            _make_tree(area / "template")
+            _make_tree(area / "template", files)
         for name in names:
             if name == "try" and not options.try_:
                 continue
@@ -382,10 +442,12 @@ def main() -> None:
             if options.results is not None:
                 options.results.write_text(json.dumps(results, indent=1))
         if options.many:
-            results["many"] = _many(area, options.filesystem)
+            results["many"] = _many(area, options.filesystem, many)
             if options.results is not None:
                 options.results.write_text(json.dumps(results, indent=1))
     print(_table(results))
+    if options.json is not None:
+        _write_json(options.json, results)
     if options.write is not None:
         _write(options.write, results["filesystem"], _table(results))
 

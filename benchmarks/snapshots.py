@@ -2,12 +2,12 @@
 writing.
 
     python -m benchmarks.snapshots [--files N,N,...] [--size BYTES] [--upper N] [--repeat N]
-                                   [--filesystem ext4|xfs|btrfs]
+                                   [--filesystem ext4|xfs|btrfs] [--json FILE]
 
 Mounts a union with `--upper` files in its upper, opens N files of SIZE bytes for writing, and takes
 snapshots. Prints the pause that the daemon reports, and the time of the whole command, each the median and
 the maximum, for each I/O mode. The layers are in a new filesystem of that type, by default in the directory
-for temporary files. Requires root.
+for temporary files. `--json` writes them for `scripts/perf report`. Requires root.
 """
 
 from __future__ import annotations
@@ -24,10 +24,14 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+from benchmarks import lab
 from benchmarks.disks import KINDS, new_filesystem
+from benchmarks.perf.area import filesystem_of
+from benchmarks.perf.results import ContestantFacts
 
 _UNIONFS = (sys.executable, "-m", "unionfs")
 _MODES = ("hybrid", "cached")
+_Samples = dict[tuple[str, str], dict[str, list[float]]]
 
 
 def _measure(top: Path, repeat: int, first: int) -> tuple[list[float], list[float], int]:
@@ -47,7 +51,10 @@ def _measure(top: Path, repeat: int, first: int) -> tuple[list[float], list[floa
     return pauses, times, copied
 
 
-def _run(area: Path, mode: str, counts: list[int], size: int, upper: int, repeat: int) -> None:
+def _run(
+    area: Path, mode: str, counts: list[int], size: int, upper: int, repeat: int, samples: _Samples
+) -> None:
+    """Measure one I/O mode; adds to the samples."""
     for name in ("lower", "upper", "work", "merged"):
         (area / name).mkdir(parents=True)
     top = area / "merged"
@@ -66,6 +73,9 @@ def _run(area: Path, mode: str, counts: list[int], size: int, upper: int, repeat
                 files.append(file)
             pauses, times, copied = _measure(top, repeat, taken)
             taken += repeat
+            milliseconds = [pause * 1000 for pause in pauses]
+            samples.setdefault((f"pause, {count:,} open", "ms"), {})[mode] = milliseconds
+            samples.setdefault((f"command, {count:,} open", "s"), {})[mode] = times
             for file in files:
                 os.close(file)
             print(
@@ -85,16 +95,28 @@ def main() -> None:
     parser.add_argument("--upper", type=int, default=10_000)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--filesystem", choices=KINDS)
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     counts = [int(word) for word in arguments.files.split(",")]
+    samples: _Samples = {}
     with ExitStack() as stack:
         area = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unionfs-snapshots-")))
         if arguments.filesystem is not None:
             area = stack.enter_context(new_filesystem(area, arguments.filesystem))
         for mode in _MODES:
-            _run(area / mode, mode, counts, arguments.size, arguments.upper, arguments.repeat)
+            _run(area / mode, mode, counts, arguments.size, arguments.upper, arguments.repeat, samples)
+        filesystem = filesystem_of(area)
+    if arguments.json is not None:
+        words = f"open for writing, {arguments.size:,} bytes each"
+        lab.write(
+            arguments.json, f"snapshots-{filesystem}", f"Snapshots of a mount, on {filesystem}",
+            [ContestantFacts(mode, f"unionfs --io {mode}", "ours") for mode in _MODES],
+            {name: f"{'the time without answers' if unit == 'ms' else 'the whole command'}; files {words}"
+             for name, unit in samples},
+            samples, settings={"files in the upper": arguments.upper},
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class Cell:
     median: str
     spread: str
     ratios: tuple[str, ...]
-    """To kernel overlayfs and to the best peer; `-` if missing."""
+    """To kernel overlayfs and to the best peer; `-` if missing. Empty if neither has the figure."""
     leads: bool
     """Whether no other union is better."""
 
@@ -62,6 +62,7 @@ class Section:
     title: str
     plot: plots.Plot | None
     plot_label: str
+    """What the ratios of the plot are to; empty: it has the medians."""
     columns: tuple[str, ...]
     lines: tuple[Line, ...]
     whats: tuple[tuple[str, str], ...]
@@ -182,7 +183,8 @@ class _View:
             for each in self.present:
                 if each.kind in ("ours", "peer") or (each.kind == "plain" and self.overlayfs):
                     values = [self._mean(each.name, reference, group) for group in (None, *self.groups())]
-                    rows.append(Means(each.name, tuple(values)))
+                    if values[0] != NONE:
+                        rows.append(Means(each.name, tuple(values)))
             tables.append((words, rows))
         return tables
 
@@ -284,7 +286,7 @@ class _View:
             figures = [figure for figure in self.figures if figure.group == group]
             there = {name for figure in figures for name in self.results.samples[figure]}
             columns = [each.name for each in self.present if each.name in there]
-            words, plot = "", None
+            label, plot = "", None
             for words, reference in self._references()[:1]:
                 names = [name for name in columns if name != self.overlayfs]
                 dots = [
@@ -294,19 +296,38 @@ class _View:
                 ]  # fmt: skip
                 rows = [row for row in dots if row.dots]
                 if rows:
-                    label = f"{self.title(group)}: ratios to {words}; the table below has them."
-                    plot = plots.ratios(rows, self._chosen(names), words.replace("the ", ""), label)
+                    text = f"{self.title(group)}: ratios to {words}; the table below has them."
+                    plot = plots.ratios(rows, self._chosen(names), words.replace("the ", ""), text)
+                    label = words
+            compared = any(self._compared(figure) for figure in figures)
+            if not compared:
+                plot = self._medians(group, figures, columns)
             sections.append(Section(
-                f"group-{number}", self.title(group), plot, words, tuple(columns),
+                f"group-{number}", self.title(group), plot, label, tuple(columns),
                 tuple(self._line(figure, columns) for figure in figures),
                 tuple((each.name, each.what) for each in self.run.workloads
                       if each.group == group and each.what),
             ))  # fmt: skip
         return sections
 
+    def _compared(self, figure: Figure) -> bool:
+        """Whether kernel overlayfs or another FUSE union has the figure."""
+        return any(name in self.results.samples[figure] for name in (self.overlayfs, *self.peers))
+
+    def _medians(self, group: str, figures: Sequence[Figure], columns: Sequence[str]) -> plots.Plot:
+        stacks = []
+        for figure in figures:
+            known = {name: median for name in columns
+                     if (median := self.results.median(figure, name)) is not None}  # fmt: skip
+            bars = [plots.Bar(name, {"median": value}, shown(value)) for name, value in known.items()]
+            stacks.append(plots.Stack(figure.name, figure.unit, bars))
+        text = f"{self.title(group)}: medians; the table below has them."
+        return plots.stacks(stacks, ["median"], text)
+
     def _line(self, figure: Figure, columns: Sequence[str]) -> Line:
         workload = self.run.workload_of(figure)
-        unions = [each.name for each in self.present if each.kind != "plain"]
+        compared = self._compared(figure)
+        unions = [each.name for each in self.present if each.kind != "plain" or not compared]
         leader = self.run.best(figure, unions)
         return Line(
             figure.name, figure.unit, workload.what if workload else "",
@@ -321,7 +342,7 @@ class _View:
         low, high = spread(samples)
         peer = self.run.best_peer(figure)
         ratios = []
-        for other in (self.overlayfs, peer):
+        for other in (self.overlayfs, peer) if self._compared(figure) else ():
             ratio = self.results.ratio(figure, name, other) if other else None
             ratios.append(NONE if ratio is None else times(ratio))
         return Cell(

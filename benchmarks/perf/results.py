@@ -137,11 +137,13 @@ def join(runs: Sequence[Run]) -> Run:
 
     Every ratio stays within one run, since each figure comes from one of them alone.
     """
-    first = runs[0]
+    machine: dict[str, Scalar] = {}
     results = Results()
     for run in runs:
-        if run.machine != first.machine:
+        # Files of single benchmarks do not say where the layers are.
+        if any(machine.get(name, value) != value for name, value in run.machine.items()):
             raise BadResults("the files are of different machines, whose figures can't stand side by side")
+        machine |= run.machine
         for figure, by_name in run.results.samples.items():
             if figure in results.samples:
                 raise BadResults(f"more than one of the files has the figure {figure.name}: take one of them")
@@ -155,8 +157,11 @@ def join(runs: Sequence[Run]) -> Run:
         list({each.name: each for run in runs for each in run.contestants}.values()),
         list({(each.group, each.name): each for run in runs for each in run.workloads}.values()),
         {name: title for run in runs for name, title in run.groups.items()},
-        first.machine,
-        {name: _together([run.settings.get(name) for run in runs]) for run in runs for name in run.settings},
+        machine,
+        {
+            name: _together([run.settings[name] for run in runs if name in run.settings])
+            for run in runs for name in run.settings
+        },
         {name: reason for run in runs for name, reason in run.missing.items()},
         complete=all(run.complete for run in runs),
         made=min(run.made for run in runs),

@@ -10,6 +10,7 @@ import pytest
 
 from tests.branches.branching import Branching, differing, tree
 from unionfs.branches import apply
+from unionfs.branches.commit import OURS
 from unionfs.branches.undo import undo
 from unionfs.errors import UserError
 
@@ -259,3 +260,25 @@ def test_no_space(root: None, branching: Branching, filesystem: object) -> None:
         branching.commit()
     assert differing(before, tree(branching.base)) == {}
     assert branching.stored() == ["branches/br"]
+
+
+@pytest.mark.parametrize("only", ["a", "n", "d", "t", "s", "."])
+def test_none_after_a_part_was_committed_and_undone(branching: Branching, only: str) -> None:
+    base = branching.base
+    (base / "s").mkdir()
+    for name in ("a", "d", "s/z"):
+        (base / name).write_text("old\n")
+    branching.tries(
+        "echo b >> a; echo n > n; rm d; mkdir t; echo t > t/t; rm -r s; mkdir s; echo y > s/y; chmod 0700 ."
+    )
+    before = tree(base, times=False)
+    branching.says("branch", "commit", "--only", only, "br")
+    branching.says("branch", "undo")
+    assert differing(before, tree(base, times=False)) == {}
+    assert branching.commit(dry_run=True).conflicts == []
+    # What others change is one, as before.
+    (base / "a").write_text("other\n")
+    assert branching.commit(dry_run=True).conflicts == [("changed", b"/a")]
+    branching.commit(conflicts=OURS)
+    assert (base / "a").read_text() == "old\nb\n"
+    assert sorted(path.name for path in base.iterdir()) == ["a", "n", "s", "t"]

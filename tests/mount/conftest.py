@@ -9,7 +9,7 @@ import pytest
 
 from tests.mount import cli_calls
 from tests.mount.cli_calls import Place
-from tests.mount.run_calls import Containers, containers
+from tests.mount.run_calls import PROGRAMS, Containers, containers
 from tests.mount.user_calls import Host, ordinary_user
 
 
@@ -26,8 +26,14 @@ def host(place: Place) -> Iterator[Host]:
         yield found
 
 
+@pytest.fixture(params=list(PROGRAMS))
+def runtime(request: pytest.FixtureRequest) -> str:
+    """A container runtime: what it makes is the same."""
+    return str(request.param)
+
+
 @pytest.fixture
-def box(root: None, area: Path) -> Iterator[Containers]:
+def box(root: None, area: Path, runtime: str) -> Iterator[Containers]:
     """A union's layers with busybox, and calls of `unionfs run`."""
-    with containers(Containers, area) as found:
+    with containers(Containers, area, runtime) as found:
         yield found

@@ -29,6 +29,9 @@ from unionfs.daemon import live
 BUSYBOX = next((path for path in ("/bin/busybox", "/usr/bin/busybox") if os.path.exists(path)), None)
 
 
+PROGRAMS = {"bubblewrap": "bwrap", "crun": "crun"}
+"""The programs of the runtimes."""
+
 _Box = TypeVar("_Box", bound="Containers")
 _Life = TypeVar("_Life", bound="Life")
 
@@ -36,9 +39,9 @@ _Life = TypeVar("_Life", bound="Life")
 class Containers:
     """A root filesystem with one busybox, a storage root, and calls of `unionfs run`."""
 
-    def __init__(self, area: Path) -> None:
+    def __init__(self, area: Path, runtime: str) -> None:
         assert BUSYBOX is not None
-        self.area = area
+        self.area, self.runtime = area, runtime
         self.base = area / "base"
         for name in ("bin", "etc", "tmp", "root", "data"):
             (self.base / name).mkdir(parents=True)
@@ -59,7 +62,7 @@ class Containers:
         return {"UNIONFS_ROOT": str(self.root), **more}
 
     def words(self, *arguments: str | Path, lower: bool = True) -> list[str | Path]:
-        return ["run", *(["-l", self.base] if lower else []), *arguments]
+        return ["run", "--runtime", self.runtime, *(["-l", self.base] if lower else []), *arguments]
 
     def run(self, *arguments: str | Path, lower: bool = True, **more: str) -> Done:
         """Run a command to its end."""
@@ -103,6 +106,8 @@ class Life(Containers):
     """Detached containers, and what is done with them."""
 
     def call(self, *words: str | Path, **more: str) -> Done:
+        if words[0] == "run":
+            words = ("run", "--runtime", self.runtime, *words[1:])
         return cli_calls.unionfs(*words, env=self.environment(**more))
 
     def ok(self, *words: str | Path) -> str:
@@ -120,19 +125,19 @@ class Life(Containers):
 
 
 @contextmanager
-def containers(kind: type[_Box], area: Path) -> Iterator[_Box]:
-    """Containers of that class, which are ended; skips the test without busybox or bubblewrap."""
-    if BUSYBOX is None or shutil.which("bwrap") is None:
-        pytest.skip("busybox or bubblewrap is not installed")
-    found = kind(area)
+def containers(kind: type[_Box], area: Path, runtime: str) -> Iterator[_Box]:
+    """Containers of that class, which are ended; skips the test without busybox or the runtime."""
+    if BUSYBOX is None or shutil.which(PROGRAMS[runtime]) is None:
+        pytest.skip(f"busybox or {PROGRAMS[runtime]} is not installed")
+    found = kind(area, runtime)
     with cleaned(area):
         yield found
 
 
 @contextmanager
-def lives(kind: type[_Life], area: Path) -> Iterator[_Life]:
+def lives(kind: type[_Life], area: Path, runtime: str) -> Iterator[_Life]:
     """The same for detached ones, which are removed."""
-    with containers(kind, area) as found:
+    with containers(kind, area, runtime) as found:
         yield found
         for name in found.kept():
             found.call("rm", "-f", name)

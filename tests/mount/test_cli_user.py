@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,38 @@ def test_mount_change_and_umount(host: Host, place: Place) -> None:
     assert gone(pid)
     assert os.listdir(host.runtime / "unionfs") in ([], ["unionfs.log"])
     assert stat.S_IMODE((host.runtime / "unionfs").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("missing", ["mtab", "helper", "bit"])
+def test_umount_without_a_usable_helper(host: Host, place: Place, missing: str) -> None:
+    """The sentence says what fusermount3 lacks, and with that the mount goes."""
+    host.mount()
+    helper = Path(os.path.realpath(shutil.which("fusermount3") or "/usr/bin/fusermount3"))
+    copy = place.root / "copy"
+    if missing == "mtab":
+        at = Path("/etc")
+        shutil.copytree(at, copy, symlinks=True, ignore=lambda path, _: ["mtab"] if path == "/etc" else [])
+        cause, cure = "fusermount3 needs /etc/mtab", "ln -s /proc/self/mounts /etc/mtab"
+    elif missing == "helper":
+        at = helper.parent
+        copy.mkdir()
+        for program in ("python3", Path(sys.executable).resolve().name, "env", "setpriv", "sh", "umount"):
+            if (at / program).exists():
+                shutil.copy(at / program, copy)
+        cause, cure = "fusermount3 is missing", "install the package fuse3"
+    else:
+        at = helper
+        shutil.copy(helper, copy)
+        copy.chmod(0o755)
+        cause, cure = "is not setuid root", "chmod 4755"
+    host.root("mount", "--bind", copy, at)
+    done = host.unionfs("umount", place.merged)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"unionfs: {place.merged} cannot be unmounted: ")
+    assert cause in done.stderr
+    assert cure in done.stderr
+    host.root("umount", "-l", at)
+    succeed(host.unionfs("umount", place.merged))
 
 
 def test_directories_are_renamed(host: Host, place: Place) -> None:
@@ -254,6 +288,29 @@ def test_check_and_convert(host: Host, place: Place) -> None:
     assert sorted(os.listdir(place.lower)) == ["base"]
     assert host.run("ls", place.merged).stdout.split() == ["base", "new"]
     succeed(host.unionfs("umount", place.merged))
+
+
+def test_unreadable_files_that_are_empty(host: Host, place: Place) -> None:
+    """They are copied up without being read, as by overlayfs, where all is shown as the user's; others are
+    not."""
+    for name, text in (("written", ""), ("chmod", ""), ("cut", ""), ("touched", ""), ("full", "secret\n")):
+        (place.lower / name).write_text(text)
+        (place.lower / name).chmod(0o640)
+    before = (place.lower / "chmod").stat()
+    host.mount("-o", f"squash_to_uid={UID},squash_to_gid={os.stat(place.upper).st_gid}")
+    script = "echo mine >> written; chmod 0604 chmod; truncate -s 3 cut; touch -d @7 touched; cat written"
+    assert succeed(host.run("sh", "-ec", f"cd {place.merged}; {script}")) == "mine\n"
+    for script in ("echo x | dd of=full oflag=append conv=notrunc,fsync", "chmod 0600 full", "cat full"):
+        done = host.run("sh", "-ec", f"cd {place.merged}; {script}")
+        assert done.returncode != 0
+        assert "Permission denied" in done.stderr
+    succeed(host.unionfs("umount", place.merged))
+    assert sorted(os.listdir(place.upper)) == ["chmod", "cut", "touched", "written"]
+    modes = {name: stat.S_IMODE((place.upper / name).stat().st_mode) for name in os.listdir(place.upper)}
+    assert modes == {"chmod": 0o604, "cut": 0o640, "touched": 0o640, "written": 0o640}
+    assert (place.upper / "chmod").stat().st_mtime_ns == before.st_mtime_ns
+    assert (place.upper / "cut").read_bytes() == b"\0\0\0"
+    assert (place.upper / "touched").stat().st_mtime == 7
 
 
 def test_what_belongs_to_others(host: Host, place: Place) -> None:

@@ -43,8 +43,8 @@ class Execs(Life):
 
 
 @pytest.fixture
-def box(root: None, area: Path) -> Iterator[Execs]:
-    with lives(Execs, area) as found:
+def box(root: None, area: Path, runtime: str) -> Iterator[Execs]:
+    with lives(Execs, area, runtime) as found:
         yield found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
 from contextlib import suppress
@@ -12,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from tests.mount import cli_calls
-from tests.mount.cli_calls import refused, wait_for
-from tests.mount.run_calls import Containers, Terminal
+from tests.mount.cli_calls import refused, succeed, wait_for
+from tests.mount.run_calls import PROGRAMS, Containers, Terminal
 from tests.support.patience import patient
-from unionfs.containers import bubblewrap
+from unionfs.containers import bubblewrap, oci
+from unionfs.containers.runtimes import choose_runtime
 from unionfs.errors import UserError
 
 
@@ -350,7 +352,7 @@ def test_a_terminal(box: Containers) -> None:
 
 
 def test_ctrl_c_reaches_the_command_once(box: Containers) -> None:
-    """A command that handles it continues, though bubblewrap dies of it; its exit code is still returned."""
+    """A command that handles it continues, though the runtime dies of it; its exit code is still returned."""
     script = "trap 'echo caught' INT; trap 'exit 4' TERM; echo up; while true; do sleep 0.05; done"
     terminal = Terminal(box, "--rm", "--name", "ctrl", "--", "sh", "-c", script)
     terminal.wait_for(b"up")
@@ -428,8 +430,35 @@ def test_refusals_of_containers(box: Containers) -> None:
     assert box.kept() == []
 
 
-def test_without_bubblewrap(box: Containers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_of_a_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bubblewrap, then crun; what is named is not replaced by another one."""
     monkeypatch.setattr(bubblewrap, "PATH", "/nowhere")
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(UserError, match="install the package bubblewrap"):
-        bubblewrap.find()
+    monkeypatch.setattr(oci, "PATH", "/nowhere")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("auto", "bubblewrap"):
+        with pytest.raises(UserError, match="install the package bubblewrap"):
+            choose_runtime(name)
+    with pytest.raises(UserError, match="crun is missing; install the package crun"):
+        choose_runtime("crun")
+    for program, title in (("crun", "crun"), ("bwrap", "bubblewrap")):
+        (tmp_path / program).symlink_to("/bin/true")
+        assert choose_runtime("auto").title == title
+    monkeypatch.setattr(oci, "INIT", "/nowhere/init")
+    with pytest.raises(UserError, match="crun needs /nowhere/init, which this installation lacks; "):
+        choose_runtime("crun")
+
+
+def test_the_configured_runtime(box: Containers) -> None:
+    """Pid 1 shows which one it is; the option replaces the configuration."""
+    configuration = box.area / "configuration/unionfs/config.toml"
+    configuration.parent.mkdir(parents=True)
+    configuration.write_text(f'runtime = "{box.runtime}"\n')
+    name = {"bubblewrap": "bwrap", "crun": "/proc/self/fd"}
+    words = ("run", "--rm", "-l", box.base)
+    look = ("--", "head", "-c", "30", "/proc/1/cmdline")
+    environment = box.environment(XDG_CONFIG_HOME=str(box.area / "configuration"))
+    assert name[box.runtime] in succeed(cli_calls.unionfs(*words, *look, env=environment))
+    other = next(one for one in PROGRAMS if one != box.runtime)
+    if shutil.which(PROGRAMS[other]) is not None:
+        out = succeed(cli_calls.unionfs(*words, "--runtime", other, *look, env=environment))
+        assert name[other] in out

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
 from tests.mount.cli_calls import refused, wait_for
 from tests.mount.run_calls import Life, containers
+from unionfs.sys.fds import Owned
 
 _LOOP = "trap 'echo term; exit 3' TERM; trap 'echo hup' HUP; echo up; while :; do sleep 0.05; done"
 
 
 @pytest.fixture
-def box(root: None, area: Path) -> Iterator[Life]:
-    with containers(Life, area) as found:
+def box(root: None, area: Path, runtime: str) -> Iterator[Life]:
+    with containers(Life, area, runtime) as found:
         yield found
 
 
@@ -90,7 +94,8 @@ def test_prune_spares_what_runs(box: Life) -> None:
     for name in ("over", "other"):
         box.say("--name", name, "--", "true")
     assert box.state("over")["state"] == "exited"
-    assert json.loads(box.ok("container", "prune", "-f", "--json")) == {"removed": ["other", "over"]}
+    pruned = json.loads(box.ok("container", "prune", "-f", "--json"))
+    assert pruned == {"removed": ["other", "over"], "bases": []}
     assert box.ok("ps", "-aq") == "runs\n"
     assert box.ok("rm", "-f", "runs") == "runs\n"
 
@@ -143,3 +148,24 @@ def test_a_read_only_root(box: Life) -> None:
     assert box.call(*words, "--", "sh", "-c", script).stdout.split() == ["/vol", "/bound", "/scratch", "seed"]
     assert box.ok(*words, "--user", "7", "--", "sh", "-c", "touch /tmp/x 2>&1; true").count("Read-only") == 1
     assert (box.host / "bound/new").exists()
+
+
+def test_the_next_run_waits_for_the_end_of_the_last(box: Life) -> None:
+    """`ps` says that it has exited, but its process still unmounts the union, and has the lock."""
+    box.ok("run", "-d", "--name", "again", "-l", box.base, "--", "true")
+    assert wait_for(lambda: box.state("again")["state"] == "exited")
+    for words in (("run", "--name", "again", "--", "true"), ("rm", "again")):
+        with Owned(os.open(box.root / "containers/again", os.O_RDONLY)) as fd:
+            assert wait_for(lambda fd=fd: _locked(fd))
+            timer = Timer(3, fcntl.flock, (fd, fcntl.LOCK_UN))
+            timer.start()
+            box.ok(*words)
+            timer.join()
+    assert box.kept() == []
+
+
+def _locked(fd: int) -> bool:
+    with suppress(BlockingIOError):
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False

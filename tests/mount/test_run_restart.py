@@ -14,8 +14,8 @@ from tests.mount.run_calls import Life, lives
 
 
 @pytest.fixture
-def box(root: None, area: Path) -> Iterator[Life]:
-    with lives(Life, area) as found:
+def box(root: None, area: Path, runtime: str) -> Iterator[Life]:
+    with lives(Life, area, runtime) as found:
         yield found
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.perf import page, results
+from benchmarks import lab
+from benchmarks.perf import commands, page, results
 from benchmarks.perf.figures import Figure
 from benchmarks.perf.results import ContestantFacts, Run, WorkloadFacts
 from tests.perf.runs import READ, UNTAR, run_of
@@ -195,6 +196,33 @@ def test_a_run_without_some_contestants(without: tuple[str, ...]) -> None:
             by_name.pop(name, None)
     text = page.render(run)
     _assert_alone(_Reader(text), text)
+
+
+def test_a_group_without_other_unions_has_its_medians(tmp_path: Path) -> None:
+    """Files of single benchmarks, beside one of scripts/perf."""
+    tests = {("create", "s"): {"unionfs": [0.1, 0.2, 0.3], "cp": [0.8]}, ("diff", "s"): {"unionfs": [0.7]}}
+    contestants = [ContestantFacts("unionfs", "branches", "ours"), ContestantFacts("cp", "copies", "plain")]
+    for filesystem in ("xfs", "btrfs"):
+        lab.write(
+            tmp_path / f"{filesystem}.json", f"branches-{filesystem}", f"Branches on {filesystem}",
+            contestants, {"create": "make a branch", "diff": ""}, tests, failures={("diff", "cp"): "wrong"},
+        )  # fmt: skip
+    results.save(run_of({UNTAR: {"hybrid": [1.0], "overlayfs": [2.0]}}, machine=lab.machine()),
+                 tmp_path / "perf.json")  # fmt: skip
+    paths = [str(tmp_path / f"{name}.json") for name in ("xfs", "btrfs", "perf")]
+    assert commands.main(["report", *paths, "-o", str(tmp_path / "page.html")]) == 0
+    found = _Reader((tmp_path / "page.html").read_text())
+    assert not found.open
+    assert found.row("create") == ["create s", "0.20 0.10\N{EN DASH}0.30", "0.80"]
+    assert found.row("diff") == ["diff s", "0.70", "failed"]
+    none = "\N{EN DASH}"
+    assert found.row("untar")[1:] == [f"2.00 \u00d71.00 \u00b7 {none}", f"1.00 \u00d72.00 \u00b7 {none}"]
+    labels = [values["aria-label"] for tag, values in found.elements if "aria-label" in values]
+    for title in ("Branches on xfs", "Branches on btrfs"):
+        assert title in found.text
+        assert labels.count(f"{title}: medians; the table below has them.") == 2
+    assert any(label.startswith("Names: ratios to kernel overlayfs") for label in labels)
+    assert "make a branch" in found.text
 
 
 def test_an_empty_run_is_a_page() -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.conftest import box, host, place
+from tests.mount.conftest import box, host, place, runtime
 from tests.security.container_calls import Prison, prison
 from tests.security.storage_actors import Outside
 from tests.support.worker import Worker
 from tests.volumes.conftest import as_root, store
 
-__all__ = ["as_root", "attacker", "box", "host", "inmate", "inside", "outside", "place", "store"]
+__all__ = ["as_root", "attacker", "box", "host", "inmate", "inside", "outside", "place", "runtime", "store"]
 
 
 @pytest.fixture
@@ -24,16 +24,16 @@ def attacker(root: None) -> Iterator[Worker]:
 
 
 @pytest.fixture(params=["root", "user"])
-def inmate(root: None, area: Path, request: pytest.FixtureRequest) -> Iterator[Prison]:
+def inmate(root: None, area: Path, runtime: str, request: pytest.FixtureRequest) -> Iterator[Prison]:
     """A container of uid 0, and one of an ordinary user."""
-    with prison(area, request.param) as found:
+    with prison(area, request.param, runtime) as found:
         yield found
 
 
 @pytest.fixture
-def inside(root: None, area: Path) -> Iterator[Prison]:
+def inside(root: None, area: Path, runtime: str) -> Iterator[Prison]:
     """A container of uid 0."""
-    with prison(area, "root") as found:
+    with prison(area, "root", runtime) as found:
         yield found
 
 

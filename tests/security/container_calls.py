@@ -18,8 +18,7 @@ import pytest
 
 from tests.mount import cli_calls, user_calls
 from tests.mount.cli_calls import UNIONFS, Done
-from tests.mount.run_calls import Containers, cleaned
-from unionfs.containers import bubblewrap
+from tests.mount.run_calls import PROGRAMS, Containers, cleaned
 
 PYTHON = "/usr/bin/python3"
 
@@ -27,9 +26,9 @@ PYTHON = "/usr/bin/python3"
 class Prison:
     """Calls of `unionfs run`. `area` is a directory of the host that must stay unchanged."""
 
-    def __init__(self, area: Path, host: user_calls.Host | None = None) -> None:
+    def __init__(self, area: Path, runtime: str, host: user_calls.Host | None = None) -> None:
         self.area = area
-        self.box = Containers(area / "prison")
+        self.box = Containers(area / "prison", runtime)
         self.host = host
         self.path = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
         self.is_root = host is None
@@ -39,7 +38,8 @@ class Prison:
 
     def words(self, *arguments: str | Path) -> list[str | Path]:
         """The call's arguments, with the host's programs mounted."""
-        return ["run", "--root", self.box.root, "-l", self.box.base, *self.box.system(), *arguments]
+        words = ["run", "--runtime", self.box.runtime, "--root", self.box.root, "-l", self.box.base]
+        return [*words, *self.box.system(), *arguments]
 
     def call(self, *arguments: str | Path) -> Done:
         """Run `unionfs run` with these arguments."""
@@ -66,10 +66,14 @@ class Prison:
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    def copy_bubblewrap(self) -> Path:
-        """Let `unionfs run` use a copy of bubblewrap that belongs to its caller."""
-        copy = self.box.host / "bwrap"
-        shutil.copy(bubblewrap.find(), copy)
+    @property
+    def is_bubblewrap(self) -> bool:
+        return self.box.runtime == "bubblewrap"
+
+    def copy_runtime(self) -> Path:
+        """Let `unionfs run` use a copy of the runtime that belongs to its caller."""
+        copy = self.box.host / PROGRAMS[self.box.runtime]
+        shutil.copy(shutil.which(copy.name) or "", copy)
         if not self.is_root:
             os.chown(copy, user_calls.UID, user_calls.UID)
         self.path = f"{self.box.host}:{self.path}"
@@ -90,15 +94,15 @@ class Prison:
 
 
 @contextmanager
-def prison(area: Path, who: str) -> Iterator[Prison]:
+def prison(area: Path, who: str, runtime: str) -> Iterator[Prison]:
     """A prison whose inmate is `root` or `user`."""
-    for program in ("bwrap", "busybox"):
+    for program in (PROGRAMS[runtime], "busybox"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
     (area / "prison").mkdir()
     if who == "root":
         with cleaned(area):
-            yield Prison(area)
+            yield Prison(area, runtime)
         return
     if shutil.which("fusermount3") is None or not os.path.exists("/etc/mtab"):
         pytest.skip("an ordinary user cannot mount here")
@@ -107,7 +111,7 @@ def prison(area: Path, who: str) -> Iterator[Prison]:
         try:
             if not host.find_python():
                 pytest.skip("an ordinary user cannot read this repository, or no Python with pyfuse3")
-            yield Prison(area, host)
+            yield Prison(area, runtime, host)
         finally:
             host.holder.kill()
             host.holder.communicate()

@@ -15,7 +15,7 @@ from tests.support import acl, snapshot
 from tests.unit.union_support import OpenUnion, whiteout
 from tests.unit.union_support import open_union as open_union
 from unionfs.errors import UserError
-from unionfs.storage import populate as subject
+from unionfs.storage import copying as subject
 from unionfs.storage.model import Volume
 from unionfs.storage.populate import populate
 from unionfs.sys import attributes

@@ -18,6 +18,11 @@ __all__ = ["box", "host", "place"]
 
 
 @pytest.fixture
+def runtime() -> str:
+    return "bubblewrap"
+
+
+@pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     """A server with an empty storage root, `tmp_path/root`."""
     with Server(tmp_path / "root", "--port", "0") as found:

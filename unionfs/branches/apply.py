@@ -60,12 +60,18 @@ class Application:
         try:
             for move in self._journal.moves:
                 step(f"move {move.path}")
-                self._do(move)
+                try:
+                    self._do(move)
+                except OSError as error:
+                    raise _at(move.path, error) from error
         finally:
             self._from.close()
         for setting in self._journal.settings:
             step(f"set {setting.path}")
-            self._set(setting.path, setting.new, setting.old)
+            try:
+                self._set(setting.path, setting.new, setting.old)
+            except OSError as error:
+                raise _at(setting.path, error) from error
         step("all done")
 
     def backward(self) -> None:
@@ -229,6 +235,11 @@ def _expect(move: Move, here: os.stat_result | None) -> None:
         return
     if here is None or here.st_ino != move.old or look(here) != move.seen:
         raise _changed(move)
+
+
+def _at(path: str, error: OSError) -> OSError:
+    """The error, with the path in the base."""
+    return OSError(error.errno, os.strerror(error.errno or 0), path[1:] or ".")
 
 
 def _changed(move: Move) -> ChangedError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from unionfs.branches.ids import entered
 from unionfs.branches.store import Branch
 from unionfs.daemon import launcher
 
@@ -13,7 +14,8 @@ def attach(branch: Branch) -> str:
 
     Signals are blocked afterwards. Raises UserError.
     """
-    path = launcher.find()
+    # A resident of the namespace that this process has entered would mount nothing else.
+    path = launcher.find() if entered() is None else None
     if path is not None:
         words = ["--lives-with", str(os.getpid()), "--root", branch.store.root, "--", branch.name]
         launcher.hand_over(path, ["branch", "mount", *words])

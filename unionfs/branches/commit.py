@@ -20,7 +20,7 @@ from unionfs.branches.ending import discard, end_in_parent, go_on, make_stage, r
 from unionfs.branches.journal import Journal, Move, Setting
 from unionfs.branches.merging import merged
 from unionfs.branches.mounts import has_daemon, in_use, mounted, parent_claimed, unmounted
-from unionfs.branches.plan import Drop, Plan, Planner, Put, Rename, hazards
+from unionfs.branches.plan import Drop, Plan, Planner, Put, Rename, hazards, with_subordinate_owners
 from unionfs.branches.renaming import renames_directories, with_renames
 from unionfs.branches.selection import Selection, relative
 from unionfs.branches.sharing import Sharing
@@ -142,7 +142,10 @@ class _Commit:
             result.changes.insert(0, ("C", b"/."))
         result.hazards = [*hazards(self._view, plan), *in_use(self._branch, record.base)]
         if wish.dry_run or (conflicts and wish.conflicts in (STOP, MERGE)):
+            result.hazards += self._owners(plan)
             return result
+        for sentence in self._owners(plan):
+            raise UserError(f"branch {quoted(self._branch.name)} is not committed: {sentence}")
         if record.parent is None:
             result.undo = self._apply(plan, record.base, record.base_inode).can_undo
         else:
@@ -165,6 +168,19 @@ class _Commit:
             raise UserError(
                 f"branch {quoted(self._branch.name)} cannot be read: {reason(error)}; nothing was changed."
             ) from error
+
+    def _owners(self, plan: Plan) -> list[str]:
+        """A sentence if objects belong to ids which only root could give them. Raises OSError."""
+        # A parent's layer may have any owner.
+        paths = with_subordinate_owners(self._view, plan) if self._record.parent is None else []
+        if not paths:
+            return []
+        belong = f" and {len(paths) - 1} more belong" if len(paths) > 1 else " belongs"
+        return [
+            f"{quoted(os.fsdecode(paths[0][1:]))}{belong} to other ids of the branch's user namespace, and a "
+            "user's commit can only make files of that user; leave out what has another owner by --except, "
+            "or change the owner in the branch."
+        ]
 
     def _fixed(self, plan: Plan) -> None:
         """Refuse to replace or remove mountpoints. Raises UserError."""
@@ -190,7 +206,7 @@ class _Commit:
         inside = not _same_mount(self._store.commits, tree.fd)
         entry = Journal(
             journal.new_id(), self._branch.name, record.created, record.parent, base, inode, inside,
-            keep=partial, parent_made=parent_made, command=list(record.command),
+            keep=partial, parent_made=parent_made, command=list(record.command), ids=record.ids,
         )  # fmt: skip
         try:
             prepared = self._prepare(resources, entry, tree, plan)

@@ -135,7 +135,8 @@ class Describer:
 
     def same_content(self, change: Change, new: Side, old: Side) -> bool:
         """Whether a file has the same data on both sides."""
-        return new.size == old.size and self._same_data((change, True), (change, False))
+        # What is empty need not be read, which a user may not be allowed to.
+        return new.size == old.size and (not new.size or self._same_data((change, True), (change, False)))
 
     def _same_data(self, one: tuple[Change, bool], other: tuple[Change, bool]) -> bool:
         with ExitStack() as files:
@@ -159,24 +160,33 @@ class Describer:
             return self._view.open_data(above.parts, change.name, found, entry)
 
     def data(self, item: Difference, *, new: bool) -> bytes | None:
-        """The content of a file on one side, None if it is none or too large for a text."""
+        """The content of a file on one side; None if it is none, too large for a text, or unreadable for this
+        user."""
         side = item.new if new else item.old
         change = item.removed if not new and item.removed is not None else item.change
         if side is None or side.kind != "file" or side.size > _LONGEST_TEXT:
             return None
-        with open(self._open(change, new), "rb") as file:
-            return file.read()
+        if not side.size:
+            return b""
+        try:
+            with open(self._open(change, new), "rb") as file:
+                return file.read()
+        except PermissionError:
+            return None
 
     def digest(self, item: Difference, *, new: bool) -> str:
-        """The SHA-256 of a file on one side."""
+        """The SHA-256 of a file on one side, or that this user may not read it."""
         # For start-up time: only binary files need it.
         import hashlib
 
         change = item.removed if not new and item.removed is not None else item.change
         total = hashlib.sha256()
-        with Owned(self._open(change, new)) as fd:
-            while data := os.read(fd, _CHUNK):
-                total.update(data)
+        try:
+            with Owned(self._open(change, new)) as fd:
+                while data := os.read(fd, _CHUNK):
+                    total.update(data)
+        except PermissionError:
+            return "unreadable"
         return total.hexdigest()
 
     def unified(self, item: Difference) -> list[str] | None:

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from unionfs.branches import beneath, journal, seen, sharing
 from unionfs.branches.after import reached
 from unionfs.branches.apply import Application, ChangedError, step
+from unionfs.branches.ids import entered
 from unionfs.branches.journal import Journal
 from unionfs.branches.mounts import mounted, parent_claimed
 from unionfs.branches.store import Branch, Store
@@ -130,7 +131,7 @@ def end_in_parent(store: Store, entry: Journal, parent: Branch) -> None:
     step("stage moved")
     branch = store.branch(entry.branch)
     if branch.exists() and branch.record().created == entry.made and entry.keep:
-        _accept(branch, entry)
+        _accept(store, branch, entry)
     _keep(store, entry)
 
 
@@ -143,7 +144,7 @@ def _end(store: Store, entry: Journal, tree: beneath.Beneath) -> None:
     branch = store.branch(entry.branch)
     is_there = branch.exists() and branch.record().created == entry.made
     if is_there and entry.keep:
-        _accept(branch, entry)
+        _accept(store, branch, entry)
     if entry.inside:
         if is_there and not entry.keep:
             branch.remove()
@@ -181,17 +182,26 @@ def layer_of(store: Store, entry: Journal) -> str | None:
     return branch.upper if branch.exists() and branch.record().created == entry.made else None
 
 
-def _accept(branch: Branch, entry: Journal) -> None:
+def _accept(store: Store, branch: Branch, entry: Journal) -> None:
     """Record the present state of the committed paths as the state that the branch was made from."""
+    with viewed(branch) as view:
+        seen.accept(branch, view, *_accepted(entry), _former_states(store, entry))
+
+
+def _accepted(entry: Journal) -> tuple[list[str], list[str]]:
+    """The paths that a commit has changed with all below them, and directories that stay."""
     paths = [move.path for move in entry.moves]
     paths += [move.source for move in entry.moves if move.source is not None]
-    with viewed(branch) as view:
-        # In a directory that stays only the paths that the commit has changed are accepted.
-        seen.accept(branch, view, paths, [setting.former for setting in entry.settings])
+    return paths, [setting.former for setting in entry.settings]
 
 
-def _accept_returned(branch: Branch, entry: Journal) -> None:
-    """Record the new ctimes of the objects that the revert of a commit has renamed."""
+def _former_states(store: Store, entry: Journal) -> str:
+    return f"{journal.directory(store, entry.id)}/seen.json"
+
+
+def _accept_returned(store: Store, branch: Branch, entry: Journal) -> None:
+    """Record the states before the commit, and the new ctimes of the objects that its revert has renamed."""
+    seen.restore(branch, *_accepted(entry), _former_states(store, entry))
     sources = {move.path: move.source for move in entry.moves if move.source is not None}
     with viewed(branch) as view:
         seen.returned(branch, view, [_former(move.path, sources) for move in entry.moves])
@@ -232,10 +242,10 @@ def _go_back(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tupl
         step("branch back")
     if branch.exists() and branch.record().created == entry.made:
         if entry.parent is None:
-            _accept_returned(branch, entry)
+            _accept_returned(store, branch, entry)
         else:
             # Nothing else changes it meanwhile, and what is in its layer now has other inode numbers.
-            _accept(branch, entry)
+            _accept(store, branch, entry)
     discard(store, entry, tree)
 
 
@@ -260,6 +270,8 @@ def recover(store: Store, name: str | None = None) -> dict[str, Journal]:
             entry = journal.read(store, id)
             if entry is None:
                 journal.forget(store, id)
+            elif entry.ids != entered():
+                continue  # a command with that branch's ids does it
             elif entry.state != journal.DONE and finish(store, entry):
                 finished[entry.branch] = entry
         except (UserError, OSError) as error:

@@ -3,6 +3,7 @@
     ROOT/commits/ID/journal.json    the operations
     ROOT/commits/ID/state.json      the state of the commit
     ROOT/commits/ID/after.json      the state of the base after it, to detect later changes
+    ROOT/commits/ID/seen.json       what a branch that stays remembered of the base before it; see `seen`
     ROOT/commits/ID/new, old        the new objects, and the replaced ones, if they can be here
     BASE/.unionfs-ID/new, old       else there, on the base's filesystem
     ROOT/commits/ID/stage           after a commit to a parent: that directory, taken from the parent's layer
@@ -17,10 +18,11 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from operator import attrgetter
 from typing import Any
 
+from unionfs.branches.ids import Ids
 from unionfs.branches.store import STATE_FILE, Store
 from unionfs.errors import UserError, quoted
 from unionfs.storage import jsonfiles
@@ -95,6 +97,8 @@ class Journal:
     """The state of each path after the commit, to detect later changes."""
     times: dict[str, list[int]] = field(default_factory=dict)
     """Of the layer's directories whose files are shared: atime and mtime, to be set when these come back."""
+    ids: Ids | None = None
+    """As of the branch; owners are those of its user namespace."""
 
     def turns(self, state: str) -> None:
         """It goes into another state."""
@@ -140,6 +144,7 @@ def write(store: Store, journal: Journal) -> None:
     # Not `asdict`, which copies each of many thousand moves deeply.
     values = {name: getattr(journal, name) for name in _KEPT}
     values["version"] = VERSION
+    values["ids"] = None if journal.ids is None else asdict(journal.ids)
     values["moves"] = [_MOVE(move) for move in journal.moves]
     values["settings"] = [
         (setting.path, _plain(setting.new), _plain(setting.old), setting.former)
@@ -173,6 +178,8 @@ def read(store: Store, id: str) -> Journal | None:
             Setting(path, _attributes(new), _attributes(old), former)
             for path, new, old, former in values["settings"]
         ]
+        if values.get("ids") is not None:
+            values["ids"] = Ids.from_json(values["ids"])
         state = jsonfiles.read(f"{directory(store, id)}/{STATE_FILE}")
         values |= {"state": state["state"], "ended": state["ended"]}
         with suppress(FileNotFoundError):
@@ -185,6 +192,19 @@ def read(store: Store, id: str) -> Journal | None:
             f"the journal {quoted(path)} cannot be read ({error}), so its commit can neither go on nor back; "
             "the replaced files are beside it in `old`. Move its directory away."
         ) from error
+
+
+def ids_of(store: Store, name: str | None = None) -> Ids | None:
+    """The ids with which the branch `name` is committed, or without a name, the last commit is undone. Raises
+    UserError.
+    """
+    if name is not None and (branch := store.branch(name)).exists():
+        return branch.record().ids
+    found = (read(store, id) for id in reversed(store.commit_ids()))
+    entries = [entry for entry in found if entry is not None and name in (None, entry.branch)]
+    # An interrupted undo is finished before another begins.
+    entries.sort(key=lambda entry: not (entry.state == BACK and entry.ended))
+    return entries[0].ids if entries else None
 
 
 def forget(store: Store, id: str) -> None:

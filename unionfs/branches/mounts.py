@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from unionfs.branches import seen
 from unionfs.branches.beneath import opened
+from unionfs.branches.ids import entered
 from unionfs.branches.record import WHOLE, Record
 from unionfs.branches.store import Branch, Store
 from unionfs.branches.view import viewed
@@ -50,6 +51,11 @@ def mount_branch(
 
 def _mount(branch: Branch, mountpoint: str, *, lives_with: int | None) -> MountSettings:
     record = branch.record()
+    if record.ids is not None and entered() is None:
+        raise UserError(
+            f"branch {quoted(branch.name)} has the owners of a user namespace of its own, so other programs "
+            f"cannot use a mount of it; run them by `unionfs branch shell {quoted(branch.name)}`."
+        )
     # A base that was replaced has nothing to do with the branch.
     with opened(record.base, record.base_inode):
         pass
@@ -70,7 +76,9 @@ def _mount(branch: Branch, mountpoint: str, *, lives_with: int | None) -> MountS
 
 def _options(record: Record) -> list[str]:
     options = ["userxattr"] if record.userxattr else []
-    if record.base == WHOLE and os.geteuid() != 0:
+    if record.ids is not None:
+        options += record.ids.options()
+    elif record.base == WHOLE and os.geteuid() != 0:
         # The command is uid 0 of a user namespace, in which this user's id is the only one.
         options += [f"squash_to_uid={os.geteuid()}", f"squash_to_gid={os.getegid()}"]
     return options

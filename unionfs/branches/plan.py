@@ -119,7 +119,7 @@ class Planner:
         if not self._selection.has(path or b"/") or path in self._stay:
             return
         new, old = self._view.both_of(change)
-        if os.geteuid() not in (0, old.uid):
+        if self._view.is_anothers(change.old):
             return  # its times are the kernel's affair; others cannot be changed
         if changes or new._replace(atime_ns=0) != old._replace(atime_ns=0):
             self._plan.sets.append(Set(path, new, old))
@@ -182,16 +182,32 @@ def _all(view: View, path: bytes, *objects: Object) -> Iterator[tuple[bytes, Obj
 def hazards(view: View, plan: Plan) -> list[str]:
     """Sentences about hazards that a list of names does not show. Raises OSError."""
     found = []
-    user = os.geteuid()
     for step in plan.steps:
         old = step.old
-        if user != 0 and old is not None and old.st is not None and old.st.st_uid != user:
-            found.append(f"{_shown(step.path)} belongs to uid {old.st.st_uid}, not to you.")
+        if old is not None and old.st is not None and view.is_anothers(old):
+            owner = f"uid {old.st.st_uid}" if view.has_shown_owner(old.st) else "another user"
+            found.append(f"{_shown(step.path)} belongs to {owner}, not to you.")
         if isinstance(step, Put):
             for path, item in _all(view, step.path, step.new):
                 if (what := _danger(view, path, item)) is not None:
                     found.append(f"{_shown(path)} is {what}.")
     return found
+
+
+def with_subordinate_owners(view: View, plan: Plan) -> list[bytes]:
+    """The paths of a plan whose new owner or group is a subordinate id of this user. Raises OSError."""
+    found = [
+        item.path or b"/." for item in plan.sets
+        if view.is_mapped and (item.new.uid, item.new.gid) != (item.old.uid, item.old.gid)
+    ]  # fmt: skip
+    for step in plan.steps:
+        if isinstance(step, Put):
+            items = _all(view, step.path, step.new)
+            found += [
+                path for path, item in [(step.path, step.new), *items]
+                if item.st is not None and view.has_subordinate_owner(item.st)
+            ]  # fmt: skip
+    return sorted(set(found))
 
 
 def _danger(view: View, path: bytes, item: Object) -> str | None:

@@ -6,6 +6,8 @@ import os
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from unionfs.branches.ids import Ids
+
 VERSION = 1
 WHOLE = "/"
 """The base of a branch that is the whole system."""
@@ -33,6 +35,8 @@ class Record:
     """When that command ended."""
     userxattr: bool = False
     """Whether markers are `user.overlay.*`."""
+    ids: Ids | None = None
+    """Those of the user namespace in which it is used; None: it is used in its user's own."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, for `from_json`."""
@@ -45,6 +49,8 @@ class Record:
             raise ValueError(f"its version is {values['version']!r}, and this program reads {VERSION}")
         known = {item.name: values[item.name] for item in fields(cls) if item.name in values}
         known["command"] = tuple(known.get("command", ()))
+        if known.get("ids") is not None:
+            known["ids"] = Ids.from_json(known["ids"])
         record = cls(**known)
         if not os.path.isabs(record.base):
             raise ValueError("its base is not an absolute path")

@@ -6,7 +6,6 @@ are copied, as are renamed ones where the base is a union itself, which may not 
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 from unionfs.branches.plan import Drop, Plan, Put, Rename, Set
@@ -56,7 +55,7 @@ def _rename(view: View, step: Put, dropped: dict[bytes, Drop]) -> Rename | None:
     drop = dropped.pop(source, None)
     if drop is None or not drop.old.is_directory or not _is_same(drop.old.parts[0], parts[1]):
         return None
-    if drop.old.st is None or os.geteuid() not in (0, drop.old.st.st_uid):
+    if drop.old.st is None or view.is_anothers(drop.old):
         return None
     return Rename(step.path, source, step.new, drop.old)
 
@@ -106,7 +105,7 @@ class _Differences:
 
     def _set(self, path: bytes, below: bytes, new: Object, old: Object, *, changes: bool) -> None:
         now, before = self._view.compared(new, old)
-        if os.geteuid() not in (0, before.uid):
+        if self._view.is_anothers(old):
             return
         if changes or now._replace(atime_ns=0) != before._replace(atime_ns=0):
             self._sets.append(Set(path, now, before, self._rename.source + below))

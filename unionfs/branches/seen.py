@@ -105,19 +105,44 @@ def look(branch: Branch, view: View) -> tuple[Mapping[str, State], list[Conflict
     return known, sorted(conflicts, key=lambda conflict: conflict.path)
 
 
-def accept(branch: Branch, view: View, paths: Collection[str], single: Collection[str] = ()) -> None:
+def accept(
+    branch: Branch, view: View, paths: Collection[str], single: Collection[str], former: str
+) -> None:
     """Remember the present state of some paths and of all below them, and of `single` ones. Raises
     UserError.
+
+    `former`: a file that gets what was remembered before, for `restore`, unless it exists.
     """
     wanted, alone = set(paths), set(single)
     with on_failure(f"branch {quoted(branch.name)} cannot remember its base", "free space"):
         known = _read(branch)
+        if not os.path.exists(former):
+            jsonfiles.write(former, known)
         for key in [key for key in known if key in alone or _is_below(key, wanted)]:
             del known[key]
         for item in touched(view):
             key = os.fsdecode(item.path)
             if key in alone or _is_below(key, wanted):
                 known[key] = _state(item.old)
+        jsonfiles.write(f"{branch.path}/{_FILE}", known, sync=False)
+
+
+def restore(branch: Branch, paths: Collection[str], single: Collection[str], former: str) -> None:
+    """Remember again what was remembered before `accept`, if it was called. Raises UserError."""
+    wanted, alone = set(paths), set(single)
+    with (
+        on_failure(f"branch {quoted(branch.name)} cannot remember its base", "free space"),
+        suppress(FileNotFoundError),
+    ):
+        found = jsonfiles.read(former)
+        known = _read(branch)
+        for key in {*known, *found}:
+            if key not in alone and not _is_below(key, wanted):
+                continue
+            if key in found:
+                known[key] = found[key]
+            else:
+                del known[key]
         jsonfiles.write(f"{branch.path}/{_FILE}", known, sync=False)
 
 

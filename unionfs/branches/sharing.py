@@ -45,6 +45,8 @@ class Sharing:
         st, place = found.st, found.parts[0]
         if st is None or not stat.S_ISREG(st.st_mode) or st.st_nlink != 1 or not place.layer.is_upper:
             return None
+        if not self._view.has_shown_owner(st):
+            return None
         above, _, name = path.rpartition(b"/")
         directory = self._view.merge.gate.fd(place)
         if above != self._above or self._directory is None:

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from unionfs.branches.covered import hide_store, refuse_inside
+from unionfs.branches.ids import Ids, entered, overflow
 from unionfs.branches.record import Record
 from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.settings.names import check_name, is_name
@@ -28,7 +29,7 @@ from unionfs.storage import jsonfiles
 from unionfs.storage.removing import refuse_locked, remove_all
 from unionfs.storage.root import check_directory, is_own_directory, make_directory, open_root, storage_root
 from unionfs.sys import attributes, filelocks
-from unionfs.sys.capabilities import may_use_trusted_xattrs
+from unionfs.sys.capabilities import may_use_trusted_xattrs, uid_outside
 from unionfs.sys.fds import Owned
 from unionfs.sys.trees import remove_path
 
@@ -100,20 +101,28 @@ class Store:
             return sorted(name for name in os.listdir(self.commits) if name.isdigit())
         return []
 
-    def create(self, name: str, base: str, parent: str | None = None) -> Branch:
-        """Make an empty branch over the directory `base`, or over the branch `parent`. Raises UserError."""
+    def create(
+        self, name: str, base: str, parent: str | None = None, ids: Ids | None = None
+    ) -> Branch:
+        """Make an empty branch over the directory `base`, or over the branch `parent`. Raises UserError.
+
+        `ids`: those of the user namespace in which it is used, if it has no parent.
+        """
         branch = self.branch(name)
         self.check(make=True)
         below = None
         if parent is not None:
             below = self.existing(parent)
-            base = below.record().base
+            base, ids = below.record().base, below.record().ids
         real = _base(base)
         with Owned(real[1]) as fd:
             refuse_inside(real[0], self.root)
             st = os.fstat(fd)
             userxattr = not may_use_trusted_xattrs()
-            record = Record(real[0], st.st_ino, time.time_ns(), os.geteuid(), parent, userxattr=userxattr)
+            record = Record(
+                real[0], st.st_ino, time.time_ns(), uid_outside(os.geteuid()), parent,
+                userxattr=userxattr, ids=ids,
+            )  # fmt: skip
             with ExitStack() as locks, on_failure(f"branch {quoted(name)} cannot be created", "free space"):
                 if below is not None:
                     locks.enter_context(below.claimed("made the base of another"))
@@ -323,6 +332,8 @@ def _is_kept(name: bytes) -> bool:
 def may_own(uid: int, gid: int) -> bool:
     """Whether this user's files can have an owner and group."""
     user = os.geteuid()
+    if user == 0 and entered() is not None:
+        return uid != overflow("uid") and gid != overflow("gid")
     return user == 0 or (uid == user and gid in (os.getegid(), *os.getgroups()))
 
 

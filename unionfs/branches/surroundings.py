@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from unionfs.branches.covered import mounted_below, store_in
 from unionfs.branches.record import WHOLE
 from unionfs.containers import bubblewrap
+from unionfs.containers.description import protection
 from unionfs.errors import UserError, quoted
 from unionfs.sys.openat2 import RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, openat2
 
@@ -83,7 +84,7 @@ class Surroundings:
         """The arguments of bubblewrap that make the tree; `merged`: where the branch is mounted."""
         words = ["--bind", merged, "/"] if self.is_whole else ["--ro-bind", "/", "/"]
         words += ["--proc", "/proc", "--dev", "/dev", "--ro-bind-try", "/sys", "/sys"]
-        words += bubblewrap.protected(by_root=os.geteuid() == 0)
+        words += bubblewrap.mount_words(protection(by_root=os.geteuid() == 0))
         for path in _PRIVATE:
             if _is_directory(path):
                 words += ["--perms", "1777", "--tmpfs", path]

@@ -19,6 +19,7 @@ from unionfs.branches.attaching import attach
 from unionfs.branches.store import Branch, Store
 from unionfs.branches.surroundings import Surroundings
 from unionfs.containers import bubblewrap
+from unionfs.containers.call import Call
 from unionfs.containers.confinement import settle_confinement
 from unionfs.containers.process import Command, CommandError, hold_signals
 from unionfs.daemon.unmount import umount
@@ -144,9 +145,10 @@ class _Try:
             data += [] if confinement.filter is None else [confinement.filter]
             fds = [stack.enter_context(Owned(bubblewrap.in_memory(part))) for part in data]
             return Command(
-                self._program,
-                self._arguments(merged, fds),
-                keep=fds,
+                lambda info, _: Call(
+                    "bubblewrap", self._program,
+                    [self._program, "--info-fd", str(info), *self._arguments(merged, fds)], [info, *fds],
+                ),
                 bounding=confinement.capabilities,
                 small_root=None,
             )

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from unionfs.branches.covered import store_in
+from unionfs.branches.ids import overflow
 from unionfs.branches.store import Branch, may_own
 from unionfs.core.places import Place
 from unionfs.errors import UserError, quoted, reason
@@ -47,10 +48,18 @@ class View:
     """The two trees of one branch."""
 
     def __init__(
-        self, merge: Merge, root: Change, index: Index | None, hidden: Sequence[str] | None = None
+        self,
+        merge: Merge,
+        root: Change,
+        index: Index | None,
+        hidden: Sequence[str] | None = None,
+        others: tuple[int, int] | None = None,
     ) -> None:
-        """`hidden`: the way to a directory that the branch hides, whose changes do not count."""
+        """`hidden`: the way to a directory that the branch hides, whose changes do not count. `others`: the
+        owner and group of what belongs to no id of this user namespace, which is shown as uid 0's.
+        """
         self.merge = merge
+        self._others = others
         self.root = root
         if hidden:
             self._leave_out([os.fsencode(name) for name in hidden])
@@ -117,12 +126,44 @@ class View:
 
     def attributes_of(self, entry: Entry) -> FileAttributes:
         """Raises OSError."""
-        return attributes(entry.st, self.xattrs(entry.where))
+        return self._shown(attributes(entry.st, self.xattrs(entry.where)))
 
     def of_directory(self, found: Object) -> FileAttributes:
         """The attributes of a directory. Raises OSError."""
         st = os.stat(self.merge.gate.fd(found.parts[0]))
-        return attributes(st, self.xattrs(b"/proc/self/fd/%d/." % self.merge.gate.fd(found.parts[0])))
+        where = b"/proc/self/fd/%d/." % self.merge.gate.fd(found.parts[0])
+        return self._shown(attributes(st, self.xattrs(where)))
+
+    def _shown(self, found: FileAttributes) -> FileAttributes:
+        if self._others is None:
+            return found
+        uid, gid = self._others
+        return found._replace(
+            uid=0 if found.uid == uid else found.uid, gid=0 if found.gid == gid else found.gid
+        )
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the branch is used in a user namespace with subordinate ids."""
+        return self._others is not None
+
+    def has_shown_owner(self, st: os.stat_result) -> bool:
+        """Whether owner and group are shown as they are stored."""
+        return self._others is None or (st.st_uid != self._others[0] and st.st_gid != self._others[1])
+
+    def has_subordinate_owner(self, st: os.stat_result) -> bool:
+        """Whether owner or group is one of the other ids of the branch's user namespace."""
+        if self._others is None:
+            return False
+        uid, gid = self._others
+        return st.st_uid not in (0, uid) or st.st_gid not in (0, gid)
+
+    def is_anothers(self, found: Object) -> bool:
+        """Whether an object belongs to a user whose objects this one may not change. Raises OSError."""
+        owner = (found.st or os.stat(self.merge.gate.fd(found.parts[0]))).st_uid
+        if self._others is not None:
+            return owner == self._others[0]
+        return os.geteuid() not in (0, owner)
 
     def both_of(self, change: Change) -> tuple[FileAttributes, FileAttributes]:
         """The attributes of a directory that stays, now and before, for comparison.
@@ -239,7 +280,8 @@ def viewed(branch: Branch) -> Iterator[View]:
         try:
             merge, root = resources.enter_context(compared(branch.upper, branch.lowers(), markers))
             index = resources.enter_context(opened_index(branch.work, merge))
-            view = View(merge, root, index, store_in(record.base, branch.store.root))
+            others = None if record.ids is None else (overflow("uid"), overflow("gid"))
+            view = View(merge, root, index, store_in(record.base, branch.store.root), others)
         except OSError as error:
             at = f"{quoted(os.fsdecode(error.filename))}: " if error.filename else ""
             raise UserError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from unionfs.errors import UserError
+from unionfs.settings.drivers import STORAGE_DRIVERS
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -53,6 +54,13 @@ def complete_containers(
     except (UserError, OSError):
         return []
     return items(sorted(found - set(context.params.get("names") or ())), incomplete)
+
+
+def complete_storage_drivers(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Complete the names of storage drivers."""
+    return items(STORAGE_DRIVERS, incomplete)
 
 
 def filter_completer(keys: Sequence[str]) -> Completer:

@@ -30,6 +30,8 @@ def config() -> None:
       io = "auto"                 as `mount --io`
       log-level = "info"          as `mount --log-level`
       volume-driver = "local"     the driver of new volumes
+      storage-driver = "union"    as `run --storage-driver`
+      runtime = "auto"            as `run --runtime`
       [volume-options.local]      options for new volumes of a driver
       size = "10g"
     \b

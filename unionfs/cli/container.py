@@ -13,7 +13,7 @@ from unionfs.cli.lazy import LazyGroup
 from unionfs.cli.listing import list_options, print_json, print_list
 from unionfs.cli.run import complain, for_each
 from unionfs.cli.volume.common import root_option
-from unionfs.errors import UserError
+from unionfs.errors import UserError, quoted
 from unionfs.settings.filters import parse_filters
 from unionfs.settings.words import moment
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _F = TypeVar("_F", bound=Callable[..., Any])
 _COMMANDS = {
     "ls": ("unionfs.cli.container:ps", "List containers."),
+    "diff": ("unionfs.cli.container:diff", "Show what a container has changed."),
     "exec": ("unionfs.cli.execute:execute", "Run a command in a running container."),
     "logs": ("unionfs.cli.container:logs", "Show the output of a detached container."),
     "stop": ("unionfs.cli.container:stop", "Stop containers."),
@@ -144,13 +145,36 @@ def kill(name: str, root: str | None, names: tuple[str, ...]) -> int:
     return for_each(names, send_one)
 
 
+@click.command(epilog="Example: unionfs container diff web")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
+@root_option
+@click.argument("name", shell_complete=complete_containers)
+def diff(as_json: bool, root: str | None, name: str) -> int:
+    """Show the changes of a container since it was created: A(dded), C(hanged) or D(eleted), and the path.
+
+    With the storage driver vfs they are the differences from the lowers as they are now.
+    """
+    # For start-up time: --help and completion do not need it.
+    from unionfs.cli.diff import print_changes
+
+    container = _container(root, name)
+    container.check()
+    if not container.exists():
+        raise UserError(f"there is no container {quoted(name)}; `unionfs ps -a` lists them.")
+    return print_changes(container.storage_driver().diff(container.layer()), as_json)
+
+
 @click.command(epilog="Example: unionfs container prune -f")
 @click.option("-f", "--force", is_flag=True, help="Don't ask.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @root_option
 def prune(force: bool, as_json: bool, root: str | None) -> int:
-    """Remove all containers that do not run, with their changes, and print their names. Volumes stay."""
+    """Remove all containers that do not run, with their changes, and print their names. Volumes stay.
+
+    Also the bases that no container uses: copies of lowers that some storage drivers keep for new containers.
+    """
     # For start-up time: --help and completion do not need it.
+    from unionfs.containers.driving import prune_bases
     from unionfs.containers.store import names
     from unionfs.storage.root import storage_root
 
@@ -162,7 +186,9 @@ def prune(force: bool, as_json: bool, root: str | None) -> int:
             agreed = False
         if not agreed:
             raise UserError("nothing was removed; answer y, or use --force.")
-    gone, code = [], 0
+    gone: list[str] = []
+    bases: list[str] = []
+    code = 0
     for name in names(storage_root(root)):
         container = _container(root, name)
         if container.is_running():
@@ -173,9 +199,13 @@ def prune(force: bool, as_json: bool, root: str | None) -> int:
             gone.append(name)
         except UserError as error:
             code = complain("unionfs", str(error))
+    try:
+        bases = prune_bases(storage_root(root))
+    except UserError as error:
+        code = complain("unionfs", str(error))
     if as_json:
-        print_json({"removed": gone})
+        print_json({"removed": gone, "bases": bases})
     else:
-        for name in gone:
+        for name in [*gone, *bases]:
             print(name)
     return code

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from unionfs.cli.completing import complete_containers
+from unionfs.cli.completing import complete_containers, complete_storage_drivers
 from unionfs.cli.rules import complete_images, tell
 from unionfs.cli.run import CodedError, complain, for_each
 from unionfs.cli.storage_options import storage_options
 from unionfs.errors import UserError, on_failure, quoted
+from unionfs.settings.runtime import RUNTIMES
 
 if TYPE_CHECKING:
     from unionfs.settings.ports import Port
@@ -100,6 +101,9 @@ Examples:
     "-u", "--upper", metavar="DIR|tmpfs[:OPT,...]",
     help="Store changes in a directory or in memory instead of in the container.",
 )  # fmt: skip
+@click.option("--storage-driver", "driver", metavar="DRIVER", shell_complete=complete_storage_drivers,
+              help="union, overlay2, btrfs, zfs, devicemapper or vfs. A kept container remembers its own.  "
+                   "[the configuration's, or union]")  # fmt: skip
 @click.option("--work", metavar="DIR", help="The work directory of an upper of your own, as for mount.")
 @storage_options
 @click.option("--name", metavar="NAME", help="The container's name: the same name finds its files again.")
@@ -121,6 +125,8 @@ Examples:
                    "until `unionfs stop`. Not after a reboot.")  # fmt: skip
 @click.option("-i", "--interactive", is_flag=True, help="As always; accepted as for docker.")
 @click.option("-t", "--tty", is_flag=True, help="As always where stdin is a terminal; else an error.")
+@click.option("--runtime", type=click.Choice(RUNTIMES),
+              help="What makes the container; auto: the first that is installed.  [auto]")  # fmt: skip
 @click.option("--read-only", is_flag=True,
               help="Make the root read-only; volumes, bind mounts and tmpfs stay writable.")  # fmt: skip
 @click.option("--hostname", metavar="NAME", help="The host name inside.  [the container's name]")
@@ -151,7 +157,7 @@ def run(
     net: str | None,
     **wish: Any,
 ) -> int:
-    """Run COMMAND with a union as its root, in new mount, pid, uts and ipc namespaces (bubblewrap).
+    """Run COMMAND with a union as its root, in new mount, pid, uts and ipc namespaces.
 
     The container has its own upper: the command's changes stay there, and `run --name NAME` finds them again,
     until `unionfs rm NAME`; with --rm they are removed at the end. Volumes and bind mounts always stay. The
@@ -167,9 +173,11 @@ def run(
     # For start-up time: --help and completion do not need it.
     from unionfs.containers.process import CommandError
     from unionfs.containers.store import new_name
+    from unionfs.storage.configured import configuration
 
     environment = {**variables_from_files(env_files), **environment}
     check_tty(tty)
+    wish["runtime"] = wish["runtime"] or configuration().get("runtime")
     wish["own_network"] = net == "none"
     if net is not None and wish["ports"]:
         if net == "none":
@@ -283,7 +291,7 @@ def rm(root: str | None, force: bool, with_volumes: bool, names: tuple[str, ...]
     are still removed.
     """
     # For start-up time: --help and completion do not need it.
-    from unionfs.containers.state import end
+    from unionfs.containers.state import end, has_ended
     from unionfs.containers.store import Container
     from unionfs.storage.root import storage_root
     from unionfs.storage.volumes import Volumes
@@ -295,7 +303,7 @@ def rm(root: str | None, force: bool, with_volumes: bool, names: tuple[str, ...]
         container = Container(place, name)
         if force and container.is_running():
             end(container)
-        with container.claimed(make=False):
+        with container.claimed(make=False, ends=lambda: has_ended(container)):
             anonymous = container.volumes() if with_volumes else {}
             container.remove()
         for volume in anonymous.values():

@@ -60,11 +60,11 @@ def diff(
     follows = True if os.geteuid() != 0 else None
     plain = userxattr or not may_use_trusted_xattrs()
     prefix = b"user.overlay." if plain else b"trusted.overlay."
-    return _print(changes(upper, lowers, prefix, follows_redirects=follows), as_json)
+    return print_changes(changes(upper, lowers, prefix, follows_redirects=follows), as_json)
 
 
 def _of_mount(mount: LiveMount, as_json: bool) -> int:
-    return _print(changes_of(mount), as_json)
+    return print_changes(changes_of(mount), as_json)
 
 
 def _of_other(mount: LiveMount, uid: int, as_json: bool) -> int:
@@ -83,7 +83,8 @@ def _of_other(mount: LiveMount, uid: int, as_json: bool) -> int:
     return 0
 
 
-def _print(found: Iterable[tuple[str, bytes]], as_json: bool) -> int:
+def print_changes(found: Iterable[tuple[str, bytes]], as_json: bool) -> int:
+    """Print a letter and a path for each change."""
     if as_json:
         print_json([{"change": letter, "path": os.fsdecode(name)} for letter, name in found])
         return 0

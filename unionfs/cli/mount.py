@@ -48,6 +48,9 @@ _HELP = """\
                        and open files go on (docs/reliability.md)
       cpu_idle         let CPUs idle between requests that come thick (the
                        daemon of root keeps them awake)
+      max_nodes=N      ask the kernel to forget files that nobody uses when it
+                       knows more than N (Linux 6.18): each takes 261 bytes of
+                       the daemon's memory
       static_nlink     one link for every directory
       noacl            no POSIX ACLs
     \b

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from unionfs.storage.measuring import Use
 
 _COMMANDS = {"df": ("unionfs.cli.system:df", "Show the space that images, containers and volumes take.")}
-_NAMES = {"images": "Images", "containers": "Containers", "volumes": "Local Volumes"}
+_NAMES = {
+    "images": "Images", "containers": "Containers", "volumes": "Local Volumes", "bases": "Driver Bases",
+}  # fmt: skip
 
 
 @click.command(cls=LazyGroup, places=_COMMANDS, epilog="Example: unionfs system df -v")
@@ -56,6 +59,7 @@ def info(as_json: bool, template: str | None, root: str | None) -> None:
 def _facts(root: str | None) -> dict[str, Any]:
     # For start-up time: --help and completion do not need it.
     from unionfs.containers import store as containers
+    from unionfs.containers.driving import usable_drivers
     from unionfs.daemon.dead import dead_mounts
     from unionfs.daemon.detached import detached_mounts
     from unionfs.daemon.live import live_mounts
@@ -63,10 +67,11 @@ def _facts(root: str | None) -> dict[str, Any]:
     from unionfs.storage.configured import configuration
     from unionfs.storage.root import storage_root
     from unionfs.sys import libfuse
+    from unionfs.sys.features import kernel_features
     from unionfs.sys.mountinfo import location_of, mounts_of_device
 
     place = storage_root(root)
-    values = configuration().values
+    values, names = configuration().values, containers.names(place)
     above = place
     while not os.path.isdir(above):
         above = os.path.dirname(above)
@@ -75,6 +80,7 @@ def _facts(root: str | None) -> dict[str, Any]:
     return {
         "Version": __version__,
         "KernelVersion": os.uname().release,
+        "PythonVersion": platform.python_version(),
         "LibfuseVersion": None if library is None else libfuse.version(library),
         "StorageRoot": place,
         "BackingFilesystem": mounts_of_device(there.device)[0].fstype if there else None,
@@ -82,13 +88,17 @@ def _facts(root: str | None) -> dict[str, Any]:
         "Mounts": len(live_mounts()),
         "DetachedMounts": len(detached_mounts()),
         "DeadMounts": len(dead_mounts()),
-        "Containers": len(containers.names(place)),
+        "Containers": len(names),
+        "ContainersRunning": sum(containers.Container(place, name).is_running() for name in names),
         "Volumes": _count(place),
         "Images": len(Store(place).images()),
         "Session": values["session"].value,
         "IoMode": values["io"].value,
         "LogLevel": values["log-level"].value,
         "VolumeDriver": values["volume-driver"].value,
+        "StorageDriver": values["storage-driver"].value,
+        "StorageDrivers": usable_drivers(place),
+        "KernelFeatures": kernel_features(),
         "ConfigurationFiles": sorted({value.source for value in values.values() if value.source}),
     }
 
@@ -130,12 +140,14 @@ Examples:
 def df(verbose: bool, as_json: bool, template: str | None, root: str | None) -> None:
     """Show the space that images, containers and volumes take, and how much of it nothing uses.
 
-    A container's size is that of its changes. Sizes count each file once, without holes. A template has the
-    fields .Type .TotalCount .Active .Size .Reclaimable.
+    A container's size is that of its changes. A base is a copy of lowers that storage drivers without layers
+    keep for new containers. Sizes count each file once, without holes. A template has the fields .Type
+    .TotalCount .Active .Size .Reclaimable.
     """
     if verbose and wants_fields(template):
         raise UserError("--verbose and --format exclude each other; give one of them.")
     # For start-up time: --help and completion do not need it.
+    from unionfs.containers.driving import uses as of_drivers
     from unionfs.containers.store import lowers_of_all
     from unionfs.containers.store import uses as of_containers
     from unionfs.images.using import uses as of_images
@@ -147,6 +159,7 @@ def df(verbose: bool, as_json: bool, template: str | None, root: str | None) -> 
         "images": of_images(place, lowers_of_all(place)),
         "containers": of_containers(place),
         "volumes": of_volumes(place),
+        "bases": of_drivers(place),
     }
     if as_json:
         print_json({

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from unionfs.containers import capabilities
-from unionfs.containers.bubblewrap import Confinement
+from unionfs.containers.description import Confinement
 from unionfs.containers.seccomp import BUILT_IN, compile_profile
 from unionfs.errors import UserError, quoted
 

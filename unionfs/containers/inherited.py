@@ -13,6 +13,7 @@ from contextlib import suppress
 from unionfs.errors import reason
 from unionfs.sys import detached
 from unionfs.sys.calls import new_session_keyring
+from unionfs.sys.fds import Owned
 
 
 def join_new_keyring() -> None:
@@ -52,12 +53,18 @@ def unreachable(program: str) -> int | None:
     st = os.stat(program)
     if st.st_mode & stat.S_ISUID or not (st.st_uid == os.geteuid() or os.access(program, os.W_OK)):
         return None
-    fd = os.memfd_create(os.path.basename(program), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    with open(program, "rb") as source:
-        while os.sendfile(fd, source.fileno(), None, 1 << 20):
-            pass
-    fcntl.fcntl(
-        fd, fcntl.F_ADD_SEALS,
-        fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE,
-    )  # fmt: skip
-    return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    return sealed_copy(program)
+
+
+def sealed_copy(program: str) -> int:
+    """Return an fd, for reading, of a copy of a program in memory that nobody can write. Raises OSError."""
+    memory = os.memfd_create(os.path.basename(program), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with Owned(memory) as fd:
+        with open(program, "rb") as source:
+            while os.sendfile(fd, source.fileno(), None, 1 << 20):
+                pass
+        fcntl.fcntl(
+            fd, fcntl.F_ADD_SEALS,
+            fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE,
+        )  # fmt: skip
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)

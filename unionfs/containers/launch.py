@@ -1,4 +1,4 @@
-"""Starts bubblewrap in a new session that inherits nothing from the caller.
+"""Starts a runtime in a new session that inherits nothing from the caller.
 
 The session has a leader, a small process that lives as long as `unionfs run`: when a session leader exits,
 the session loses its terminal, and the first Ctrl-C ends bubblewrap's outer process. The leader forks a
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from unionfs.containers.account import Account
+from unionfs.containers.call import Call
 from unionfs.containers.inherited import default_signals, inherit_only, join_new_keyring, unreachable
 from unionfs.containers.small_root import enter_small_root, new_namespaces
 from unionfs.containers.terminal import Terminal
@@ -32,6 +33,7 @@ from unionfs.sys.capabilities import NUMBERS, capability_sets, drop_from_boundin
 # linux/prctl.h
 _PR_SET_NAME = 15
 _PR_SET_NO_NEW_PRIVS = 38
+_ABOVE = 64
 _TERMINAL_SIGNALS = (
     signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU,
 )  # fmt: skip
@@ -39,24 +41,21 @@ _TERMINAL_SIGNALS = (
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A call of bubblewrap."""
+    """The start of a runtime."""
 
-    program: str
-    words: Sequence[str]
-    keep: Collection[int]
-    """The fds that bubblewrap inherits besides 0 to 2."""
+    call: Call
     terminal: Terminal | None
     streams: Mapping[int, int]
-    """The fds that bubblewrap inherits as 0 to 2 instead of non-terminals."""
+    """The fds that it inherits as 0 to 2 instead of non-terminals."""
     bounding: Collection[str]
     """The capability bounding set of the container (CAP_*), if uid 0 starts it."""
     small_root: str | None
-    """The union, to start bubblewrap in a small tree around it; None: in the host's tree."""
+    """The union, to start the runtime in a small tree around it; None: in the host's tree."""
     account: Account | None = None
-    """Who executes bubblewrap in a small root, if uid 0 starts it; None: this user."""
+    """Who executes the runtime in a small root, if uid 0 starts it; None: this user."""
 
     def start(self) -> tuple[int, int]:
-        """Start bubblewrap; return the pids of the session's leader and of bubblewrap. Raises UserError.
+        """Start the runtime; return the pids of the session's leader and of the runtime. Raises UserError.
 
         The caller is a subreaper with one thread. All signals get their defaults: the container does not
         ignore those that the caller ignores (nohup(1)).
@@ -77,8 +76,8 @@ class Launch:
             os.kill(leader, signal.SIGKILL)
             os.waitpid(leader, 0)
             raise UserError(
-                f"bubblewrap ({quoted(self.program)}) cannot be started: {cause}; `unionfs doctor` says what "
-                "this host lacks."
+                f"{self.call.title} ({quoted(self.call.program)}) cannot be started: {cause}; "
+                "`unionfs doctor` says what this host lacks."
             )
         return leader, int(pid)
 
@@ -88,7 +87,7 @@ class Launch:
             for number in _TERMINAL_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
             last = os.open(os.devnull, os.O_RDWR) if self.terminal is None else self.terminal.slave
-            if self.terminal is not None:
+            if self.terminal is not None and self.call.bundle is None:
                 fcntl.ioctl(last, termios.TIOCSCTTY, 0)
             if os.fork() == 0:
                 self._spawn(writer)
@@ -123,19 +122,24 @@ class Launch:
             os._exit(0)
 
     def _execute(self, failure: int) -> NoReturn:
-        """Execute bubblewrap; write earlier errors to `failure`, which execve closes."""
+        """Execute the runtime; write earlier errors to `failure`, which execve closes."""
         try:
             join_new_keyring()
-            program = unreachable(self.program)
+            program = unreachable(self.call.program)
             if self.small_root is not None:
                 as_root = os.geteuid() == 0 and self.account is None
-                enter_small_root(self.small_root, self._slave_path(), as_root=as_root)
+                bundle = self.call.bundle
+                enter_small_root(self.small_root, self._slave_path(), as_root=as_root, bundle=bundle)
             if self.terminal is not None:
                 for fd in self.terminal.fds:
                     os.dup2(self.terminal.slave, fd)
             for fd, end in self.streams.items():
                 os.dup2(end, fd)
-            inherit_only(self.keep)
+            if self.call.bundle is None:
+                inherit_only(self.call.fds)
+            else:
+                program, failure = None if program is None else _moved(program), _moved(failure)
+                inherit_only(_numbered(self.call.fds))
             default_signals()
             if os.geteuid() == 0 and self.account is not None:
                 # A process of the host with that uid can trace this one, and must not execute set-id files
@@ -146,8 +150,8 @@ class Launch:
                 os.setresuid(*[self.account.uid] * 3)
             elif os.geteuid() == 0:
                 _bound_capabilities(self.bounding)
-            path = self.program if program is None else f"/proc/self/fd/{program}"
-            os.execve(path, list(self.words), {})
+            path = self.call.program if program is None else f"/proc/self/fd/{program}"
+            os.execve(path, list(self.call.words), {})
         except OSError as error:
             os.write(failure, reason(error).encode())
         finally:
@@ -158,6 +162,18 @@ class Launch:
         with suppress(OSError):
             return None if self.terminal is None else os.ttyname(self.terminal.slave)
         return None
+
+
+def _moved(fd: int) -> int:
+    """Return a copy of an fd above those that an OCI runtime passes on; execve closes it."""
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ABOVE)
+
+
+def _numbered(fds: Sequence[int]) -> Collection[int]:
+    """Copy fds to 3, 4 and so on, and return these."""
+    for number, fd in enumerate([_moved(fd) for fd in fds], 3):
+        os.dup2(fd, number)
+    return range(3, 3 + len(fds))
 
 
 def _bound_capabilities(names: Collection[str]) -> None:

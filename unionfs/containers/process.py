@@ -1,10 +1,10 @@
 """A command in its container: starting it, forwarding signals, and its exit code.
 
-bubblewrap is two processes: an outer one that waits, and pid 1 of the new pid namespace, whose child is the
-command. All of them receive terminal signals (Ctrl-C). In a small root, the outer process is also pid 1 of a
-pid namespace, so that these do not end it. Elsewhere they do: this process then becomes the reaper, waits for
-the inner pid 1, and takes the command's exit code from it. Signals to this process are forwarded to the
-command.
+A runtime is two processes: an outer one that waits, and pid 1 of the new pid namespace, whose child is the
+command. With bubblewrap, all of them receive terminal signals (Ctrl-C). In a small root, the outer process is
+also pid 1 of a pid namespace, so that these do not end it. Elsewhere they do: this process then becomes the
+reaper, waits for the inner pid 1, and takes the command's exit code from it. Signals to this process are
+forwarded to the command.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import suppress
+from io import FileIO
 
 from unionfs.containers.account import Account
+from unionfs.containers.call import Call
 from unionfs.containers.launch import Launch
 from unionfs.containers.streams import Streams
 from unionfs.containers.terminal import Terminal, standard_terminals
@@ -61,14 +63,12 @@ def wait_for_end(seconds: float) -> bool:
 
 
 class Command:
-    """bubblewrap with a command in it. Signals are held while it runs."""
+    """A runtime with a command in it. Signals are held while it runs."""
 
     def __init__(
         self,
-        program: str,
-        arguments: Sequence[str],
+        call: Callable[[int, int | None], Call],
         *,
-        keep: Collection[int] = (),
         bounding: Collection[str],
         small_root: str | None,
         account: Account | None = None,
@@ -76,9 +76,9 @@ class Command:
     ) -> None:
         """Start it. Raises UserError.
 
-        `connect` is called with the container's pid 1 before the command starts, unless it could not be made.
-
-        `keep` are the fds that the arguments name. `bounding`, `small_root`, `account`: as for Launch.
+        `call` returns the runtime's call; its arguments are the fd on which the runtime reports, and the one
+        at whose end it starts the command, if it waits. `connect` is called with the container's pid 1 before
+        the command starts, unless it could not be made. `bounding`, `small_root`, `account`: as for Launch.
         """
         self._held = hold_signals()
         prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -88,11 +88,8 @@ class Command:
         reader, writer = os.pipe()
         held, release = os.pipe()
         try:
-            wait = [] if connect is None else ["--block-fd", str(held)]
             leader, self._outer = Launch(
-                program,
-                [program, "--info-fd", str(writer), *wait, *arguments],
-                keep={writer, *keep, *([] if connect is None else [held])},
+                call(writer, None if connect is None else held),
                 terminal=self.terminal,
                 streams=self._streams.ends,
                 bounding=bounding,
@@ -111,8 +108,8 @@ class Command:
             if self.terminal is not None:
                 self.terminal.close_slave()
         self._nested = small_root is not None
-        with os.fdopen(reader, "rb") as info:
-            self._identify(info.read())
+        with os.fdopen(reader, "rb", buffering=0) as info:
+            self._identify(_report(info))
         #: Whether this process was told to end (SIGTERM).
         self.told_to_end = False
         #: The command's pid and start time.
@@ -122,13 +119,13 @@ class Command:
                 self._connect(connect, self._init)
 
     def _identify(self, info: bytes) -> None:
-        """Find the container's processes by what bubblewrap has reported."""
+        """Find the container's processes by what the runtime has reported."""
         self._init = _child_pid(info)
-        #: Whether bubblewrap has created the container.
+        #: Whether the container has been created.
         self.made = self._init is not None
-        # The number is that of bubblewrap's own pid namespace.
+        # The number is that of the runtime's own pid namespace.
         if self._nested and self.made:
-            self._init = next(iter(_children(self._outer)), None)
+            self._init = next(filter(_is_init, _children(self._outer)), None)
         # When this process ends, everything in the container ends.
         self._top = self._outer if self._nested else self._init
         self._started = None if self._top is None else start_time(self._top)
@@ -253,6 +250,23 @@ def _reap(ended: dict[int, int]) -> None:
     with suppress(ChildProcessError):
         while (found := os.waitpid(-1, os.WNOHANG))[0]:
             ended[found[0]] = os.waitstatus_to_exitcode(found[1])
+
+
+def _report(info: FileIO) -> bytes:
+    """Read one JSON object; less at the end of the runtime, which may keep the file open."""
+    found = b""
+    while b"}" not in found and (part := info.read(1 << 12)):
+        found += part
+    return found
+
+
+def _is_init(pid: int) -> bool:
+    """Return whether a process is pid 1 of its pid namespace; proc_pid_status(5)."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as lines:
+            return any(line.startswith("NSpid:") and line.split()[-1] == "1" for line in lines)
+    except OSError:
+        return False
 
 
 def _child_pid(info: bytes) -> int | None:

@@ -1,4 +1,4 @@
-"""`unionfs run`: mounts a union, runs a command in it, and ends both."""
+"""`unionfs run`: mounts a root filesystem by a storage driver, runs a command in it, and ends both."""
 
 from __future__ import annotations
 
@@ -6,40 +6,41 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
-from unionfs.containers import bubblewrap, state
 from unionfs.containers import entrance as entrances
 from unionfs.containers import network as networks
-from unionfs.containers.bubblewrap import Confinement
+from unionfs.containers import oci, state
+from unionfs.containers.bubblewrap import Bubblewrap
 from unionfs.containers.confinement import settle_confinement
+from unionfs.containers.description import Description
+from unionfs.containers.driving import choose_driver
 from unionfs.containers.entrance import Entrance
 from unionfs.containers.inside import Inside, prepare_inside, refuse_kernel_trees
-from unionfs.containers.network import Network
+from unionfs.containers.network import Network, Slirp4netns
 from unionfs.containers.process import Command, hold_signals, wait_for_end
+from unionfs.containers.runtimes import choose_runtime
 from unionfs.containers.state import State
 from unionfs.containers.store import Container, new_name
-from unionfs.daemon import live
 from unionfs.daemon.preflight import check_lower
-from unionfs.daemon.process import mount
-from unionfs.daemon.settle import absolute, settle
-from unionfs.daemon.unmount import umount
+from unionfs.daemon.settle import absolute
 from unionfs.errors import UserError, on_failure, quoted
-from unionfs.settings.mount import MountSettings
+from unionfs.images.drivers import Mounted, Wanted, Writable, open_driver
 from unionfs.settings.ports import Port
 from unionfs.settings.restart import Policy, Restarts
+from unionfs.settings.runtime import AUTO
 from unionfs.settings.specs import Spec, VolumeSpec
 from unionfs.storage.root import storage_root
 from unionfs.storage.volumes import Volumes
 from unionfs.sys import guardian
-from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability, may_use_trusted_xattrs
+from unionfs.sys.calls import os_error
+from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
+from unionfs.sys.child import run_child
 from unionfs.sys.fds import Owned
-from unionfs.sys.process import start_time, wait_gone
-from unionfs.union.hiding import hide, parts_below
+from unionfs.sys.process import start_time
 
 _LONGEST_HOSTNAME = 64  # HOST_NAME_MAX
-_END_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,10 @@ class Wish:
     """Whether the container keeps the command's output."""
     restart: Policy = field(default_factory=Policy)
     """Of a detached container."""
+    driver: str | None = None
+    """The storage driver; None: that of a kept container, else the configuration's."""
+    runtime: str = AUTO
+    """What makes the container, of settings.runtime.RUNTIMES."""
 
 
 def run(wish: Wish, complain: Callable[[str], object], started: Callable[[], object] = lambda: None) -> int:
@@ -122,13 +127,25 @@ class _Run:
         self._wish = wish
         self._complain = complain
         self._report_start = started
-        self._program = bubblewrap.find()
+        self._runtime = choose_runtime(wish.runtime)
         self._confinement = settle_confinement(
             wish.cap_add, wish.cap_drop, wish.security, privileged=wish.privileged
         )
         self._connector = networks.choose() if wish.ports else None
+        if isinstance(self._connector, Slirp4netns) and os.geteuid() != 0 and not self._is_bubblewrap:
+            raise UserError(
+                f"-p of an ordinary user's container of {self._runtime.title} needs pasta, and only "
+                "slirp4netns is installed, whose sandbox needs uid 0; install the package passt, or "
+                "bubblewrap."
+            )
         self._network: Network | None = None
         self._container = Container(storage_root(wish.root), wish.name or new_name())
+        driver = choose_driver(wish.driver, wish.upper, self._container)
+        self._driver = open_driver(driver, self._container.root)
+
+    @property
+    def _is_bubblewrap(self) -> bool:
+        return isinstance(self._runtime, Bubblewrap)
 
     def run(self) -> int:
         wish, container = self._wish, self._container
@@ -148,12 +165,13 @@ class _Run:
             raise UserError(
                 f"{missing}no lower is given; add -l DIR for each one, topmost first, or --image IMAGE."
             )
+        self._driver.check()
         keep = not new
-        with container.claimed(make=True):
+        with container.claimed(make=True, ends=lambda: state.has_ended(container)):
             try:
-                lowers = self._lowers()
-                container.make(lowers, layers=wish.upper is None, image=wish.image)
-                code = self._mounted(lowers)
+                layer = Writable(container.path, container.root, self._lowers())
+                container.make(layer, self._driver if wish.upper is None else None, image=wish.image)
+                code = self._mounted(layer)
                 # If the caller names an upper, the container has nothing to keep.
                 keep = keep or not (wish.remove or wish.upper is not None)
             finally:
@@ -184,89 +202,53 @@ class _Run:
             check_lower(path)
         return given or known
 
-    def _mounted(self, lowers: Sequence[str]) -> int:
+    def _mounted(self, layer: Writable) -> int:
         wish, container = self._wish, self._container
-        own_upper = wish.upper is None
         if wish.detached:
             with Owned(state.open_output(container)) as output:
                 os.dup2(output, 1)
                 os.dup2(output, 2)
-        if own_upper:
-            self._hide_storage(lowers)
-        settings = settle(
-            container.merged,
-            lowers=lowers,
-            upper=container.upper if own_upper else wish.upper,
-            work=container.work if own_upper else wish.work,
-            # Changes that will be removed need not reach a disk.
-            options=["volatile"] if own_upper and wish.remove else [],
-            storage=container.with_its_volumes(wish.storage),
-            storage_root=wish.root,
-        )
-        me = os.getpid()
-        mount(replace(settings, lives_with=(me, start_time(me) or 0)))
+        storage = container.with_its_volumes(wish.storage)
+        # Changes that will be removed need not reach a disk.
+        wanted = Wanted(storage, volatile=wish.remove, upper=wish.upper, work=wish.work)
+        mounted = self._driver.mount(layer, wanted)
         # From here on signals wait until the command can receive them.
         hold_signals()
-        merged, entry = settings.mountpoint, None
         try:
-            entry = next((entry for entry in live.entries() if entry.settings.mountpoint == merged), None)
-            if entry is None:
-                raise UserError(f"{quoted(merged)} was unmounted before the command could start; try again.")
-            return self._in_union(entry)
+            return self._in_root(mounted)
         finally:
-            if entry is not None and entry.is_alive():
-                self._end_mount(merged)
-            if wish.remove and entry is not None:
-                self._remove_anonymous(entry.settings)
+            if mounted.is_alive():
+                self._try(mounted.unmount)
+            if wish.remove:
+                self._remove_anonymous(mounted.storage)
 
-    def _hide_storage(self, lowers: Sequence[str]) -> None:
-        """Let the union not see the storage root, where the container's upper is, if a lower has it."""
-        root = os.path.realpath(storage_root(self._wish.root))
-        for lower in lowers:
-            parts = parts_below(lower, root)
-            if parts is not None and os.path.isdir(lower):
-                with on_failure(
-                    f"{quoted(root)} cannot be hidden from the container, whose lower {quoted(lower)} has it",
-                    "give a --root elsewhere, or -u tmpfs",
-                ):
-                    hide(self._container.upper, lower, parts, userxattr=not may_use_trusted_xattrs())
-
-    def _end_mount(self, merged: str) -> None:
-        """Unmount the union. With the container ends whatever else holds it, such as a mount namespace that
-        was copied meanwhile: the next run needs the upper.
-        """
-        try:
-            umount(merged)
-        except UserError:
-            self._try(lambda: umount(merged, force=True))
-
-    def _remove_anonymous(self, settings: MountSettings) -> None:
+    def _remove_anonymous(self, storage: Sequence[Spec]) -> None:
         """Remove anonymous volumes like `docker run --rm`: nobody else knows their names."""
-        volumes = Volumes(settings.storage_root)
-        for spec in settings.storage:
+        volumes = Volumes(self._container.root)
+        for spec in storage:
             if isinstance(spec, VolumeSpec) and spec.anonymous and spec.name is not None:
                 self._try(partial(volumes.remove, spec.name, missing_ok=True))
 
-    def _in_union(self, entry: live.LiveMount) -> int:
+    def _in_root(self, mounted: Mounted) -> int:
         """Run the command, again as `--restart` says; return its last exit code."""
         state.clear_killed(self._container)
         restarts = Restarts(self._wish.restart)
         while True:
             begun = time.monotonic()
-            last, told_to_end = self._once(entry, restarts)
+            last, told_to_end = self._once(mounted, restarts)
             code = last.code or 0
             pause = restarts.pause(code, time.monotonic() - begun)
             if pause is None or told_to_end or state.is_killed(self._container):
                 return code
             state.write(self._container, state.restarting(last, restarts.count))
-            if wait_for_end(pause) or not entry.is_alive():
+            if wait_for_end(pause) or not mounted.is_alive():
                 state.write(self._container, last)
                 return code
 
-    def _once(self, entry: live.LiveMount, restarts: Restarts) -> tuple[State, bool]:
+    def _once(self, mounted: Mounted, restarts: Restarts) -> tuple[State, bool]:
         """Run the command; return the last state, and whether this process was told to end."""
-        inside = self._prepared(entry.settings.mountpoint)
-        command = self._started(entry, inside)
+        inside = self._prepared(mounted.path)
+        command = self._started(mounted, inside)
         self._record_entrance(command, inside)
         me = os.getpid()
         ports = () if self._network is None else tuple(map(str, self._wish.ports))
@@ -281,15 +263,15 @@ class _Run:
             command.kill()
 
         def clear(_: str) -> None:
-            """Clean up after this process was killed; the daemon, which ends with it, unmounts the union."""
+            """Clean up after this process was killed."""
             command.kill()
             if command.terminal is not None:
                 command.terminal.restore_from_outside()
             entrances.remove(self._container)
-            wait_gone(entry.pid, entry.started, _END_SECONDS)
+            mounted.abandon()
             if self._wish.remove:
                 self._complain = lambda sentence: None
-                self._remove_anonymous(entry.settings)
+                self._remove_anonymous(mounted.storage)
                 with suppress(UserError), self._container.claimed(make=False):
                     self._container.remove()
 
@@ -306,8 +288,8 @@ class _Run:
         state.write(self._container, last)
         if not command.made:
             raise UserError(
-                f"bubblewrap could not create the container (exit code {code}); see its own message, and "
-                "`unionfs doctor` for what this host lacks."
+                f"{self._runtime.title} could not create the container (exit code {code}); see its own "
+                "message, and `unionfs doctor` for what this host lacks."
             )
         return last, command.told_to_end
 
@@ -330,52 +312,44 @@ class _Run:
             given=wish.environment, privileged=wish.privileged,
         )  # fmt: skip
 
-    def _started(self, entry: live.LiveMount, inside: Inside) -> Command:
-        """The command, started in the union."""
-        wish, confinement, merged = self._wish, self._confinement, entry.settings.mountpoint
+    def _started(self, mounted: Mounted, inside: Inside) -> Command:
+        """The command, started in the mounted root."""
+        wish, confinement, merged = self._wish, self._confinement, mounted.path
         os.umask(0o022)
-        connector = self._connector
-        small = _wants_small_root(confinement, inside.workdir, entry.settings.storage)
-        with ExitStack() as stack:
-            data = [bubblewrap.environment_arguments(inside.environment)]
-            data += [] if confinement.filter is None else [confinement.filter]
-            fds = [stack.enter_context(Owned(bubblewrap.in_memory(part))) for part in data]
-            resolver = None
-            if connector is not None:
-                lines = bubblewrap.in_memory(f"nameserver {connector.nameserver}\n".encode())
-                resolver = stack.enter_context(Owned(lines))
+        connector, runtime = self._connector, self._runtime
+        lines = None if connector is None else f"nameserver {connector.nameserver}\n".encode()
+        container = Description(
+            merged, wish.command, inside.workdir, inside.hostname, inside.environment, mounted.storage,
+            confinement, wish.own_network or connector is not None, inside.account, wish.read_only, lines,
+        )  # fmt: skip
+        small = not self._is_bubblewrap or _wants_small_root(container)
+        guarded = not self._is_bubblewrap and container.by_root and not confinement.privileged
+        with ExitStack() as held:
             return Command(
-                self._program,
-                bubblewrap.arguments(
-                    merged,
-                    wish.command,
-                    workdir=inside.workdir,
-                    hostname=inside.hostname,
-                    own_network=wish.own_network or connector is not None,
-                    storage=entry.settings.storage,
-                    confinement=confinement,
-                    environment_fd=fds[0],
-                    filter_fd=None if len(fds) == 1 else fds[1],
-                    account=inside.account,
-                    read_only=wish.read_only,
-                    resolver_fd=resolver,
-                ),
-                keep=[*fds, *([] if resolver is None else [resolver])],
+                lambda info, block: runtime.call(container, held, info, block),
                 bounding=confinement.capabilities,
                 small_root=merged if small else None,
                 account=inside.account,
-                connect=None if connector is None else partial(self._connect, connector),
+                connect=None if connector is None and not guarded else partial(self._finish, guarded),
             )
 
-    def _connect(self, connector: networks.Program, init: int) -> None:
-        self._network = Network(connector, init, self._wish.ports)
+    def _finish(self, guarded: bool, init: int) -> None:
+        """Finish a container that has been made. Raises UserError."""
+        if guarded:
+            with on_failure("the container's root cannot be protected", "use --runtime bubblewrap"):
+                if error := run_child(partial(oci.finish, init), None):
+                    raise os_error(error)
+        if self._connector is not None:
+            self._network = Network(self._connector, init, self._wish.ports)
 
 
-def _wants_small_root(confinement: Confinement, workdir: str, storage: Sequence[Spec]) -> bool:
+def _wants_small_root(container: Description) -> bool:
     """Return whether bubblewrap starts in a small tree: if not privileged, for root or a workdir on storage.
 
     Others may swap a workdir below storage. An ordinary user needs one more user namespace.
     """
-    if confinement.privileged:
+    if container.confinement.privileged:
         return False
-    return os.geteuid() == 0 or any(workdir.startswith(f"{spec.target}/") for spec in storage)
+    return os.geteuid() == 0 or any(
+        container.workdir.startswith(f"{spec.target}/") for spec in container.storage
+    )

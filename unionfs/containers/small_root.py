@@ -11,7 +11,9 @@ the host or of other containers.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
+from unionfs.containers.call import Bundle
 from unionfs.sys import detached
 from unionfs.sys.calls import syscall
 from unionfs.sys.fds import Owned
@@ -27,9 +29,16 @@ _PROGRAMS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/n
 """Where bubblewrap's libraries are, besides /etc/ld.so.cache; ld.so(8)."""
 _PROC_ATTRIBUTES = sum(detached.ATTRIBUTES[name] for name in ("nosuid", "nodev", "noexec"))
 _FILES = ("/etc/ld.so.cache", "/etc/resolv.conf", "/etc/hosts")
+NO_DEVICES = detached.ATTRIBUTES["nodev"] | detached.ATTRIBUTES["nosuid"]
+_UNIFIED = "/sys/fs/cgroup/unified"
+"""The second hierarchy of control groups on a host with both versions, which crun 1 refuses."""
+_MAPPERS = ("/usr/bin/newuidmap", "/usr/bin/newgidmap")
+"""Set-id programs, for a map of more than one id: crun calls them first, and they complain."""
 
 
-def enter_small_root(merged: str, terminal: str | None, *, as_root: bool) -> None:
+def enter_small_root(
+    merged: str, terminal: str | None, *, as_root: bool, bundle: Bundle | None = None
+) -> None:
     """Enter the small tree, as pid 1 after `new_namespaces`. Raises OSError; needs Linux 5.12.
 
     Later mounts of the host appear only below the union, for storage with such a propagation.
@@ -38,13 +47,24 @@ def enter_small_root(merged: str, terminal: str | None, *, as_root: bool) -> Non
     inodes, mounted read-only because uid 0 of the container could change their owner and mode (a device on a
     read-only mount remains writable). With `as_root`, /proc is also read-only.
     """
+    # From the host's /proc, which the new root hides.
+    files = {} if bundle is None else bundle.files(terminal)
     with _opened("/") as old:
         detached.change(old, propagation=detached.PROPAGATION["slave"], recursive=True)
     links = [path for path in _PROGRAMS if os.path.islink(path)]
+    whole = ("/dev", "/sys") if bundle is not None and bundle.privileged else ()
     parts = [path for path in (*_PROGRAMS, *_FILES, *_DEVICES, "/sys") if os.path.exists(path)]
-    mounts = [(path, _private(path, detached.READ_ONLY)) for path in parts if path not in links]
-    mounts.append((merged, detached.clone(merged, recursive=True)))
-    if terminal is not None:
+    parts = [path for path in parts if path not in links and not path.startswith(whole)]
+    mounts = [(path, _private(path, detached.READ_ONLY)) for path in parts]
+    mounts += [(path, _private(path)) for path in whole]
+    unions = [merged] if bundle is None else [merged, bundle.root]
+    mounts += [(path, detached.clone(merged, recursive=True)) for path in unions]
+    if bundle is not None:
+        if not bundle.privileged:
+            for _, fd in mounts[-2:]:
+                detached.change(fd, add=NO_DEVICES, recursive=True)
+        mounts += _for_runtime(bundle)
+    if terminal is not None and not whole:
         mounts.append((terminal, _private(terminal)))
     # An ordinary user's read-only /proc would prevent mounting the container's own; mount_too_revealing(),
     # fs/namespace.c.
@@ -59,11 +79,34 @@ def enter_small_root(merged: str, terminal: str | None, *, as_root: bool) -> Non
         os.symlink(os.readlink(path), path[1:])
     for path, fd in mounts:
         _attach(path[1:], fd)
+    if bundle is not None:
+        _fill(bundle, files)
     detached.change(root, add=detached.READ_ONLY)
     os.close(root)
     syscall(_SYS_PIVOT_ROOT, b".", b".")
     umount2(".", MNT_DETACH)
     os.chdir("/")
+
+
+def _for_runtime(bundle: Bundle) -> list[tuple[str, int]]:
+    """Return the mounts for an OCI runtime."""
+    uid, gid = map(str, bundle.owner)
+    parameters = [("mode", "0700"), ("size", "8m"), ("uid", uid), ("gid", gid)]
+    mounts = [(bundle.path, detached.new_filesystem("tmpfs", parameters, NO_DEVICES))]
+    if os.path.isdir(_UNIFIED):
+        attributes = NO_DEVICES | detached.READ_ONLY
+        mounts.append((_UNIFIED, detached.new_filesystem("tmpfs", [("size", "4k")], attributes)))
+    mounts += [(path, _private(os.devnull)) for path in _MAPPERS if os.path.exists(path)]
+    return mounts
+
+
+def _fill(bundle: Bundle, files: Mapping[str, bytes]) -> None:
+    """Write its files below the working directory."""
+    for name, content in files.items():
+        path = f"{bundle.path[1:]}/{name}"
+        with open(path, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            file.write(content)
+        os.chown(path, *bundle.owner)
 
 
 def new_namespaces() -> None:
@@ -85,7 +128,7 @@ def _attach(path: str, fd: int) -> None:
     """Create a path below the working directory, and attach a mount there."""
     if os.path.isdir(fd):
         os.makedirs(path, exist_ok=True)
-    else:
+    elif not os.path.exists(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
     with _opened(path) as target, Owned(fd):

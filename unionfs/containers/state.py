@@ -118,6 +118,12 @@ def every(root: str) -> Iterator[tuple[Container, State | None]]:
         yield container, read(container)
 
 
+def has_ended(container: Container) -> bool:
+    """Return whether the command of its last run has ended; its process may still be cleaning up."""
+    state = read(container)
+    return state is not None and state.code is not None and not state.between
+
+
 def running(container: Container) -> State:
     """Return the state of a container that runs. Raises UserError."""
     if not container.exists():
@@ -214,6 +220,7 @@ def facts(container: Container, state: State | None) -> dict[str, Any]:
         "code": None if state is None else state.code,
         "command": [] if state is None else list(state.command),
         "image": container.image(),
+        "driver": container.driver(),
         "lowers": list(container.lowers()),
         "restart": "no" if state is None else state.policy,
         "restarts": 0 if state is None else state.restarts,

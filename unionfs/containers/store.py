@@ -1,27 +1,37 @@
-"""The storage of containers: ROOT/containers/NAME/{upper,work,merged,container.json}."""
+"""The storage of containers: ROOT/containers/NAME/{merged,container.json,driver}.
+
+Its storage driver has more there (`images.drivers`). The file `driver` has its name; `union` has none.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import secrets
-import stat
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from unionfs.errors import UserError, on_failure, quoted
+from unionfs.settings.drivers import DEFAULT, parse_storage_driver
 from unionfs.settings.names import anonymous_name, check_name, is_name
 from unionfs.settings.specs import Spec, VolumeSpec
 from unionfs.storage import jsonfiles
 from unionfs.storage.measuring import Use
-from unionfs.storage.removing import refuse_locked, remove_all
+from unionfs.storage.removing import refuse_locked, refuse_mounted, remove_all
 from unionfs.storage.root import check_directory, is_own_directory, make_directory, open_root
-from unionfs.storage.usage import size_of_tree
 from unionfs.sys.fds import Owned
 from unionfs.sys.trees import remove_path
 
+if TYPE_CHECKING:
+    from unionfs.images.drivers import Driver, Writable
+
 _FACTS = "container.json"
+_DRIVER = "driver"
+_END_SECONDS = 10.0
+_POLL_SECONDS = 0.05
 
 
 def names(root: str) -> list[str]:
@@ -38,8 +48,8 @@ def uses(root: str) -> list[Use]:
     for name in names(root):
         container = Container(root, name)
         size = 0
-        with suppress(OSError):
-            size = size_of_tree(container.upper)
+        with suppress(OSError, UserError):
+            size = container.storage_driver().size(container.layer())
         found.append(Use(name, size, container.is_running()))
     return found
 
@@ -58,23 +68,31 @@ def new_name() -> str:
     return secrets.token_hex(6)
 
 
+def _lock(fd: int) -> bool:
+    """Lock a file, if nobody has locked it; return whether it is locked."""
+    with suppress(BlockingIOError):
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
 class Container:
     """One container's directory. Its layers stay until the container is removed."""
 
     def __init__(self, root: str, name: str) -> None:
         self.name = check_name(name, "container")
-        self._root = root
+        self.root = root
         self.above = f"{root}/containers"
         self.path = f"{self.above}/{name}"
-        self.upper, self.work, self.merged = (f"{self.path}/{part}" for part in ("upper", "work", "merged"))
+        self.merged = f"{self.path}/merged"
 
     def exists(self) -> bool:
         return os.path.isdir(self.path)
 
     def check(self) -> None:
         """Refuse one that another user could have changed. Raises UserError."""
-        if os.path.lexists(self._root):
-            open_root(self._root)
+        if os.path.lexists(self.root):
+            open_root(self.root)
             check_directory(self.above)
             check_directory(self.path)
 
@@ -90,10 +108,13 @@ class Container:
         return False
 
     @contextmanager
-    def claimed(self, *, make: bool) -> Iterator[None]:
-        """Lock the directory. Raises UserError, also if it is missing and `make` is false."""
-        if make or os.path.lexists(self._root):
-            open_root(self._root)
+    def claimed(self, *, make: bool, ends: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Lock the directory. Raises UserError, also if it is missing and `make` is false.
+
+        Waits for a process that holds it while `ends` says that its command has ended, for some seconds.
+        """
+        if make or os.path.lexists(self.root):
+            open_root(self.root)
             check_directory(self.above)
         if make:
             make_directory(self.path)
@@ -107,11 +128,12 @@ class Container:
                 "storage root."
             ) from error
         with opened as fd:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+            deadline = time.monotonic() + _END_SECONDS
+            while not (locked := _lock(fd)) and ends() and time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
+            if not locked:
                 cure = "wait for its end, or choose another name" if make else "stop it first"
-                raise UserError(f"container {quoted(self.name)} is running; {cure}.") from error
+                raise UserError(f"container {quoted(self.name)} is running; {cure}.")
             yield
 
     def lowers(self) -> tuple[str, ...]:
@@ -159,6 +181,28 @@ class Container:
             str(target): name for target, name in found.items() if isinstance(name, str) and is_name(name)
         }
 
+    def driver(self) -> str | None:
+        """Return the name of the storage driver that it was created with; None for a new container."""
+        try:
+            with open(f"{self.path}/{_DRIVER}", encoding="ascii", errors="replace") as file:
+                return file.read().strip()
+        except OSError:
+            return DEFAULT if os.path.exists(f"{self.path}/{_FACTS}") else None
+
+    def storage_driver(self) -> Driver:
+        """Return its driver. Raises UserError."""
+        # For start-up time: many commands use none.
+        from unionfs.images.drivers import open_driver
+
+        return open_driver(parse_storage_driver(self.driver() or DEFAULT), self.root)
+
+    def layer(self) -> Writable:
+        """Return its writable layer, for its driver. Raises UserError."""
+        # For start-up time: many commands use none.
+        from unionfs.images.drivers.base import Writable
+
+        return Writable(self.path, self.root, self.lowers())
+
     def image(self) -> str | None:
         """Return the id of the image that it was created from, if any."""
         try:
@@ -167,8 +211,8 @@ class Container:
             return None
         return found if isinstance(found, str) else None
 
-    def make(self, lowers: Sequence[str], *, layers: bool, image: str | None = None) -> None:
-        """Create the mountpoint, and with `layers` work and an upper with the topmost lower's attributes.
+    def make(self, layer: Writable, driver: Driver | None, *, image: str | None = None) -> None:
+        """Create the mountpoint, and with a driver the writable layer; None: the caller has an upper.
 
         `image` is the id of the image that has the lowers.
         """
@@ -178,23 +222,27 @@ class Container:
         ):
             with suppress(FileExistsError):
                 os.mkdir(self.merged, 0o700)
-            if not layers:
+            if driver is None:
                 return
-            if not os.path.isdir(self.upper):
-                st = os.stat(lowers[0])
-                os.mkdir(self.upper, 0o700)
-                with suppress(PermissionError):
-                    os.chown(self.upper, st.st_uid, st.st_gid)
-                os.chmod(self.upper, stat.S_IMODE(st.st_mode))
-            with suppress(FileExistsError):
-                os.mkdir(self.work, 0o700)
+            if driver.name != DEFAULT and self.driver() is None:
+                # First, so that `remove` knows what a killed process has begun.
+                with open(f"{self.path}/{_DRIVER}", "w", encoding="ascii") as file:
+                    file.write(f"{driver.name}\n")
+            driver.create(layer)
             if not os.path.exists(f"{self.path}/{_FACTS}"):
-                facts = {"lowers": list(lowers), **({"image": image} if image else {})}
+                facts = {"lowers": list(layer.lowers), **({"image": image} if image else {})}
                 jsonfiles.write(f"{self.path}/{_FACTS}", facts, sync=False)
 
     def remove(self) -> None:
         """Remove it with all its changes. Raises UserError; an immutable file in it prevents any removal."""
         complaint = f"container {quoted(self.name)} cannot be removed"
+        if self.driver() not in (None, DEFAULT):
+            # For start-up time: many commands use none.
+            from unionfs.images.drivers.base import Writable
+
+            refuse_mounted(self.path, complaint)
+            with on_failure(complaint, "check the storage driver"):
+                self.storage_driver().remove(Writable(self.path, self.root))
         refuse_locked(self.path, complaint)
         self._sweep()
         # Rename it to an invalid container name first, so that a partly removed one is not taken for a

@@ -82,6 +82,8 @@ class Terminal:
 
     def start(self) -> None:
         """Start to relay. Signals must be blocked: the threads leave them to the caller."""
+        if self._input and _in_foreground():
+            self._make_raw()  # before any output
         relays = [self._relay_output, *([self._relay_input] if self._input else [])]
         for relay in relays:
             self._threads.append(threading.Thread(target=relay, daemon=True))

@@ -21,6 +21,7 @@ from unionfs.daemon.inside import mounted_inside, storage_mounts, unmount_inside
 from unionfs.daemon.live import LiveMount
 from unionfs.daemon.runtime import runtime_directory
 from unionfs.errors import UserError, quoted, reason
+from unionfs.sys import fusermount
 from unionfs.sys.asuser import run_as
 from unionfs.sys.capabilities import uid_outside
 from unionfs.sys.liveness import is_dead_mount
@@ -171,9 +172,16 @@ def take_off(mount: MountEntry) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOENT):  # unmounted in between
             raise UserError(
-                f"the dead mount {quoted(mount.mountpoint)} cannot be unmounted: {reason(error)}; run the "
-                "command as the user who mounted it, or as root."
+                f"the dead mount {quoted(mount.mountpoint)} cannot be unmounted: {refusal(mount, error)}"
             ) from error
+
+
+def refusal(mount: MountEntry, error: OSError) -> str:
+    """Return why this user cannot unmount it, and the cure, as the rest of a sentence."""
+    cause, cure = reason(error), "run the command as the user who mounted it, or as root"
+    if os.geteuid() != 0 and _is_ours(mount):
+        cause, cure = fusermount.lack() or (cause, "run the command as root")
+    return f"{cause}; {cure}."
 
 
 def forget(entry: LiveMount) -> None:

@@ -320,7 +320,7 @@ def _configured(option: str) -> bool | None:
 def _bubblewrap() -> Finding:
     path = shutil.which("bwrap")
     if path is None:
-        detail = "not installed: `unionfs run` cannot start commands"
+        detail = "not installed: `unionfs try` cannot start commands, and `unionfs run` needs crun instead"
         return Finding("bubblewrap", "limited", detail, "install the package bubblewrap")
     return Finding("bubblewrap", "ok", f"{path}, for `unionfs run`")
 

@@ -65,7 +65,7 @@ class Serving:
 
         self.settings = replace(settings, session="pyfuse3")
         await serve_by_pyfuse3(
-            self._operations, settings.mountpoint, settings.fuse_options(), on_mounted
+            self._operations, settings.mountpoint, settings.fuse_options(), on_mounted, _no_limit(settings)
         )
 
     async def _serve_directly(self, on_mounted: Callable[[], None]) -> None:
@@ -81,14 +81,14 @@ class Serving:
 
         await serve_directly(
             self._operations, settings.mountpoint, options, IoMode(settings.io), partial(self._ready,
-            on_mounted), cpu_idle=settings.cpu_idle,
+            on_mounted), cpu_idle=settings.cpu_idle, max_nodes=settings.max_nodes,
         )
 
     async def resume(self, connection: Connection, former: Former, on_mounted: Callable[[], None]) -> None:
         """Serve the mount of a former daemon until it is gone. Raises SessionError."""
         await resume_directly(
             self._operations, self.settings.mountpoint, connection, former, partial(self._ready, on_mounted),
-            cpu_idle=self.settings.cpu_idle,
+            cpu_idle=self.settings.cpu_idle, max_nodes=self.settings.max_nodes,
         )
         self._gone = True
 
@@ -119,3 +119,12 @@ class Serving:
         """Detach mounts left by an error; `connected`: the session is still served."""
         if self.device and not self._gone:
             clear_leftovers(self.device, connected=connected)
+
+
+def _no_limit(settings: MountSettings) -> dict[str, object]:
+    """The figures about a limit of nodes that libfuse cannot keep, and a line in the log."""
+    if not settings.max_nodes:
+        return {}
+    why = "libfuse cannot ask the kernel to give nodes back"
+    log.warning("option max_nodes has no effect: %s", why)
+    return {"node_limit": {"max_nodes": settings.max_nodes, "none_because": why}}

@@ -82,7 +82,7 @@ def settle(
         storage=tuple(storage),
         storage_root=find_storage_root(storage_root) if storage else "",
         watch_lower=watch_lower or parsed.watch_lower,
-        cpu_idle=parsed.cpu_idle, outlive=parsed.outlive,
+        cpu_idle=parsed.cpu_idle, outlive=parsed.outlive, max_nodes=parsed.max_nodes,
     )
 
 

@@ -10,8 +10,9 @@ from unionfs.errors import on_failure
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.specs import Spec
 from unionfs.storage import served
-from unionfs.storage.attach import attach
+from unionfs.storage.attach import attach, attach_below
 from unionfs.storage.model import VolumeUser
+from unionfs.storage.populate import Layered
 from unionfs.storage.sources import Sources
 from unionfs.storage.users import release, with_names
 from unionfs.storage.volumes import Volumes
@@ -59,11 +60,16 @@ class Storage:
         if not self._kernel_mounts and self._sources is not None:
             self._found(served.serve(self._sources, union, stack))
 
-    def mount(self, mount: MountEntry, stack: LayerStack) -> None:
+    def mount(self, mount: MountEntry, stack: Layered) -> None:
         """Mount the storage if it is not served. Call it in a thread: all its paths are in the union."""
         self._guardian.tell(mount.device)
         if self._kernel_mounts and self._sources is not None:
             self._found(attach(mount, self._sources, stack))
+
+    def mount_below(self, root: int, stack: Layered) -> None:
+        """Mount the storage in a tree that is no union, by an O_PATH fd of its root. Raises UserError."""
+        if self._sources is not None:
+            self._found(attach_below(root, self.settings.mountpoint, self._sources, stack))
 
     def _found(self, specs: tuple[Spec, ...]) -> None:
         self.settings = replace(self.settings, storage=specs)

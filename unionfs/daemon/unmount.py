@@ -8,11 +8,11 @@ import time
 from collections.abc import Sequence
 
 from unionfs.daemon import live, others
-from unionfs.daemon.dead import clear_abandoned_of, forget, take_off
+from unionfs.daemon.dead import clear_abandoned_of, forget, refusal, take_off
 from unionfs.daemon.inside import TakenOff, leave_peers, storage_mounts
 from unionfs.daemon.orders import END, give
 from unionfs.daemon.settle import absolute_mountpoint
-from unionfs.errors import UserError, path_in, quoted, reason
+from unionfs.errors import UserError, path_in, quoted
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import MountEntry, mounted_at, read_mountinfo
 from unionfs.sys.mountspaces import copies
@@ -130,10 +130,7 @@ def _refuse_copied(mount: MountEntry) -> None:
 
 def _refuse_unless_gone(mount: MountEntry, error: OSError) -> None:
     if error.errno not in (errno.EINVAL, errno.ENOENT):  # unmounted in between
-        raise UserError(
-            f"{quoted(mount.mountpoint)} cannot be unmounted: {reason(error)}; run the command as the user "
-            "who mounted it, or as root."
-        ) from error
+        raise UserError(f"{quoted(mount.mountpoint)} cannot be unmounted: {refusal(mount, error)}") from error
 
 
 def _umount_of_other(mount: MountEntry, owner: int, *, lazy: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +16,7 @@ from unionfs.core.files import OpenFile
 from unionfs.core.node import Attributes, Node
 from unionfs.core.setting import Change
 from unionfs.fuse.inline import in_thread, may_wait
+from unionfs.sys.fds import Owned
 from unionfs.union.copyup import CopyUp
 from unionfs.union.filecopy import DataCopy, FileCopy, small_copy_ups
 from unionfs.union.tree import Union
@@ -100,7 +102,10 @@ class CopyUps:
             if small is not None and small.copy(node, keep=keep) is not None:
                 return _lent(node) if keep else None
             data = self.union.stack.features.metacopy != "on"
-            copy = FileCopy(self._copy_up, node, None, mode, data=data)
+            try:
+                copy = FileCopy(self._copy_up, node, None, mode, data=data)
+            except PermissionError as error:
+                return self._unreadable(node, check, error, mode, keep=keep)
             return await self._copied(copy, check, keep=keep)
         check()
         began = perf_counter_ns()
@@ -133,7 +138,11 @@ class CopyUps:
             small, size = self._copies_small(data=True), -1 if limit is None else limit
             if small is not None and small.copy(node, limit=size, keep=keep) is not None:
                 return _lent(node) if keep else None
-            return await self._copied(FileCopy(self._copy_up, node, limit), check, keep=keep)
+            try:
+                copy = FileCopy(self._copy_up, node, limit)
+            except PermissionError as error:
+                return self._unreadable(node, check, error, keep=keep)
+            return await self._copied(copy, check, keep=keep)
         self._copy_up.link_up_known(node)
         file = self.union.files.lend_for_writing(node)
         if file is None:
@@ -147,6 +156,19 @@ class CopyUps:
             if not keep:
                 self.union.files.take_back(node, file)
         return file if keep else None
+
+    def _unreadable(
+        self, node: Node, check: Check, refused: PermissionError, mode: int | None = None, *, keep: bool
+    ) -> OpenFile | None:
+        """Copy up a file that was `refused`, as in `ensure`."""
+        check()
+        began = perf_counter_ns()
+        self._copy_up.unreadable(node, refused)
+        self._counts(began)
+        if mode is not None:
+            with Owned(self.union.open_path(node)) as fd:
+                os.chmod(b"/proc/self/fd/%d" % fd, mode)
+        return self.union.files.lend_for_writing(node) if keep else None
 
     async def _waited(self, node: Node) -> bool:
         """Wait for a copy-up of the node; returns False if there is none."""

@@ -23,6 +23,7 @@ from unionfs.core.listings import Lister
 from unionfs.core.loop import Channel, new_buffer
 from unionfs.core.opens import Opens
 from unionfs.core.places import Layer
+from unionfs.core.pruning import Pruner
 from unionfs.core.reads import Reads
 from unionfs.core.setrequests import SetRequests
 from unionfs.fuse.direct.data import DataRequests
@@ -33,6 +34,7 @@ from unionfs.fuse.direct.loop import Loop
 from unionfs.fuse.direct.mounting import MountOptions, mount, raise_readahead
 from unionfs.fuse.direct.names import NameRequests
 from unionfs.fuse.direct.nodeio import NodeIos
+from unionfs.fuse.direct.nodelimit import NodeLimit
 from unionfs.fuse.direct.notices import Notices
 from unionfs.fuse.direct.splicing import Splicer
 from unionfs.fuse.errors import CUT_OFF, SessionError, SessionUnfit
@@ -83,12 +85,14 @@ async def serve(
     on_ready: Callable[[Connection], None],
     *,
     cpu_idle: bool = False,
+    max_nodes: int = 0,
 ) -> None:
     """Mount, serve until the mount is gone, and clean up.
 
     ``on_ready`` is called when the mount is usable. Raises SessionError
     if mounting fails, the requested I/O mode is not available, or the mount is disconnected; SessionUnfit if
-    another session may work. ``cpu_idle``: let CPUs become idle between requests.
+    another session may work. ``cpu_idle``: let CPUs become idle between requests. ``max_nodes``: see
+    `direct.nodelimit`.
     """
     fd, entry = mount(mountpoint, options)
     device = Device(fd)
@@ -99,7 +103,7 @@ async def serve(
         if entry is not None and entry.is_fuse:
             raise_readahead(entry.device, decision.max_readahead)
         with _awake(cpu_idle) as idling:
-            loop = make_loop(device, splicer, operations, decision, idling)
+            loop = make_loop(device, splicer, operations, decision, idling, max_nodes=max_nodes)
             ready = True
             on_ready(Connection(device.fd, decision, entry))
             await _run(loop, mountpoint)
@@ -121,6 +125,7 @@ async def resume(
     on_ready: Callable[[Connection], None],
     *,
     cpu_idle: bool = False,
+    max_nodes: int = 0,
 ) -> None:
     """Serve a mount whose daemon died, until it is gone. ``former``: what that one had open; requests
     that it did not answer are sent again. As :func:`serve`."""
@@ -128,7 +133,7 @@ async def resume(
     splicer = Splicer(device.fd, operations.latencies.written)
     try:
         with _awake(cpu_idle) as idling:
-            loop = make_loop(device, splicer, operations, connection.decision, idling, former)
+            loop = make_loop(device, splicer, operations, connection.decision, idling, former, max_nodes)
             on_ready(connection)
             device.notify(notify.resend())
             await _run(loop, mountpoint)
@@ -161,6 +166,7 @@ def make_loop(
     decision: Decision,
     idling: Idling | None = None,
     former: Former = NO_FORMER,
+    max_nodes: int = 0,
 ) -> Loop:
     """The loop with all handlers."""
     ios = NodeIos(device.fd, decision, operations.union.state)
@@ -174,7 +180,9 @@ def make_loop(
     channel = Channel(device.fd, answers, lambda: latencies.watched, idling)
     writes_back = bool(decision.flags & Init.WRITEBACK_CACHE)
     operations.refreshing.serve(Notices(device, ios, keeps_sizes=writes_back))
+    limit = NodeLimit(device, Pruner(union.nodes), decision, max_nodes) if max_nodes else None
     operations.add_figures(lambda: {
+        **({} if limit is None else limit.figures()),
         "requests": _counts(operations.requests, answers),
         **ios.figures(),
         "keeps_cpus_awake": idling is not None and idling.possible,
@@ -201,6 +209,7 @@ def make_loop(
         channel,
         operations.invalidations,
         operations.asides,
+        limit,
     )
     operations.snapshots.serve(loop)
     return loop

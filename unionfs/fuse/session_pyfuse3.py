@@ -7,7 +7,7 @@ import functools
 import itertools
 import logging
 import stat
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Final, ParamSpec, TypeVar
 
 import pyfuse3
@@ -48,13 +48,15 @@ async def serve(
     mountpoint: str,
     mount_options: Sequence[str],
     on_ready: Callable[[], None],
+    figures: Mapping[str, object],
 ) -> None:
     """Mount, serve until the mount is gone, and clean up.
 
     ``mount_options`` are libfuse's (``fsname=...``, ``allow_other`` ...); ``on_ready`` is called at the
-    kernel's first request. Raises :class:`SessionError` if mounting fails or the mount is disconnected.
+    kernel's first request; ``figures`` are added to those of the session. Raises
+    :class:`SessionError` if mounting fails or the mount is disconnected.
     """
-    operations.add_figures(lambda: _FIGURES)
+    operations.add_figures(lambda: {**_FIGURES, **figures})
     operations.refreshing.serve(Notices())
     try:
         pyfuse3.init(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from unionfs.errors import UserError, quoted
+from unionfs.settings.drivers import DEFAULT, STORAGE_DRIVERS, nearest
 from unionfs.settings.mount import IO_MODES, LOG_LEVELS, SESSIONS
+from unionfs.settings.runtime import AUTO, RUNTIMES
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,26 +40,28 @@ class Configuration:
 
 def _one_of(words: Iterable[str]) -> Callable[[Any], str | None]:
     known = tuple(words)
-    return lambda value: None if value in known else f"one of {', '.join(known)}"
+    return lambda value: None if value in known else nearest(str(value), known)
 
 
 def _text(value: Any) -> str | None:
-    return None if isinstance(value, str) and value and "\0" not in value else "a text"
+    return None if isinstance(value, str) and value and "\0" not in value else "it is a text."
 
 
 def _path(value: Any) -> str | None:
     right = _text(value) is None and value.startswith("/")
-    return None if right else "an absolute path"
+    return None if right else "it is an absolute path."
 
 
 _OPTIONS: Final = "volume-options"
-# Name: built-in default, and what returns how a right value looks if this one is wrong.
+# Name: built-in default, and what returns the cure of a wrong value.
 KEYS: Final[Mapping[str, tuple[Any, Callable[[Any], str | None]]]] = {
     "root": (None, _path),
     "session": ("auto", _one_of(SESSIONS)),
     "io": ("auto", _one_of(IO_MODES)),
     "log-level": ("info", _one_of(LOG_LEVELS)),
     "volume-driver": ("local", _text),
+    "storage-driver": (DEFAULT, _one_of(STORAGE_DRIVERS)),
+    "runtime": (AUTO, _one_of(RUNTIMES)),
 }
 
 
@@ -81,17 +84,15 @@ def parse(path: str, content: bytes) -> dict[str, Value]:
             continue
         if key not in KEYS:
             raise _unknown(path, key)
-        if (expected := KEYS[key][1](value)) is not None:
-            raise UserError(f"{quoted(path)}: invalid {key} = {value!r}; it is {expected}.")
+        if (cure := KEYS[key][1](value)) is not None:
+            raise UserError(f"{quoted(path)}: invalid {key} = {value!r}; {cure}")
         found[key] = Value(value, path)
     return found
 
 
 def _unknown(path: str, key: str) -> UserError:
     known = (*KEYS, _OPTIONS)
-    close = difflib.get_close_matches(key, known, 1)
-    cure = f"did you mean {close[0]}?" if close else f"the keys are {', '.join(known)}."
-    return UserError(f"{quoted(path)}: unknown key {quoted(key)}; {cure}")
+    return UserError(f"{quoted(path)}: unknown key {quoted(key)}; {nearest(key, known)}")
 
 
 def _volume_options(path: str, value: Any) -> dict[str, Value]:

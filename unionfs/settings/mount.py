@@ -60,6 +60,8 @@ class MountSettings:
     """Let CPUs become idle between requests."""
     outlive: bool = False
     """Whether the mount outlives its daemon: a holder starts another one."""
+    max_nodes: int = 0
+    """The number of nodes above which the kernel is asked to give some back; 0: no limit."""
     lives_with: tuple[int, int] | None = None
     """A process (pid, start time in clock ticks since boot) whose end ends the mount."""
 

@@ -165,6 +165,7 @@ class Options:
     watch_lower: bool = False
     cpu_idle: bool = False
     outlive: bool = False
+    max_nodes: int = 0
     debug: bool = False
     session: str | None = None
     io: str | None = None
@@ -210,6 +211,13 @@ def _needed(name: str, value: str | None, what: str = "DIR") -> str:
     return _given(name, value or None, what)
 
 
+def _count(name: str, value: str | None) -> int:
+    text = _needed(name, value, "NUMBER")
+    if not (text.isascii() and text.isdigit() and len(text) < 19 and int(text)):
+        raise UserError(f"option {name}={quoted(text)}: not a number of files; write one such as 1000000.")
+    return int(text)
+
+
 def _once(name: str, old: str | None, new: str | None) -> None:
     if old is not None and old != new:
         raise UserError(f"option {name} is given twice, as {quoted(old)} and {quoted(new or '')}; keep one.")
@@ -232,6 +240,8 @@ def _take(options: Options, name: str, value: str | None) -> None:
         new = _needed(name, value, "auto")
         _once(name, getattr(options, name), new)
         setattr(options, name, new)
+    elif name == "max_nodes":
+        options.max_nodes = _count(name, value)
     elif name in _SECURITY:
         options.security.append(f"{name}={unescape_option(_needed(name, value, 'LABEL'))}")
     elif name in _FEATURES and value is not None:

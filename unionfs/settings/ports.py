@@ -54,7 +54,7 @@ def _parse(text: str) -> Port:
         ipaddress.IPv4Address(address)
     except ValueError:
         raise UserError(
-            f"-p {quoted(text)}: {quoted(address)} is no IPv4 address; write -p [IP:]HOST:CONTAINER."
+            f"-p {quoted(text)}: invalid IPv4 address {quoted(address)}; write -p [IP:]HOST:CONTAINER."
         ) from None
     return Port(address, _number(text, words[-2]), _number(text, words[-1]), protocol or "tcp")
 
@@ -62,4 +62,4 @@ def _parse(text: str) -> Port:
 def _number(text: str, word: str) -> int:
     if word.isascii() and word.isdecimal() and len(word) < 6 and 0 < int(word) <= _HIGHEST:
         return int(word)
-    raise UserError(f"-p {quoted(text)}: {quoted(word)} is no port; write a number from 1 to {_HIGHEST}.")
+    raise UserError(f"-p {quoted(text)}: invalid port {quoted(word)}; write a number from 1 to {_HIGHEST}.")

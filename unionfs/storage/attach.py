@@ -11,17 +11,16 @@ from dataclasses import replace
 
 from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.settings.specs import Spec, VolumeSpec
-from unionfs.storage.populate import populate
+from unionfs.storage.populate import Layered, populate
 from unionfs.storage.sources import Source, Sources
 from unionfs.storage.targets import MountedTree, Names, Tree, find, prepare, same_place
 from unionfs.sys import detached
 from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import MountEntry, mount_id_of_fd
 from unionfs.sys.unmount import MNT_DETACH, open_mount, unmount_id
-from unionfs.union.layers import LayerStack
 
 
-def attach(mount: MountEntry, sources: Sources, stack: LayerStack) -> tuple[Spec, ...]:
+def attach(mount: MountEntry, sources: Sources, stack: Layered) -> tuple[Spec, ...]:
     """Mount all sources in the union `mount`. Returns the specs with their resolved targets.
 
     Raises UserError if a mount fails, after undoing the earlier ones.
@@ -33,11 +32,17 @@ def attach(mount: MountEntry, sources: Sources, stack: LayerStack) -> tuple[Spec
             f"{quoted(mount.mountpoint)} was unmounted before its storage was there ({reason(error)}); mount "
             "again."
         ) from error
+    with opened as root:
+        return attach_below(root, mount.mountpoint, sources, stack)
+
+
+def attach_below(root: int, mountpoint: str, sources: Sources, stack: Layered) -> tuple[Spec, ...]:
+    """The same for a mounted tree by an O_PATH fd of its root. Raises UserError."""
     done: list[Spec] = []
     taken: dict[Names, str] = {}
-    with opened as root, ExitStack() as undo:
+    with ExitStack() as undo:
         for source in sources.opened:
-            done.append(_one(source, mount.mountpoint, MountedTree(root), stack, taken, undo))
+            done.append(_one(source, mountpoint, MountedTree(root), stack, taken, undo))
         undo.pop_all()
     return tuple(done)
 
@@ -46,7 +51,7 @@ def _one(
     source: Source,
     mountpoint: str,
     tree: MountedTree,
-    stack: LayerStack,
+    stack: Layered,
     taken: dict[Names, str],
     undo: ExitStack,
 ) -> Spec:
@@ -62,7 +67,7 @@ def _one(
     return replace(spec, target=target.path)
 
 
-def fill(source: Source, tree: Tree, stack: LayerStack) -> None:
+def fill(source: Source, tree: Tree, stack: Layered) -> None:
     """Populate an empty volume on first use. Raises UserError."""
     spec = source.spec
     if source.volume is None or not isinstance(spec, VolumeSpec) or spec.subpath or not spec.copy:

@@ -104,6 +104,7 @@ def run_program(
     environment: Mapping[str, str] = {},
     good: Sequence[int] = (0,),
     stdin: str = "",
+    cure: str = "check the volume's options",
 ) -> str:
     """Run a program and return its output. Raises UserError: `complaint`, then the program's message."""
     path = need_program(command[0], _PACKAGES.get(command[0], command[0]), complaint.split(" cannot")[0])
@@ -137,7 +138,7 @@ def run_program(
         text = " ".join((printed[0].strip() or printed[1]).split()) or f"it ended with {code}"
         text = text.removesuffix("dmesg(1) may have more information after failed mount system call.").strip()
         text = text.removeprefix(f"{command[0]}: ").rstrip(".")
-        raise UserError(f"{complaint}: {command[0]}: {text}; check the volume's options.")
+        raise UserError(f"{complaint}: {command[0]}: {text}; {cure}.")
     return printed[1]
 
 
@@ -145,6 +146,7 @@ _PACKAGES = {
     "mount": "mount", "umount": "mount", "losetup": "mount",
     "mkfs.ext4": "e2fsprogs", "resize2fs": "e2fsprogs", "e2fsck": "e2fsprogs",
     "mkfs.xfs": "xfsprogs", "xfs_growfs": "xfsprogs",
+    "dmsetup": "dmsetup", "zfs": "zfsutils-linux",
 }  # fmt: skip
 
 

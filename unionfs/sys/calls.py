@@ -69,6 +69,9 @@ libc.statx.argtypes = (
     ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p,
 )  # fmt: skip
 libc.setfsuid.argtypes = libc.setfsgid.argtypes = (ctypes.c_uint,)
+libc.mount.argtypes = (
+    ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p,
+)  # fmt: skip
 libc.syscall.restype = ctypes.c_long
 libc.fstatfs.argtypes = (ctypes.c_int, ctypes.c_char_p)
 
@@ -113,6 +116,13 @@ def new_session_keyring() -> None:
     ENOSYS on a kernel without keyrings; EDQUOT if the user has too many keys.
     """
     syscall(_SYS_KEYCTL, _KEYCTL_JOIN_SESSION_KEYRING, None)
+
+
+def mount(source: str, target: str, fstype: str, flags: int = 0, options: str = "") -> None:
+    """mount(2); ``flags`` of MS_*."""
+    words = (os.fsencode(source), os.fsencode(target), fstype.encode())
+    if libc.mount(*words, flags, os.fsencode(options)) != 0:
+        raise fail(words[1])
 
 
 def renameat2(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int = 0) -> None:

@@ -7,6 +7,7 @@ namespace. A detached mount is in no mount table and lives as long as an fd refe
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -88,6 +89,15 @@ def join_group(mount_fd: int, other_fd: int) -> None:
     do_set_group).
     """
     attach(other_fd, mount_fd, _MOVE_MOUNT_SET_GROUP)
+
+
+def is_known(fstype: str) -> bool:
+    """Whether the kernel has a filesystem, as a module, too; True where this process may not ask."""
+    try:
+        os.close(syscall(_SYS_FSOPEN, fstype.encode(), _FSOPEN_CLOEXEC))
+    except OSError as error:
+        return error.errno != errno.ENODEV
+    return True
 
 
 def new_filesystem(fstype: str, parameters: Iterable[tuple[str, str]], attributes: int = 0) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 
 
 def find_fusermount() -> str | None:
@@ -12,6 +13,22 @@ def find_fusermount() -> str | None:
     return shutil.which("fusermount3") or next(
         (path for path in ("/usr/bin/fusermount3", "/bin/fusermount3") if os.access(path, os.X_OK)), None
     )
+
+
+def lack() -> tuple[str, str] | None:
+    """Return what keeps ordinary users from unmounting by the helper, and the cure; None if nothing is known.
+
+    util/fusermount.c of libfuse 3: it unmounts only what is in /etc/mtab.
+    """
+    path = find_fusermount()
+    if path is None:
+        return "fusermount3 is missing", "install the package fuse3"
+    status = os.stat(path)
+    if status.st_uid != 0 or not status.st_mode & stat.S_ISUID:
+        return f"{path} is not setuid root", f"let root run `chown root {path}; chmod 4755 {path}`"
+    if not os.path.exists("/etc/mtab"):
+        return "fusermount3 needs /etc/mtab", "let root run `ln -s /proc/self/mounts /etc/mtab`"
+    return None
 
 
 def unmount(mountpoint: str, *, lazy: bool) -> bool:

@@ -18,14 +18,14 @@ _FLAGS: Final = {
 """The names below /proc/PID/ns."""
 
 
-def unshare(flags: int) -> None:
+def unshare(flags: int, *, own_ids: bool = True) -> None:
     """unshare(2); ``flags`` of CLONE_*. In a new user namespace the effective ids map to themselves, so files
-    inside belong to the user outside. Raises ``OSError``.
+    inside belong to the user outside; without ``own_ids`` another process maps them. Raises ``OSError``.
     """
     uid, gid = os.geteuid(), os.getegid()
     if libc.unshare(flags) != 0:
         raise fail()
-    if flags & CLONE_NEWUSER:
+    if flags & CLONE_NEWUSER and own_ids:
         maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
         for name, text in maps.items():
             with open(f"/proc/self/{name}", "w", encoding="ascii") as setting:

@@ -56,8 +56,20 @@ class CopyUp:
         self.union = union
         self.tell = tell
 
+    def unreadable(self, node: Node, refused: PermissionError) -> None:
+        """Copy up a regular file that this process may not read, which was `refused`, if it is empty.
+
+        Overlayfs does not open an empty file either (copy_up.c, ovl_copy_up_tmpfile). Raises ``OSError``.
+        """
+        with Owned(self.union.open_path(node)) as source:
+            st = os.fstat(source)
+        is_plain = node.lower_data is None and node.entry is None and st.st_nlink == 1
+        if not stat.S_ISREG(st.st_mode) or st.st_size or not is_plain:
+            raise refused
+        self.special(node)
+
     def special(self, node: Node) -> None:
-        """Copy up a symlink, fifo, socket or device, which have metadata only."""
+        """Copy up a symlink, fifo, socket or device, which have metadata only, or an empty file."""
         union = self.union
         union.require_upper()
         work = union.work.fd

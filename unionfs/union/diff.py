@@ -56,17 +56,39 @@ def compared(
     Arguments and errors are those of `diff`.
     """
     with ExitStack() as resources:
-        layers = []
-        for index, path in enumerate([upper, *lowers]):
-            if index and is_image(path):
-                fd = open_image(os.path.realpath(path))
-            else:
-                fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            resources.callback(os.close, fd)
-            layers.append(Layer(index, path, fd, is_upper=index == 0))
+        layers = _opened([upper, *lowers], resources)
         merge = Merge(layers, markers, directory_fds=256)
         resources.callback(merge.close)
         yield merge, _Comparison(merge, layers).run()
+
+
+def _opened(paths: Sequence[str], resources: ExitStack, first: int = 0) -> list[Layer]:
+    """The layers of an upper and its lowers, in this order, with indices from ``first`` on."""
+    layers = []
+    for position, path in enumerate(paths):
+        image = position > 0 and is_image(path)
+        fd = open_image(os.path.realpath(path)) if image else os.open(path, _DIRECTORY)
+        resources.callback(os.close, fd)
+        layers.append(Layer(first + position, path, fd, is_upper=position == 0))
+    return layers
+
+
+def diff_of_copy(
+    copy: str, lowers: Sequence[str], xattr_prefix: bytes, *, follows_redirects: bool | None = None
+) -> Iterator[tuple[str, bytes]]:
+    """Yield the changes of a directory that began as a copy of the merged ``lowers``, like `diff`.
+
+    An object with the attributes of the original is unchanged: contents are not read here either.
+    """
+    markers = Markers(xattr_prefix, follows_redirects=follows_redirects)
+    with ExitStack() as resources:
+        # As in `between`, layers that are not in the merge have indices below its own.
+        now, *before = _opened([copy, *lowers], resources, -1 - len(lowers))
+        merge = Merge([now], markers, directory_fds=256)
+        resources.callback(merge.close)
+        root = _OfCopy(merge, [now], before).run()
+        for path, change in in_order(root):
+            yield change.kind, path
 
 
 @contextmanager
@@ -213,7 +235,10 @@ class _Comparison:
                 change.report("A")
             elif new.is_directory is old.is_directory and new.parts == old.parts:
                 return
-            elif not (new.is_directory and old.is_directory) or self._differ(new, old):
+            elif new.is_directory and old.is_directory:
+                if self._differ(new, old):
+                    change.report("C")
+            elif self._replaced(new, old, change.name):
                 change.report("C")
         except _VANISHED:
             return
@@ -256,6 +281,10 @@ class _Comparison:
         top = new.parts[0]
         replaced = top.layer.is_upper and self._merge.is_opaque(top)
         return replaced or self._attributes(new) != self._attributes(old)
+
+    def _replaced(self, new: Object, old: Object, name: bytes) -> bool:
+        """Whether a name has another object that is not a directory, or was one."""
+        return True
 
     def _attributes(self, found: Object) -> tuple[int, int, int, int, dict[bytes, object]]:
         """The compared attributes of a directory: mode, owner, modification time and the user's xattrs.
@@ -300,3 +329,37 @@ class _Between(_Comparison):
 
     def _differ(self, new: Object, old: Object) -> bool:
         return new.parts[-1] != old.parts[-1] or self._attributes(new) != self._attributes(old)
+
+
+class _OfCopy(_Between):
+    """Compares a tree with a copy of it, which has objects of its own everywhere."""
+
+    def _differ(self, new: Object, old: Object) -> bool:
+        return self._attributes(new) != self._attributes(old)
+
+    def _replaced(self, new: Object, old: Object, name: bytes) -> bool:
+        if new.st is None or old.st is None:
+            return True
+        if _inode(new.st) == _inode(old.st):
+            return False  # a snapshot has the same numbers and times
+        return _plain(new.st) != _plain(old.st) or self._more(new, name) != self._more(old, name)
+
+    def _more(self, found: Object, name: bytes) -> tuple[bytes, dict[bytes, bytes]]:
+        """The target of a symlink, and the xattrs."""
+        path = b"/proc/self/fd/%d/%b" % (self._merge.gate.fd(found.parts[0]), name)
+        assert found.st is not None
+        target = os.readlink(path) if stat.S_ISLNK(found.st.st_mode) else b""
+        xattrs = {
+            xattr: os.getxattr(path, xattr, follow_symlinks=False)
+            for xattr in map(os.fsencode, os.listxattr(path, follow_symlinks=False))
+            if not self._merge.markers.is_private(xattr) and xattr != b"security.selinux"
+        }
+        return target, xattrs
+
+
+def _inode(st: os.stat_result) -> tuple[int, int, int]:
+    return st.st_ino, st.st_ctime_ns, st.st_size
+
+
+def _plain(st: os.stat_result) -> tuple[int, ...]:
+    return st.st_mode, st.st_uid, st.st_gid, st.st_rdev, st.st_size, st.st_mtime_ns

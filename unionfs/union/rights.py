@@ -107,7 +107,7 @@ class Rights:
         with suppress(PermissionError):
             if (
                 os.fstat(dir_fd).st_uid == uid
-                or os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_uid == uid
+                or (name and os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_uid == uid)
             ):
                 return self._override.open(dir_fd, name, flags)
         return None

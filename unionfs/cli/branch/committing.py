@@ -52,12 +52,16 @@ def commit(
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.commit import STOP, Wish
     from unionfs.branches.commit import commit as apply
+    from unionfs.branches.ids import enter
+    from unionfs.branches.journal import ids_of
     from unionfs.branches.store import Store
 
     # Many thousand changes are no garbage, however often they are looked through.
     gc.disable()
     wish = Wish(into, only, leave, dry_run, conflicts or STOP)
-    result = apply(Store(root), name, wish)
+    store = Store(root)
+    enter(ids_of(store, name))
+    result = apply(store, name, wish)
     if as_json:
         print_json({"name": name, **values(result)})
     else:
@@ -111,10 +115,13 @@ def undo(root: str | None, as_json: bool) -> None:
     if the base and the store are on one filesystem.
     """
     # For start-up time: --help and completion do not need it.
+    from unionfs.branches.ids import enter
+    from unionfs.branches.journal import ids_of
     from unionfs.branches.store import Store
     from unionfs.branches.undo import undo as take_back
 
     store = Store(root)
+    enter(ids_of(store))
     entry = take_back(store)
     if as_json:
         base = entry.base if entry.parent is None else store.branch(entry.parent).record().base

@@ -51,12 +51,14 @@ def diff(
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.describe import Describer
+    from unionfs.branches.ids import enter
     from unionfs.branches.mounts import mount_of
     from unionfs.branches.selection import NOISE, Selection, relative
     from unionfs.branches.store import Store
     from unionfs.branches.view import viewed
 
     branch = Store(root).existing(name)
+    enter(branch.record().ids)
     entry = mount_of(branch)
     if entry is not None:
         # What programs have written may be in the page cache of the mount.

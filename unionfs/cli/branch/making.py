@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import click
 
 from unionfs.cli.branch.common import complete_branches, json_option, print_json, root_option
 from unionfs.cli.run import for_each
 from unionfs.errors import UserError, quoted
+
+if TYPE_CHECKING:
+    from unionfs.branches.ids import Ids
+    from unionfs.branches.store import Branch
 
 
 @click.command(
@@ -124,11 +129,26 @@ def _remove_each(root: str | None, names: tuple[str, ...], *, with_changes: bool
 
 def _remove(root: str | None, name: str, *, with_changes: bool) -> None:
     # For start-up time: --help and completion do not need it.
-    from unionfs.branches.mounts import unmounted
+    from unionfs.branches.ids import inside
     from unionfs.branches.store import Store
-    from unionfs.branches.view import viewed
 
     branch = Store(root).existing(name)
+    inside(_ids(branch), lambda: _remove_here(branch, with_changes=with_changes))
+
+
+def _ids(branch: Branch) -> Ids | None:
+    try:
+        return branch.record().ids
+    except UserError:
+        return None  # a damaged one can be removed
+
+
+def _remove_here(branch: Branch, *, with_changes: bool) -> None:
+    # For start-up time: --help and completion do not need it.
+    from unionfs.branches.mounts import unmounted
+    from unionfs.branches.view import viewed
+
+    name = branch.name
     with branch.claimed("removed"):
         branch.refuse_frozen("be removed")
         unmounted(branch)

@@ -16,6 +16,7 @@ from unionfs.errors import UserError, quoted
 
 if TYPE_CHECKING:
     from unionfs.branches.describe import Difference
+    from unionfs.branches.ids import Ids
     from unionfs.branches.store import Branch, Store
     from unionfs.branches.view import View
 
@@ -109,28 +110,62 @@ def _branch(store: Store, name: str | None, base: str | None, parent: str | None
         return False, branch
     name = name or f"try-{os.urandom(3).hex()}"
     if parent is None:
-        return True, store.create(name, base or ".")
+        return True, store.create(name, base or ".", ids=_ids(base or "."))
     # For start-up time: a branch over a directory does not need it.
+    from unionfs.branches.ids import enter
     from unionfs.branches.mounts import create
 
+    enter(store.existing(parent).record().ids)
     return True, create(store, name, base or ".", parent)
+
+
+def _ids(base: str) -> Ids | None:
+    """The ids of an ordinary user's command on the whole system, which is uid 0 of a user namespace."""
+    # For start-up time: --help and completion do not need it.
+    from unionfs.branches.ids import inside, of_user
+    from unionfs.branches.record import WHOLE
+
+    if os.geteuid() == 0 or os.path.realpath(base) != WHOLE:
+        return None
+    ids = of_user()
+    if not isinstance(ids, str):
+        try:
+            inside(ids, lambda: None)
+            return ids
+        except UserError as error:
+            ids = str(error).rstrip(".")
+    tell(f"the command has no ids but uid 0, so chown and apt-get fail in it: {ids}.")
+    return None
 
 
 def _run(store: Store, branch: Branch, fresh: bool, wish: dict[str, Any]) -> int:
     """Run the command; a new branch on which it could not be started is removed."""
     # For start-up time: --help and completion do not need it.
+    from unionfs.branches.ids import enter
     from unionfs.branches.trying import Wish, try_on
     from unionfs.containers.process import CommandError
 
     try:
+        enter(branch.record().ids)
         return try_on(store, branch, Wish(here=os.getcwd(), **wish), tell)
     except UserError as error:
-        if fresh and not os.listdir(branch.upper):
-            with suppress(UserError):
+        with suppress(UserError):
+            if fresh and _is_empty(branch):
                 branch.remove()
         if isinstance(error, CommandError):
             return complain("unionfs", str(error), error.code)
         raise
+
+
+def _is_empty(branch: Branch) -> bool:
+    """Whether a branch changes nothing; its layer hides a store that is in the base. Raises UserError."""
+    if not os.listdir(branch.upper):
+        return True
+    # For start-up time: only a store in the base needs it.
+    from unionfs.branches.view import viewed
+
+    with viewed(branch) as view:
+        return view.is_empty
 
 
 def _afterwards(

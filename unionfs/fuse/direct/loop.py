@@ -27,6 +27,7 @@ from unionfs.core.loop import FAIR, WAIT, Channel, new_buffer
 from unionfs.core.memo import Memo, Wanted
 from unionfs.fuse.asides import Asides
 from unionfs.fuse.direct.device import Device
+from unionfs.fuse.direct.nodelimit import NodeLimit
 from unionfs.fuse.inline import PENDING, begin, finish
 from unionfs.fuse.invalidations import Invalidations
 from unionfs.fuse.latency import Latencies
@@ -74,6 +75,7 @@ class Loop:
         channel: Channel,
         invalidations: Invalidations | None = None,
         asides: Asides | None = None,
+        limit: NodeLimit | None = None,
     ) -> None:
         self._device = device
         self._channel = channel
@@ -101,6 +103,7 @@ class Loop:
         self._asides = asides if asides is not None and asides.needed else None
         if self._asides is not None:
             channel.puts_aside()
+        self._limit = limit
 
     @asynccontextmanager
     async def held(self, seconds: float) -> AsyncIterator[None]:
@@ -134,6 +137,7 @@ class Loop:
     async def _read_requests(self) -> None:
         channel, deferred = self._channel, self._files.deferred
         serve, latencies, invalidations = self.serve, self._latencies, self._invalidations
+        limit = self._limit
         cut_off = False
         while True:
             while self._hold is not None:
@@ -151,6 +155,8 @@ class Loop:
                 raise
             if invalidations.soon or invalidations.now:
                 self._announce()  # of what `core` has copied up
+            if size <= 0 and limit is not None and limit.exceeded:
+                self._nursery.start_soon(limit.give_back)
             if size == WAIT:
                 if channel.holds:
                     with trio.move_on_after(_BURST_SECONDS):

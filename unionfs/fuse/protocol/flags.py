@@ -18,6 +18,9 @@ KERNEL_VERSION: Final = 7
 KERNEL_MINOR_VERSION: Final = 45
 """The newest protocol spoken here: 7.45, Linux 6.18."""
 
+PRUNE_MINOR: Final = 45
+"""The first protocol with Notify.PRUNE."""
+
 UNIQUE_RESEND: Final = 1 << 63
 """Set in the unique of a request that was sent before, to a daemon that is gone (7.40), and in its answer."""
 
@@ -75,6 +78,7 @@ class Notify(IntEnum):
     INVAL_ENTRY = 3
     STORE = 4
     RESEND = 7
+    PRUNE = 9
 
 
 class Init(IntFlag):

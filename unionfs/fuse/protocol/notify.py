@@ -4,8 +4,8 @@ Rules:
 - `unique` is 0 and the error field is the notification's code (fs/fuse/dev.c, fuse_dev_do_write).
 - writev(2) returns the outcome: ENOENT if the kernel has no such inode, which is as good as success; EINVAL
   if it does not know the code.
-- INVAL_INODE of data and STORE take locks that a request in flight may hold: send them from a thread that no
-  request waits for.
+- INVAL_INODE of data, STORE and PRUNE take locks that a request in flight may hold: send them from a thread
+  that no request waits for.
 - A number is the protocol version of the notification; those without are older than 7.23 (Linux 3.15).
 
 Source: include/uapi/linux/fuse.h 7.45 and fs/fuse/dev.c, fuse_notify, of Linux 6.18.
@@ -29,6 +29,7 @@ _BARE: Final = struct.Struct("=IiQ")
 _INVAL_INODE: Final = _layout("fuse_notify_inval_inode_out")
 _INVAL_ENTRY: Final = _layout("fuse_notify_inval_entry_out")
 _STORE: Final = _layout("fuse_notify_store_out")
+_PRUNE: Final = _layout("fuse_notify_prune_out")
 
 
 def inval_inode(nodeid: int, offset: int = 0, length: int = 0) -> Reply:
@@ -54,3 +55,8 @@ def store(nodeid: int, offset: int, *data: Buffer) -> Reply:
 def resend() -> Reply:
     """Send every request in flight again, with UNIQUE_RESEND in its unique (7.40, HAS_RESEND)."""
     return [_BARE.pack(OUT_HEADER_SIZE, Notify.RESEND, 0)]
+
+
+def prune(ids: bytes) -> Reply:
+    """Give back those of the nodes that no program uses; `ids` are 64-bit numbers (7.45)."""
+    return [_PRUNE.pack(_PRUNE.size + len(ids), Notify.PRUNE, 0, len(ids) // 8), ids]

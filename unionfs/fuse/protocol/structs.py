@@ -152,6 +152,7 @@ _TABLE: Final[dict[str, tuple[str, ...]]] = {
     "fuse_notify_inval_inode_out": ("Q ino", "q off len"),
     "fuse_notify_inval_entry_out": ("Q parent", "I namelen flags"),
     "fuse_notify_store_out": ("Q nodeid offset", "I size padding"),
+    "fuse_notify_prune_out": ("I count padding", "Q spare"),  # 7.45
 }
 
 
