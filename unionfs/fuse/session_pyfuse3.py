@@ -44,12 +44,9 @@ _T = TypeVar("_T")
 
 
 async def serve(
-    operations: Operations,
-    mountpoint: str,
-    mount_options: Sequence[str],
-    on_ready: Callable[[], None],
+    operations: Operations, mountpoint: str, mount_options: Sequence[str], on_ready: Callable[[], None],
     figures: Mapping[str, object],
-) -> None:
+) -> None:  # fmt: skip
     """Mount, serve until the mount is gone, and clean up.
 
     ``mount_options`` are libfuse's (``fsname=...``, ``allow_other`` ...); ``on_ready`` is called at the
