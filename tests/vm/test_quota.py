@@ -148,7 +148,9 @@ def test_each_has_its_own(one: Storage, disk: Path, kind: str, user: Worker) -> 
         succeed(one.unionfs("volume", "create", "-o", f"size={size}", name))
         os.chmod(one.volume(name), 0o777)
     assert sorted(_limits(disk).values()) == [10 * MIB, 15 * MIB]
-    assert user.call(_fill, str(one.volume("one") / "file")) == LIMIT_REACHED[kind]
+    one.mount("-v", "one:/data")
+    assert user.call(_fill, str(one.merged / "data/file")) == LIMIT_REACHED[kind]
+    one.umount()
     (one.volume("two") / "file").write_bytes(bytes(12 * MIB))
     succeed(one.unionfs("volume", "rm", "one"))
     assert sorted(_limits(disk).values()) == [15 * MIB]
@@ -167,7 +169,9 @@ def test_a_restore_keeps_it(one: Storage, disk: Path, kind: str, user: Worker, a
     assert list(_limits(disk).values()) == [20 * MIB]  # the old content's went with it
     assert quota.space_used(str(one.volume("data"))) >= 12 * MIB
     os.chmod(one.volume("data"), 0o777)
-    assert user.call(_fill, str(one.volume("data") / "more")) == LIMIT_REACHED[kind]
+    one.mount("-v", "data:/data")  # the user may not enter the storage root
+    assert user.call(_fill, str(one.merged / "data/more")) == LIMIT_REACHED[kind]
+    one.umount()
     assert (one.volume("data") / "more").stat().st_size <= 8 * MIB
     # what does not fit is refused, and the old stays
     succeed(one.unionfs("volume", "create", "-o", "size=9m", "small"))

@@ -141,7 +141,7 @@ cdef int handed_out(Call made) noexcept:
         return -1
     fd = fcntl(<int>made.value, F_DUPFD_CLOEXEC, 0)
     if fd >= 0:
-        mark_as(fd, &marks[<int>made.value])
+        mark_as(fd, &made.mark)
     return fd
 
 

@@ -12,8 +12,9 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from queue import SimpleQueue
 from typing import Final
 
@@ -28,6 +29,8 @@ from unionfs.sys.process import is_being_killed
 _THREADS: Final = 16
 #: Of a request that wants many calls, a thread makes so many at least.
 _AT_ONCE: Final = 8
+#: So long the loop waits for a layer that answered in this time before: less than it takes to wait aside.
+_PATIENCE_SECONDS: Final = 0.0003
 #: A layer that has not answered for so long is reported.
 _HANGS_SECONDS: Final = 1.0
 #: How often a session without interrupts asks whether a caller is being killed.
@@ -39,9 +42,9 @@ class Asides:
 
     def __init__(self, layers: Iterable[Layer]) -> None:
         self._layers = {layer.slow: layer for layer in layers if layer.slow}
-        self._limiters = {number: trio.CapacityLimiter(_THREADS) for number in self._layers}
-        #: Of each thread that is making calls: the layer, and since when.
-        self._since: dict[object, tuple[int, float]] = {}
+        self._pools = {number: _Pool() for number in self._layers}
+        #: Calls that were not made at once, of requests that are being put aside.
+        self._begun: dict[Memo, _Job] = {}
         self._aside = 0
         self._closers = {number: _Closer() for number in self._layers}
         if self._layers:
@@ -58,16 +61,39 @@ class Asides:
             return {}
         now = time.monotonic()
         hung: dict[str, float] = {}
-        for number, since in list(self._since.values()):
-            path = self._layers[number].path
-            if now - since > max(_HANGS_SECONDS, hung.get(path, 0)):
-                hung[path] = round(now - since, 3)
+        for number, pool in self._pools.items():
+            longest = max((now - since for since in list(pool.since.values())), default=0.0)
+            if longest > _HANGS_SECONDS:
+                hung[self._layers[number].path] = round(longest, 3)
         return {"requests_aside": self._aside, "hung_layers": hung}
+
+    def made_at_once(self, memo: Memo) -> bool:
+        """Make the calls that a request wants, if the layer answers in less time than it takes to wait aside.
+        Otherwise :meth:`make` must follow."""
+        calls = memo.wanted()
+        if not calls:
+            return True
+        pool = self._pools[calls[0].layer]
+        if not pool.is_quick or len(calls) > _AT_ONCE or any(call.layer != calls[0].layer for call in calls):
+            return False
+        job = _Job(calls)
+        pool.give(job, memo)
+        if job.is_done(_PATIENCE_SECONDS):
+            memo.made(calls)
+            return True
+        pool.is_quick = False
+        self._begun[memo] = job
+        return False
 
     async def make(self, memo: Memo) -> None:
         """Make the calls that a request wants."""
         self._aside += 1
+        begun = self._begun.pop(memo, None)
         try:
+            if begun is not None:
+                await begun.done()
+                memo.made(begun.calls)
+                return
             parts = [part for calls in _by_layer(memo.wanted()) for part in _divided(calls)]
             if len(parts) == 1:
                 await self._make(memo, parts[0])
@@ -99,23 +125,10 @@ class Asides:
             raise InterruptedError(errno.EINTR, os.strerror(errno.EINTR))
 
     async def _make(self, memo: Memo, calls: Sequence[Call]) -> None:
-        number = calls[0].layer
-        limiter = self._limiters[number]
-        # A request whose caller was killed does not wait for the thread.
-        await trio.to_thread.run_sync(
-            self._make_all, number, memo, calls, abandon_on_cancel=True, limiter=limiter
-        )
+        job = _Job(calls)
+        self._pools[calls[0].layer].give(job, memo)
+        await job.done()
         memo.made(calls)
-
-    def _make_all(self, number: int, memo: Memo, calls: Sequence[Call]) -> None:
-        """In a thread."""
-        me = object()
-        for call in calls:
-            self._since[me] = number, time.monotonic()
-            try:
-                call.make(memo)
-            finally:
-                del self._since[me]
 
     def _close(self, fd: int, number: int) -> None:
         closer = self._closers.get(number)
@@ -123,6 +136,90 @@ class Asides:
             os.close(fd)
         else:
             closer.close(fd)
+
+
+class _Job:
+    """Calls that a thread makes."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self.calls = calls
+        self._made = threading.Lock()
+        self._made.acquire()
+        self._tell: Callable[[], object] | None = None
+        self._changes = threading.Lock()
+        self._error: BaseException | None = None
+
+    def ends(self, error: BaseException | None) -> None:
+        """In the thread: the calls are made, but for an ``error`` that is none of a system call."""
+        with self._changes:
+            self._error = error
+            self._made.release()
+            tell = self._tell
+        if tell is not None:
+            with suppress(trio.RunFinishedError):
+                tell()
+
+    def is_done(self, seconds: float) -> bool:
+        """Wait for the calls, at most so long, in the loop."""
+        made = self._made.acquire(timeout=seconds)
+        if made and self._error is not None:
+            raise self._error
+        return made
+
+    async def done(self) -> None:
+        """Wait for the calls while others run. If cancelled, they are made nevertheless."""
+        event = trio.Event()
+        with self._changes:
+            if self._made.locked():
+                self._tell = partial(trio.lowlevel.current_trio_token().run_sync_soon, event.set)
+            else:
+                event.set()
+        await event.wait()
+        if self._error is not None:
+            raise self._error
+
+
+class _Pool:
+    """The threads of a layer. A program that ends does not wait for them."""
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[tuple[_Job, Memo]] = SimpleQueue()
+        self._threads = 0
+        #: Jobs that are not done.
+        self._open = 0
+        self._counting = threading.Lock()
+        #: Of each thread that is making a call: since when.
+        self.since: dict[object, float] = {}
+        #: Whether the last call took less time than the loop has patience for.
+        self.is_quick = True
+
+    def give(self, job: _Job, memo: Memo) -> None:
+        """Let a thread make calls."""
+        with self._counting:
+            self._open += 1
+            more = self._threads < min(self._open, _THREADS)
+        if more:
+            self._threads += 1
+            threading.Thread(target=self._run, daemon=True).start()
+        self._jobs.put((job, memo))
+
+    def _run(self) -> None:
+        me = object()
+        while True:
+            job, memo = self._jobs.get()
+            error: BaseException | None = None
+            try:
+                for call in job.calls:
+                    began = self.since[me] = time.monotonic()
+                    call.make(memo)
+                    self.is_quick = time.monotonic() - began < _PATIENCE_SECONDS
+            except BaseException as failure:
+                error = failure
+            self.since.pop(me, None)
+            with self._counting:
+                self._open -= 1
+            job.ends(error)
+            del job, memo
 
 
 class _Closer:

@@ -192,8 +192,7 @@ class Loop:
             return False
         number = request.number
         if message is not None:
-            self._put_aside(request, memo, message)
-            return True
+            return self._put_aside(request, memo, message)
         self._requests[self._names.get(number, "unknown")] += 1
         try:
             if memo is None:
@@ -202,8 +201,7 @@ class Loop:
                 with memo:
                     reply = self._begin(request, memo)
         except Wanted:
-            self._put_aside(request, memo)
-            return True
+            return self._put_aside(request, memo)
         except BaseException as error:
             reply = self._failed(request, error)
         if reply is PENDING:
@@ -238,11 +236,37 @@ class Loop:
 
     # -- requests that wait for slow layers -----------------------------------------------------------
 
-    def _put_aside(self, request: Request, memo: Memo | None, message: bytes | None = None) -> None:
-        """Answer a request that wants calls on slow layers in a task. ``message``: its bytes, if `core` is to
-        try first."""
+    def _put_aside(self, request: Request, memo: Memo | None, message: bytes | None = None) -> bool:
+        """Answer a request that wants calls on slow layers: in line while the layers answer quickly, else in
+        a task. ``message``: its bytes, if `core` is to try first. Returns whether a task was started."""
         assert memo is not None
-        self._in_task(request, memo, self._anew(request, memo, message))
+        assert self._asides is not None
+        reply: object = None
+        while True:
+            try:
+                if not self._asides.made_at_once(memo):
+                    self._in_task(request, memo, self._anew(request, memo, message))
+                    return True
+                if message is not None:
+                    if self._channel.again(message, memo):
+                        break  # it is sent
+                    if memo.wanted():
+                        continue
+                    message = None
+                    self._requests[self._names.get(request.number, "unknown")] += 1
+                with memo:
+                    reply = self._begin(request, memo)
+            except Wanted:
+                continue
+            except BaseException as error:
+                reply = self._failed(request, error)
+            break
+        if reply is PENDING:
+            return True
+        memo.close()
+        self._channel.renew_memo()
+        self._reply(reply)  # type: ignore[arg-type]
+        return False
 
     async def _anew(self, request: Request, memo: Memo, message: bytes | None = None) -> Reply | None:
         """Make the calls that a request wants and answer it anew, until it wants none."""
