@@ -1,4 +1,4 @@
-"""`-o max_nodes`: the kernel gives back files that nobody uses."""
+"""`-o max_nodes`: the kernel forgets unused files when it knows more than that."""
 
 from __future__ import annotations
 

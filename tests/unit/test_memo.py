@@ -141,7 +141,7 @@ def test_a_request_that_ended_before_its_call(world: World) -> None:
 
 
 def test_a_request_that_ends_during_its_call(world: World) -> None:
-    """The result of the call is closed by whoever makes it."""
+    """Then the thread that makes the call closes what it opened."""
     before = _fds()
     fifo = world.top / "fifo"
     os.mkfifo(fifo)

@@ -80,7 +80,6 @@ class Oci:
         if (program := container.confinement.filter) is not None:
             numbers["filter"] = _FIRST + len(fds)
             fds.append(held.enter_context(Owned(in_memory(program))))
-        account = container.account
         words = [
             self.title, *self._options, "--root", f"{_BUNDLE}/state", "run", "--bundle", _BUNDLE,
             "--preserve-fds", str(len(fds)), "container",
@@ -94,10 +93,16 @@ class Oci:
                 _BUNDLE,
                 _ROOT,
                 lambda terminal: _files(container, numbers, terminal),
-                (os.geteuid(), os.getegid()) if account is None else (account.uid, account.gid),
+                _owner(container),
                 container.confinement.privileged,
             ),
         )
+
+
+def _owner(container: Description) -> tuple[int, int]:
+    """The uid and gid of the command, and of the runtime."""
+    account = container.account
+    return (os.geteuid(), os.getegid()) if account is None else (account.uid, account.gid)
 
 
 def _files(container: Description, numbers: Mapping[str, int], terminal: str | None) -> dict[str, bytes]:
@@ -116,8 +121,7 @@ def configuration(
     `numbers` are fds in the container: `init`, `info`, and where they exist `block` and `filter`. `terminal`
     is the path of the container's.
     """
-    account = container.account
-    uid, gid = (os.geteuid(), os.getegid()) if account is None else (account.uid, account.gid)
+    uid, gid = _owner(container)
     fds = [str(numbers.get(name, -1)) for name in ("info", "block", "filter")]
     rights = list(container.confinement.capabilities) if container.by_root else []
     mounts, masked, read_only = _mounts(container, terminal)

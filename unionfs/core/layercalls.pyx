@@ -12,7 +12,7 @@ from libc.stdlib cimport strtol
 from libc.string cimport memcpy, strncmp
 from posix.unistd cimport pread as c_pread
 
-from unionfs.core.marks cimport MOST_FDS, mark_as, marked_child, marks
+from unionfs.core.marks cimport AT_EMPTY_PATH, MOST_FDS, marked_child, marked_copy, marks, statx, statx_t
 from unionfs.core.memo cimport (
     ATTRIBUTES, ENTRIES, FLAGS, FUNCTION, NAMES_SIZE, OPEN, READ, READLINK, STAT, XATTR, Call, answering, current,
     may_ask,
@@ -23,16 +23,6 @@ from unionfs.core.stats cimport fstatat as c_fstatat
 from unionfs.core.stats cimport openat as c_openat
 
 from unionfs.core.memo import Here
-
-cdef extern from "<fcntl.h>" nogil:
-    int AT_EMPTY_PATH
-    int F_DUPFD_CLOEXEC
-    int fcntl(int fd, int command, ...)
-
-cdef extern from "<sys/stat.h>" nogil:
-    cdef struct statx_t "statx":
-        uint64_t stx_attributes
-    int statx(int fd, const char *path, int flags, unsigned int mask, statx_t *found)
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t c_readlinkat "readlinkat"(int fd, const char *path, char *buffer, size_t size)
@@ -135,14 +125,10 @@ cdef object opened(Call made):
 
 cdef int handed_out(Call made) noexcept:
     """A copy of an fd that was opened, for the handler; -1 with errno."""
-    cdef int fd
     if made.value < 0:
         set_errno(made.code)
         return -1
-    fd = fcntl(<int>made.value, F_DUPFD_CLOEXEC, 0)
-    if fd >= 0:
-        mark_as(fd, &made.mark)
-    return fd
+    return marked_copy(<int>made.value, &made.mark)
 
 
 def read(int fd, size_t size, int64_t offset):

@@ -2,6 +2,17 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
+cdef extern from "<fcntl.h>" nogil:
+    int AT_EMPTY_PATH
+
+cdef extern from "<sys/stat.h>" nogil:
+    cdef struct statx_t "statx":
+        uint64_t stx_attributes
+        uint64_t stx_ino
+        uint32_t stx_dev_major, stx_dev_minor
+        unsigned short stx_mode
+    int statx(int fd, const char *path, int flags, unsigned int mask, statx_t *found)
+
 cdef enum:
     # Fds beyond have no marks.
     MOST_FDS = 1 << 20
@@ -22,5 +33,6 @@ cdef bint is_slow(int fd) noexcept nogil
 cdef int mark_as(int fd, const Mark *mark) noexcept nogil
 cdef Mark new_mark(int fd, uint32_t layer, bint opened) noexcept nogil
 cdef int mark_root(int fd, uint32_t layer) except -1
+cdef int marked_copy(int fd, const Mark *mark) noexcept nogil
 cdef int marked_child(int fd, int opened, int flags) noexcept nogil
 cdef int close(int fd) noexcept nogil

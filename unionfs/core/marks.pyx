@@ -15,16 +15,10 @@ from posix.unistd cimport close as c_close
 from unionfs.core.stats cimport O_PATH, S_IFMT, S_IFREG, failure
 
 cdef extern from "<fcntl.h>" nogil:
-    int AT_EMPTY_PATH
     int F_DUPFD_CLOEXEC
     int fcntl(int fd, int command, ...)
 
 cdef extern from "<sys/stat.h>" nogil:
-    cdef struct statx_t "statx":
-        uint64_t stx_ino
-        uint32_t stx_dev_major, stx_dev_minor
-        unsigned short stx_mode
-    int statx(int fd, const char *path, int flags, unsigned int mask, statx_t *found)
     int AT_STATX_DONT_SYNC
 
 cdef extern from * nogil:
@@ -86,6 +80,14 @@ cdef int mark_root(int fd, uint32_t layer) except -1:
     return mark_as(fd, &mark)
 
 
+cdef int marked_copy(int fd, const Mark *mark) noexcept nogil:
+    """dup(2) of a marked fd, with that mark; -1 with errno."""
+    cdef int copy = fcntl(fd, F_DUPFD_CLOEXEC, 0)
+    if copy >= 0:
+        mark_as(copy, mark)
+    return copy
+
+
 cdef int marked_child(int fd, int opened, int flags) noexcept nogil:
     """Mark what was opened from a slow fd; returns its fd."""
     cdef Mark mark
@@ -104,11 +106,9 @@ def slow(int fd):
 
 def duplicate(int fd):
     """dup(2). Raises ``OSError``."""
-    cdef int copy = fcntl(fd, F_DUPFD_CLOEXEC, 0)
+    cdef int copy = marked_copy(fd, &marks[fd]) if is_slow(fd) else fcntl(fd, F_DUPFD_CLOEXEC, 0)
     if copy < 0:
         raise failure(c_errno)
-    if is_slow(fd):
-        mark_as(copy, &marks[fd])
     return copy
 
 

@@ -20,7 +20,9 @@ from libc.stdio cimport snprintf
 from posix.unistd cimport close as c_close
 from posix.unistd cimport pread as c_pread
 
-from unionfs.core.marks cimport MOST_FDS, close, is_slow, mark_as, marks, new_mark
+from unionfs.core.marks cimport (
+    AT_EMPTY_PATH, MOST_FDS, close, is_slow, mark_as, marked_copy, marks, new_mark, statx, statx_t,
+)
 from unionfs.core.stats cimport O_PATH, S_IFMT, S_IFREG, failure, fstatat, openat
 from unionfs.core.wire cimport SMALL_FILE
 
@@ -28,17 +30,9 @@ cdef extern from "pythread.h":
     unsigned long PyThread_get_thread_ident() nogil
 
 cdef extern from "<fcntl.h>" nogil:
-    int AT_EMPTY_PATH
     int AT_FDCWD
-    int F_DUPFD_CLOEXEC
     int O_ACCMODE
     int O_WRONLY
-    int fcntl(int fd, int command, ...)
-
-cdef extern from "<sys/stat.h>" nogil:
-    cdef struct statx_t "statx":
-        uint64_t stx_attributes
-    int statx(int fd, const char *path, int flags, unsigned int mask, statx_t *found)
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t readlinkat(int fd, const char *path, char *buffer, size_t size)
@@ -168,10 +162,9 @@ cdef class Memo:
             call.kind, call.key, call.name, call.text, call.number, call.size = kind, key, name, text, number, size
             call.function, call.arguments, call.options = function, arguments, options
             call.layer, call.mark = marks[fd].layer, marks[fd]
-            call.fd = fcntl(fd, F_DUPFD_CLOEXEC, 0)
+            call.fd = marked_copy(fd, &call.mark)
             if call.fd < 0:
                 raise failure(c_errno)
-            mark_as(call.fd, &call.mark)
             self.pending[key] = call
         raise Wanted
 

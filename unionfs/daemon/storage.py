@@ -67,7 +67,7 @@ class Storage:
             self._found(attach(mount, self._sources, stack))
 
     def mount_below(self, root: int, stack: Layered) -> None:
-        """Mount the storage in a tree that is no union, by an O_PATH fd of its root. Raises UserError."""
+        """Mount the storage below an O_PATH fd of the root of an ordinary tree. Raises UserError."""
         if self._sources is not None:
             self._found(attach_below(root, self.settings.mountpoint, self._sources, stack))
 

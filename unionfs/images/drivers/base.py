@@ -94,11 +94,9 @@ class Driver(ABC):
     def size(self, layer: Writable) -> int:
         """The bytes of the changes on this host."""
 
-    @abstractmethod
-    def remove(self, layer: Writable) -> None:
-        """Remove what the layer has that is no file of its directory, which the caller removes afterwards.
-
-        Once more, it removes the rest.
+    def remove(self, layer: Writable) -> None:  # noqa: B027 - some drivers have nothing to remove
+        """Remove what belongs to the layer but is not a file below its directory; the caller removes that
+        directory afterwards. Called again after a failure, it removes the rest.
         """
 
     def shared(self) -> list[Use]:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
 from contextlib import ExitStack
 
 from unionfs.errors import UserError, quoted, reason
 from unionfs.images.drivers import uppers
 from unionfs.images.drivers.backing import kind_of
-from unionfs.images.drivers.base import Driver, Wanted, Writable
+from unionfs.images.drivers.base import Wanted, Writable
 from unionfs.images.drivers.private import PrivateMount
 from unionfs.sys import detached
 from unionfs.sys.calls import mount
@@ -25,7 +24,7 @@ _PATH = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _OTHER = "choose the storage driver union or vfs"
 
 
-class Overlay2(Driver):
+class Overlay2(uppers.UpperDriver):
     name = "overlay2"
 
     def check(self) -> None:
@@ -39,9 +38,6 @@ class Overlay2(Driver):
                 f"storage driver overlay2: this kernel has no overlayfs; load the module overlay, or "
                 f"{_OTHER}."
             )
-
-    def create(self, layer: Writable) -> None:
-        uppers.create(layer)
 
     def mount(self, layer: Writable, wanted: Wanted) -> PrivateMount:
         uppers.hide_storage(layer)
@@ -65,15 +61,6 @@ class Overlay2(Driver):
                 mount("overlay", layer.merged, "overlay", 0, ",".join(options))
             except OSError as error:
                 raise _refusal(layer, error) from error
-
-    def diff(self, layer: Writable) -> Iterator[tuple[str, bytes]]:
-        return uppers.diff(layer)
-
-    def size(self, layer: Writable) -> int:
-        return uppers.size(layer)
-
-    def remove(self, layer: Writable) -> None:
-        pass
 
 
 def _mounted(image: str, place: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from unionfs.daemon import live
@@ -12,21 +12,18 @@ from unionfs.daemon.settle import settle
 from unionfs.daemon.unmount import umount
 from unionfs.errors import UserError, quoted
 from unionfs.images.drivers import uppers
-from unionfs.images.drivers.base import Driver, Wanted, Writable
+from unionfs.images.drivers.base import Wanted, Writable
 from unionfs.settings.specs import Spec
 from unionfs.sys.process import start_time, wait_gone
 
 _END_SECONDS = 20.0
 
 
-class Union(Driver):
+class Union(uppers.UpperDriver):
     name = "union"
 
     def check(self) -> None:
         """The mount itself says what is missing."""
-
-    def create(self, layer: Writable) -> None:
-        uppers.create(layer)
 
     def mount(self, layer: Writable, wanted: Wanted) -> MountedUnion:
         own_upper = wanted.upper is None
@@ -48,15 +45,6 @@ class Union(Driver):
         if entry is None:
             raise UserError(f"{quoted(merged)} was unmounted before the command could start; try again.")
         return MountedUnion(entry)
-
-    def diff(self, layer: Writable) -> Iterator[tuple[str, bytes]]:
-        return uppers.diff(layer)
-
-    def size(self, layer: Writable) -> int:
-        return uppers.size(layer)
-
-    def remove(self, layer: Writable) -> None:
-        pass
 
 
 @dataclass(frozen=True, slots=True)

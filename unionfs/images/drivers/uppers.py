@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from unionfs.errors import on_failure, quoted
-from unionfs.images.drivers.base import Writable
+from unionfs.images.drivers.base import Driver, Writable
 from unionfs.storage.usage import size_of_tree
 from unionfs.sys.capabilities import may_use_trusted_xattrs
 from unionfs.union.diff import diff as changes
@@ -22,13 +22,6 @@ def upper_of(layer: Writable) -> str:
 
 def work_of(layer: Writable) -> str:
     return f"{layer.path}/work"
-
-
-def create(layer: Writable) -> None:
-    """Make work, and an upper with the topmost lower's attributes, if missing. Raises OSError."""
-    make_like(upper_of(layer), layer.lowers[0])
-    with suppress(FileExistsError):
-        os.mkdir(work_of(layer), 0o700)
 
 
 def make_like(path: str, lower: str) -> None:
@@ -72,19 +65,26 @@ def follows_redirects() -> bool | None:
     return True if os.geteuid() != 0 else None
 
 
-def diff(layer: Writable) -> Iterator[tuple[str, bytes]]:
-    """Yield the changes; what is hidden was never there."""
-    root = os.path.realpath(layer.root)
-    hidden = [parts_below(lower, root) for lower in layer.lowers]
-    tops = [os.fsencode(f"/{'/'.join(parts)}/") for parts in hidden if parts is not None]
-    found = changes(upper_of(layer), layer.lowers, prefix(), follows_redirects=follows_redirects())
-    for kind, path in found:
-        if kind != "D" or not any(path.startswith(top) for top in tops):
-            yield kind, path
+class UpperDriver(Driver):
+    """A driver whose layer is an upper and its work directory; how they are mounted is its own."""
 
+    def create(self, layer: Writable) -> None:
+        make_like(upper_of(layer), layer.lowers[0])
+        with suppress(FileExistsError):
+            os.mkdir(work_of(layer), 0o700)
 
-def size(layer: Writable) -> int:
-    try:
-        return size_of_tree(upper_of(layer))
-    except FileNotFoundError:  # the caller's own upper, or memory
-        return 0
+    def diff(self, layer: Writable) -> Iterator[tuple[str, bytes]]:
+        """What is hidden was never there."""
+        root = os.path.realpath(layer.root)
+        hidden = [parts_below(lower, root) for lower in layer.lowers]
+        tops = [os.fsencode(f"/{'/'.join(parts)}/") for parts in hidden if parts is not None]
+        found = changes(upper_of(layer), layer.lowers, prefix(), follows_redirects=follows_redirects())
+        for kind, path in found:
+            if kind != "D" or not any(path.startswith(top) for top in tops):
+                yield kind, path
+
+    def size(self, layer: Writable) -> int:
+        try:
+            return size_of_tree(upper_of(layer))
+        except FileNotFoundError:  # the caller's own upper, or memory
+            return 0

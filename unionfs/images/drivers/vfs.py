@@ -49,9 +49,6 @@ class Vfs(Driver):
     def size(self, layer: Writable) -> int:
         return size_of_tree(_tree(layer))
 
-    def remove(self, layer: Writable) -> None:
-        pass
-
 
 def _tree(layer: Writable) -> str:
     return f"{layer.path}/tree"
