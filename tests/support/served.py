@@ -1,7 +1,8 @@
 """A read-only FUSE filesystem that shows a directory, in a process of its own: one that can be stopped.
 
 The kernel caches nothing of it, so every call reaches the process. It answers one request at a time, after
-SECONDS: `python -m tests.support.served SOURCE TARGET [SECONDS]`.
+SECONDS: `python -m tests.support.served SOURCE TARGET [SECONDS]`. The xattr `user.bytes_read` of everything
+is the number of bytes that were read from all files.
 """
 
 import os
@@ -35,6 +36,7 @@ class Served(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         super().__init__()
         self.paths = {pyfuse3.ROOT_INODE: source}
         self.numbers = {source: pyfuse3.ROOT_INODE}
+        self.bytes_read = 0
 
     def entry(self, path: bytes) -> pyfuse3.EntryAttributes:
         _delay()
@@ -57,6 +59,8 @@ class Served(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         return os.readlink(self.paths[inode])
 
     async def getxattr(self, inode, name, ctx):  # type: ignore[no-untyped-def]
+        if name == b"user.bytes_read":
+            return b"%d" % self.bytes_read
         try:
             return os.getxattr(self.paths[inode], name, follow_symlinks=False)
         except OSError as error:
@@ -71,7 +75,9 @@ class Served(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
 
     async def read(self, fh, off, size):  # type: ignore[no-untyped-def]
         _delay()
-        return os.pread(fh, size, off)
+        data = os.pread(fh, size, off)
+        self.bytes_read += len(data)
+        return data
 
     async def flush(self, fh):  # type: ignore[no-untyped-def]
         _delay()

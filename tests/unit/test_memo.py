@@ -11,7 +11,8 @@ from typing import TypeVar
 
 import pytest
 
-from unionfs.core import layercalls, marks
+from unionfs.core import layercalls, marks, memo
+from unionfs.core.entries import Entries
 from unionfs.core.memo import Memo, Wanted
 from unionfs.core.places import Layer
 
@@ -77,6 +78,44 @@ def test_results_do_not_change_during_a_request(world: World) -> None:
     before, _ = world.answer(handler)
     (world.top / "file").write_bytes(b"")
     assert world.answer(handler) == (before, 1)
+
+
+def test_results_are_outdated(world: World) -> None:
+    """A request that is in progress when the layers are looked at again has the new results."""
+
+    def handler() -> int:
+        return layercalls.call(os.stat, b"file", dir_fd=world.fd, follow_symlinks=False).st_size
+
+    assert world.answer(handler) == (7000, 1 + 1)
+    (world.top / "file").write_bytes(b"")
+    memo.outdate()
+    assert world.answer(handler) == (0, 1 + 1)
+
+
+def test_a_directory_is_listed_from_its_first_name(world: World) -> None:
+    """Also if somebody has read it before."""
+    fd = os.open(world.top, os.O_RDONLY | os.O_DIRECTORY)
+    marked = layercalls.call(os.open, b"/proc/self/fd/%d/." % world.fd, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for _ in range(2):
+
+            def handler() -> list[bytes]:
+                found = Entries([None])
+                found.read(0, marked)
+                return sorted(found.names())
+
+            assert world.answer(handler)[0] == sorted(os.fsencode(name) for name in os.listdir(fd))
+            memo.outdate()
+    finally:
+        os.close(fd)
+        os.close(marked)
+
+
+def test_no_directory(world: World) -> None:
+    """`dir_fd` may be None."""
+    path = b"/proc/self/fd/%d/file" % world.fd
+    natively = os.stat(world.top / "file")
+    assert world.answer(lambda: layercalls.call(os.stat, path, dir_fd=None))[0] == natively
 
 
 def test_errors(world: World) -> None:

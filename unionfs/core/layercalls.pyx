@@ -75,9 +75,10 @@ def call(function, *arguments, **options):
     cdef int fd = -1
     cdef Call made
     cdef object result
+    cdef bint is_in_directory = options.get("dir_fd") is not None
     if marks == NULL:
         return function(*arguments, **options)
-    if options.get("dir_fd") is not None:
+    if is_in_directory:
         fd = fd_in(options["dir_fd"], rest)
     else:
         fd = fd_in(arguments[0], rest)
@@ -86,12 +87,12 @@ def call(function, *arguments, **options):
         if function is os.open and fd >= 0:
             marked_child(fd, result, arguments[1])
         return result
-    if "dir_fd" in options:
+    if is_in_directory:
         options["dir_fd"] = Here(rest[0])
     else:
         arguments = (Here(rest[0]), *arguments[1:])
     if function is os.open:
-        name = arguments[0] if "dir_fd" in options else rest[0][1:]
+        name = arguments[0] if is_in_directory else rest[0][1:]
         return opened(current.ask(OPEN, fd, name, None, arguments[1] | O_CLOEXEC, 0))
     if function is os.listxattr and not rest[0]:
         made = current.ask(XATTR, fd, b"", None, 1, NAMES_SIZE)
@@ -102,7 +103,7 @@ def call(function, *arguments, **options):
     if function is os.fstat or (function is os.stat and isinstance(arguments[0], Here) and rest[0] is None):
         made = current.ask(STAT, fd, b"", None, AT_EMPTY_PATH, 0)
         return attributes(made)
-    if function is os.stat and "dir_fd" in options and not options.get("follow_symlinks", True):
+    if function is os.stat and is_in_directory and not options.get("follow_symlinks", True):
         return attributes(current.ask(STAT, fd, arguments[0], None, AT_SYMLINK_NOFOLLOW, 0))
     made = current.ask(FUNCTION, fd, None, None, 0, 0, function, arguments, tuple(options.items()))
     if made.code:

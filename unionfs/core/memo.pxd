@@ -1,6 +1,6 @@
 # What calls into slow layers returned, for the request that is being answered.
 
-from libc.stdint cimport int64_t, uint32_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from unionfs.core.marks cimport Mark
 from unionfs.core.stats cimport stat_t
@@ -47,6 +47,7 @@ cdef class Call:
 
 cdef class Memo:
     cdef dict results, pending
+    cdef uint64_t generation
     cdef readonly bint closed
 
     cdef Call ask(
@@ -54,6 +55,7 @@ cdef class Memo:
         object function=*, tuple arguments=*, object options=*
     )
     cdef int enter(self, Call call) except -1
+    cdef int forget(self) except -1
 
 cdef bint answering
 cdef Memo current

@@ -17,11 +17,10 @@ from libc.errno cimport EINTR, ENOENT
 from libc.errno cimport errno as c_errno
 from libc.stdint cimport uint64_t
 from libc.stdio cimport snprintf
-from posix.unistd cimport close as c_close
 from posix.unistd cimport pread as c_pread
 
 from unionfs.core.marks cimport (
-    AT_EMPTY_PATH, MOST_FDS, close, is_slow, mark_as, marked_copy, marks, new_mark, statx, statx_t,
+    AT_EMPTY_PATH, close, is_slow, mark_as, marked_copy, marks, new_mark, statx, statx_t,
 )
 from unionfs.core.stats cimport O_PATH, S_IFMT, S_IFREG, failure, fstatat, openat
 from unionfs.core.wire cimport SMALL_FILE
@@ -35,6 +34,8 @@ cdef extern from "<fcntl.h>" nogil:
     int O_WRONLY
 
 cdef extern from "<unistd.h>" nogil:
+    int SEEK_SET
+    int64_t lseek(int fd, int64_t offset, int whence)
     ssize_t readlinkat(int fd, const char *path, char *buffer, size_t size)
     long syscall(long number, ...)
 
@@ -58,6 +59,8 @@ cdef enum:
     PATH_SIZE = 300
     BUFFER = 32 * 1024
 
+#: Which results are still right: those of calls that were wanted since `outdate`.
+cdef uint64_t generation = 0
 #: Whether the loop answers a request, whose memo is `current`; its thread.
 cdef bint answering = False
 cdef Memo current = None
@@ -85,6 +88,12 @@ class Here:
         return fd if self.rest is None else b"/proc/self/fd/%d%b" % (fd, self.rest)
 
 
+def outdate():
+    """Forget all results before their requests are answered anew: the layers are looked at again."""
+    global generation
+    generation += 1
+
+
 cdef bint may_ask(int fd) noexcept nogil:
     """Whether a call on an fd must be asked of the memo."""
     return answering and is_slow(fd) and PyThread_get_thread_ident() == loop_thread
@@ -97,13 +106,17 @@ cdef class Memo:
     """
 
     # results, pending: the calls that were made, and those that are wanted, by what they ask.
+    # generation: of the results.
     # closed: whether the request has ended.
 
     def __init__(self):
-        self.results, self.pending = {}, {}
+        self.results, self.pending, self.generation = {}, {}, generation
 
     def __enter__(self):
         global answering, current, loop_thread
+        if self.generation != generation:
+            self.forget()
+            self.generation = generation
         current, loop_thread, answering = self, PyThread_get_thread_ident(), True
         return self
 
@@ -138,14 +151,18 @@ cdef class Memo:
 
     def close(self):
         """The request has ended: close what was opened for it. A call that is still being made closes its own."""
-        cdef Call call
         self.closed = True
+        self.forget()
+
+    cdef int forget(self) except -1:
+        cdef Call call
         for call in self.results.values():
             if call.opened:
                 close(<int>call.value)
         for call in self.pending.values():
             call.drop()
         self.results, self.pending = {}, {}
+        return 0
 
     cdef Call ask(
         self, int kind, int fd, bytes name, bytes text, int64_t number, size_t size,
@@ -186,15 +203,10 @@ cdef class Call:
         self.done = True
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            if fd < MOST_FDS:
-                marks[fd].id = 0
-            with nogil:
-                c_close(fd)
+            close(fd)
         if memo.closed and self.opened:
             self.opened = False
-            fd = <int>self.value
-            with nogil:
-                c_close(fd)
+            close(<int>self.value)
 
     def drop(self):
         """The request has ended. A call that is being made closes its fd itself."""
@@ -292,12 +304,13 @@ cdef class Call:
         return 0
 
     cdef int list_entries(self) except -1:
-        """All records of a directory, in pieces."""
+        """All records of a directory, in pieces, from the first one."""
         cdef bytes piece
         cdef char *buffer
         cdef long size = 1
         cdef int fd = self.fd
         self.data = []
+        lseek(fd, 0, SEEK_SET)
         while size > 0:
             piece = PyBytes_FromStringAndSize(NULL, BUFFER)
             buffer = PyBytes_AS_STRING(piece)

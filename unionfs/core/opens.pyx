@@ -144,7 +144,7 @@ cdef class Opens:
         """Put a small file into the page cache; after an error the READ reports it."""
         cdef store_notice *notice = self.notice
         cdef ssize_t size = file.stat.st_size if file.has_stat else 0
-        if not 0 < size <= SMALL_FILE:
+        if not 0 < size <= SMALL_FILE or file.number < 0:  # one that has to be opened again comes too late here
             return 0
         try:
             if file.read_now(notice.data, size, 0) != size:

@@ -45,11 +45,11 @@ cdef object KEEP_NUMBERS = frozenset({
 })
 
 #: Of network filesystems and FUSE, whose calls wait for a server: NFS, SMB1 to 3 (fs/smb/client), Ceph, AFS (also of
-#: the kernel's own client), 9p, Coda, NCP, OCFS2, FUSE and with it sshfs, rclone and glusterfs; and of those outside
-#: the kernel's header GFS2, Lustre, OrangeFS, BeeGFS, GPFS and PanFS (coreutils, src/stat.c).
+#: the kernel's own client), FUSE and with it sshfs, rclone and glusterfs; and Lustre (coreutils, src/stat.c). Only of
+#: those that answer statx(2) with AT_STATX_DONT_SYNC without their server, which `marks` needs: so not 9p and Coda,
+#: cluster filesystems on shared disks (OCFS2, GFS2), and those whose sources are not in the kernel.
 cdef object REMOTE = frozenset({
-    NFS, 0x517B, 0xFF534D42, 0xFE534D42, 0x00C36400, 0x5346414F, 0x6B414653, 0x01021997, 0x73757245, 0x564C,
-    0x7461636F, FUSE, 0x01161970, 0x0BD00BD0, 0x20030528, 0x19830326, 0x47504653, 0xAAD7AAEA,
+    NFS, 0x517B, 0xFF534D42, 0xFE534D42, 0x00C36400, 0x5346414F, 0x6B414653, FUSE, 0x0BD00BD0,
 })
 
 cdef enum:

@@ -194,14 +194,21 @@ class _Pool:
         self.is_quick = True
 
     def give(self, job: _Job, memo: Memo) -> None:
-        """Let a thread make calls."""
+        """Let a thread make calls. Raises OSError (EAGAIN) if there is none, and none can be started."""
+        if self._threads < min(self._open + 1, _THREADS):
+            self._start()
         with self._counting:
             self._open += 1
-            more = self._threads < min(self._open, _THREADS)
-        if more:
-            self._threads += 1
-            threading.Thread(target=self._run, daemon=True).start()
         self._jobs.put((job, memo))
+
+    def _start(self) -> None:
+        try:
+            threading.Thread(target=self._run, daemon=True).start()
+        except RuntimeError as error:  # a limit of the user or the machine
+            if not self._threads:
+                raise OSError(errno.EAGAIN, str(error)) from None
+        else:
+            self._threads += 1
 
     def _run(self) -> None:
         me = object()

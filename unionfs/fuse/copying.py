@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from time import perf_counter_ns
@@ -190,6 +191,7 @@ class CopyUps:
             if copy.is_quick:
                 copy.copy()
             else:
+                self._copy_directories(copy.node)
                 await self._in_thread(copy)
             # Waiting requests continue only after that.
             kept = copy.finish(keep=keep)
@@ -197,9 +199,17 @@ class CopyUps:
         self._copied_bytes += copy.size
         return kept
 
+    def _copy_directories(self, node: Node) -> None:
+        """Copy up the directories of a node before its data, if they lie in slow layers: a request that asks
+        these has to begin anew."""
+        if any(layer.slow for layer in self.union.stack.layers):
+            for parent, _ in node.names():
+                self._copy_up.directory(parent)
+
     async def _in_thread(self, copy: FileCopy | DataCopy) -> None:
+        waits_for_server = copy.waits_for_server  # may fail, with nothing to undo yet
         done = self.running[copy.node] = trio.Event()
-        if copy.waits_for_server:
+        if waits_for_server:
             await self._in_abandoned_thread(copy, done)
             return
         try:
@@ -213,10 +223,14 @@ class CopyUps:
         what it uses open until its call has returned."""
         await may_wait()
         token = trio.lowlevel.current_trio_token()
+        #: Taken by the thread when it begins, or by the request that is cancelled before.
+        claim = threading.Lock()
         over = abandoned = False
 
         def run() -> None:
             nonlocal over
+            if not claim.acquire(blocking=False):
+                return
             try:
                 copy.copy(trio.from_thread.check_cancelled)
             finally:
@@ -230,7 +244,7 @@ class CopyUps:
             await trio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=self._patient)
         finally:
             abandoned = True
-            if over:
+            if over or claim.acquire(blocking=False):
                 self._ended(copy, done)
 
     def _ended(self, copy: FileCopy | DataCopy, done: trio.Event) -> None:

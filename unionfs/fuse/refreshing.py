@@ -19,6 +19,7 @@ from typing import Final, Protocol
 
 import trio
 
+from unionfs.core.memo import outdate
 from unionfs.fuse.copying import CopyUps
 from unionfs.fuse.directories import Directories
 from unionfs.union.refreshing import Outdated, Refresh
@@ -135,6 +136,7 @@ class Refreshing:
                 await self._do(self._kernel, work, work.steps_for(changed.names))
 
     def _refresh(self, kernel: Kernel) -> Refresh:
+        outdate()
         return Refresh(
             self._union, self._since_ns, self._copy_ups.is_running, new_nodes=kernel.keeps_sizes
         )

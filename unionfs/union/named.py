@@ -46,6 +46,7 @@ class NamedWhiteouts:
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
+        self._opaque_roots: dict[Layer, bool] = {}
 
     def hides(self, place: Place, dir_fd: int, name: bytes) -> bool:
         """Whether the real directory ``place`` (``dir_fd``: its fd) hides ``name`` in the layers below."""
@@ -63,11 +64,16 @@ class NamedWhiteouts:
         return above is not None and self.hides(above, self._gate.fd(above), place.name)
 
     def roots(self, layers: Sequence[Layer]) -> list[Place]:
-        """The roots of the layers down to the first opaque one."""
+        """The roots of the layers down to the first opaque one. A layer is asked once: it may not answer."""
         roots = []
+        known, self._opaque_roots = self._opaque_roots, {}
         for layer in layers:
             roots.append(layer.root)
-            if self._exists(layer.root, OPAQUE, layer.root_fd):
+            opaque = known.get(layer)
+            if opaque is None:
+                opaque = self._exists(layer.root, OPAQUE, layer.root_fd)
+            self._opaque_roots[layer] = opaque
+            if opaque:
                 break
         return roots
 

@@ -54,8 +54,10 @@ Waiting = Callable[[Any], Coroutine[Any, Any, Reply | None]]
 _BURST_SECONDS: Final = 0.002
 """A burst of requests is over when none arrives for that long; see `core.idling`."""
 _RESIZED_SECONDS: Final = 0.05
-_HELD_SECONDS: Final = 0.0005
 """The delay of the notice about a directory's changed size."""
+_HELD_SECONDS: Final = 0.0005
+_HELD_BY_SERVER_SECONDS: Final = 2.0
+"""With slow layers, how long the whole mount may wait for requests in progress."""
 _OPCODE_UNIQUE: Final = struct.Struct("=4xIQ")  # of struct fuse_in_header
 _NO_ANSWER: Final = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT)
 
@@ -99,6 +101,8 @@ class Loop:
         self._running: dict[int, tuple[trio.CancelScope, int]] = {}
         self._latencies = latencies
         self._hold: trio.Event | None = None
+        #: How many of `_running` wait for slow layers, and have changed nothing.
+        self._waiting_aside = 0
         #: Makes calls on slow layers, if there are any; see `core.memo`.
         self._asides = asides if asides is not None and asides.needed else None
         if self._asides is not None:
@@ -107,21 +111,28 @@ class Loop:
 
     @asynccontextmanager
     async def held(self, seconds: float) -> AsyncIterator[None]:
-        """Within the context no request is read, and none is being answered: those that come wait. Raises
-        ``TimeoutError`` if some are not answered within that time."""
+        """Within the context no request is read, and none is being answered: those that come wait, as do
+        those that are aside. Raises ``TimeoutError`` if some are not answered within that time, or within two
+        seconds where layers are slow."""
         while self._hold is not None:
             await self._hold.wait()
         released = self._hold = trio.Event()
+        if self._asides is not None:
+            seconds = min(seconds, _HELD_BY_SERVER_SECONDS)
         try:
             with trio.move_on_after(seconds):
-                while self._running:  # noqa: ASYNC110 - an event would cost every request
+                while self._in_progress:  # noqa: ASYNC110 - an event would cost every request
                     await trio.sleep(_HELD_SECONDS)
-            if self._running:
-                raise TimeoutError(f"{len(self._running)} requests are in progress for {seconds:.0f} seconds")
+            if self._in_progress:
+                raise TimeoutError(f"{self._in_progress} requests are in progress for {seconds:.0f} seconds")
             yield
         finally:
             self._hold = None
             released.set()
+
+    @property
+    def _in_progress(self) -> int:
+        return len(self._running) - self._waiting_aside
 
     def _new_buffer(self) -> None:
         self._buffer = self._new(self._size)
@@ -272,7 +283,13 @@ class Loop:
         """Make the calls that a request wants and answer it anew, until it wants none."""
         assert self._asides is not None
         while True:
-            await self._asides.make(memo)
+            self._waiting_aside += 1
+            try:
+                await self._asides.make(memo)
+                while self._hold is not None:
+                    await self._hold.wait()
+            finally:
+                self._waiting_aside -= 1
             if message is not None:
                 if self._channel.again(message, memo):
                     return None  # it is sent
