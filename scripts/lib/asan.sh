@@ -4,7 +4,7 @@ asan_tree=$repository/build/asan
 
 # build_asan: copies the repository and builds the copy's core, unless its sources are unchanged.
 build_asan() {
-    local sources
+    local sources requirements
     mkdir -p "$asan_tree"
     # what is excluded stays in the copy: its own build
     rsync -a --delete --exclude=/build --exclude=/dist --exclude=/.venv --exclude=/.git --exclude='*.so' \
@@ -12,6 +12,11 @@ build_asan() {
     sources=$(cd "$asan_tree" && cat setup.py unionfs/core/*.px[di] unionfs/core/*.pyx | sha256sum)
     [ "$(cat "$asan_tree/build/sources" 2>/dev/null)" != "$sources" ] || return 0
     echo "Building the core with AddressSanitizer"
+    # pip has them in an environment of its own when it builds the project
+    mapfile -t requirements < <("$venv/bin/python" -c 'import tomllib
+print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")')
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check "${requirements[@]}" ||
+        die "pip could not install what builds the core; its messages are above"
     rm -f "$asan_tree"/unionfs/core/*.so
     (cd "$asan_tree" && UNIONFS_CORE=asan "$venv/bin/python" setup.py -q build_ext --inplace --parallel "$(nproc)" \
         >build.log 2>&1) || die "the core cannot be built; see $asan_tree/build.log"
