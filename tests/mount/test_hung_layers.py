@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from tests.support.mounting import Mount, is_mounted, mounted
 from tests.support.patience import patient
 from tests.support.snapshot import take
 from tests.support.worker import REPOSITORY
+from unionfs.sys.process import status_field
 
 #: What needs the layer, as the body of a program; `p` is the mount point.
 CALLS = {
@@ -221,6 +224,59 @@ def test_a_caller_can_be_killed(place: Place, call: str) -> None:
     changed = {"remove": {"remove"}, "make": {"new"}, "rename": {"rename", "renamed"}}.get(call, set())
     assert set(names) ^ set(natively) <= changed
     assert (place.top / "only/read").read_bytes() == b"read" * 20_000
+
+
+@pytest.mark.parametrize("call", ["look a name up", "read", "chmod"])
+def test_a_caller_that_handled_a_signal_can_be_killed(place: Place, call: str) -> None:
+    """The kernel tells a filesystem of the first signal only."""
+    _stopped(place)
+    caller = place.call(f"import signal\nsignal.signal(signal.SIGUSR1, lambda *_: 0)\n{CALLS[call]}")
+    deadline = time.monotonic() + patient(20)
+    while not int(status_field("SigCgt", caller.pid), 16) >> (signal.SIGUSR1 - 1) & 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    place.waits(caller)
+    caller.send_signal(signal.SIGUSR1)
+    time.sleep(0.2)
+    assert caller.poll() is None
+    caller.kill()
+    caller.wait(patient(20))
+    _others_go_on(place.top)
+
+
+def test_a_reader_whose_opener_has_ended(place: Place) -> None:
+    """It reads, and is not told of a signal that it did not get."""
+    opened: list[int] = []
+
+    def open_it() -> None:
+        opened.append(os.open(place.top / "only/read", os.O_RDONLY))
+        opened.append(os.open(place.top / "only", os.O_RDONLY | os.O_DIRECTORY))
+
+    thread = threading.Thread(target=open_it)
+    thread.start()
+    thread.join()
+    file, directory = opened
+    try:
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        buffer = ctypes.create_string_buffer(9)
+        # os.read would call it again after EINTR
+        assert ctypes.CDLL(None, use_errno=True).pread(file, buffer, 8, 40_000) == 8
+        assert buffer.value == b"readread"
+        assert sorted(os.listdir(directory)) == sorted(os.listdir(place.area / "source/only"))
+    finally:
+        os.close(file)
+        os.close(directory)
+
+
+def test_a_listing_after_many_removals(root: None, area: Path, session: str) -> None:
+    """Names that are hidden take no place in an answer; one without any would be the end."""
+    with _place(area, session) as place:
+        names = [f"file{number:03}" for number in range(200)]
+        for name in names:
+            (area / "source/late" / name).touch()
+        for name in names[:190]:
+            (place.top / "late" / name).unlink()
+        assert sorted(os.listdir(place.top / "late")) == ["file", *names[190:]]
 
 
 def test_waiting_requests_end_well(place: Place) -> None:

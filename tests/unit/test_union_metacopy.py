@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,9 @@ __all__ = ["open_union"]
 DATA = os.urandom(5000)
 DIGEST = b"\0\x24\0\x01" + bytes(32)
 """As fs/overlayfs/overlayfs.h, struct ovl_metacopy: version, length, flags, algorithm, digest."""
+CAPABILITY = "security.capability"
+NET_RAW = struct.pack("<5I", 0x02000001, 1 << 13, 0, 0, 0)
+"""cap_net_raw=ep: include/uapi/linux/capability.h, struct vfs_cap_data."""
 WHOLE = 64 * 512 * 1024
 
 
@@ -225,6 +229,53 @@ class TestDataFollows:
         file = union.files.lend(node, write=False)
         assert file.read(len(content), 0) == content
         union.files.take_back(node, file)
+
+    def test_an_error_keeps_capabilities(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        """And set-id bits, which truncation removes as well."""
+        if os.geteuid():
+            pytest.skip("file capabilities need root")
+        data(tmp_path / "l0/f", os.urandom(WHOLE // 2))
+        os.chmod(tmp_path / "l0/f", 0o4755)
+        os.setxattr(tmp_path / "l0/f", CAPABILITY, NET_RAW)
+        union = opened(open_union, 1)
+        node = get(union, "f")
+        copy_up(union, node)
+
+        def fail() -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+        with DataCopy(CopyUp(union), node) as copy, pytest.raises(OSError, match="full"):
+            copy.copy(fail)
+        assert os.getxattr(tmp_path / "upper/f", CAPABILITY) == NET_RAW
+        assert os.stat(tmp_path / "upper/f").st_mode & 0o7777 == 0o4755
+
+    def test_a_request_that_ended_before_its_thread(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        """What the thread has made of the file on disk holds."""
+        data(tmp_path / "l0/f")
+        union = opened(open_union, 1)
+        node = get(union, "f")
+        copy_up(union, node)
+        with DataCopy(CopyUp(union), node) as copy:
+            copy.begins()
+        copy.copy()
+        copy.settle()
+        copy.ends()
+        assert not is_metacopy(tmp_path / "upper/f")
+        assert node.lower_data is None
+        assert read(union, "f") == DATA
+        assert (tmp_path / "upper/f").read_bytes() == DATA
+
+    def test_data_is_never_taken_from_an_ordinary_file(self, tmp_path: Path, open_union: OpenUnion) -> None:
+        content = os.urandom(WHOLE)
+        data(tmp_path / "l0/f", content)
+        union = opened(open_union, 1)
+        node = get(union, "f")
+        copy_up(union, node)
+        with DataCopy(CopyUp(union), node) as first:
+            first.copy()
+            with DataCopy(CopyUp(union), node) as second, pytest.raises(OSError, match="No data"):
+                second.copy()
+        assert (tmp_path / "upper/f").read_bytes() == content
 
     def test_after_a_crash_in_between(self, tmp_path: Path, open_union: OpenUnion) -> None:
         metacopy(tmp_path / "upper/f")

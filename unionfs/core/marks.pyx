@@ -12,7 +12,7 @@ from libc.stdlib cimport calloc
 from libc.string cimport memset
 from posix.unistd cimport close as c_close
 
-from unionfs.core.stats cimport O_PATH, S_IFMT, S_IFREG, failure
+from unionfs.core.stats cimport O_PATH, S_IFDIR, S_IFMT, S_IFREG, failure
 
 cdef extern from "<fcntl.h>" nogil:
     int F_DUPFD_CLOEXEC
@@ -64,7 +64,8 @@ cdef Mark new_mark(int fd, uint32_t layer, bint opened) noexcept nogil:
     statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, 0, &found)
     mark.id, mark.ino, mark.layer = next_id(), found.stx_ino, layer
     mark.major, mark.minor = found.stx_dev_major, found.stx_dev_minor
-    mark.flushes = opened and found.stx_mode & S_IFMT == S_IFREG
+    # files are flushed; SMB and Lustre close directories at the server
+    mark.flushes = opened and found.stx_mode & S_IFMT in (S_IFREG, S_IFDIR)
     return mark
 
 

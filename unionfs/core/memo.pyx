@@ -202,11 +202,14 @@ cdef class Call:
             self.look_at_opened()
         self.done = True
         fd, self.fd = self.fd, -1
-        if fd >= 0:
-            close(fd)
+        with nogil:
+            if fd >= 0:
+                close(fd)
         if memo.closed and self.opened:
             self.opened = False
-            close(<int>self.value)
+            fd = <int>self.value
+            with nogil:
+                close(fd)
 
     def drop(self):
         """The request has ended. A call that is being made closes its fd itself."""
@@ -310,7 +313,8 @@ cdef class Call:
         cdef long size = 1
         cdef int fd = self.fd
         self.data = []
-        lseek(fd, 0, SEEK_SET)
+        with nogil:
+            lseek(fd, 0, SEEK_SET)
         while size > 0:
             piece = PyBytes_FromStringAndSize(NULL, BUFFER)
             buffer = PyBytes_AS_STRING(piece)

@@ -44,12 +44,12 @@ cdef object KEEP_NUMBERS = frozenset({
     0xCA451A4E, 0x2FC12FC1,
 })
 
-#: Of network filesystems and FUSE, whose calls wait for a server: NFS, SMB1 to 3 (fs/smb/client), Ceph, AFS (also of
-#: the kernel's own client), FUSE and with it sshfs, rclone and glusterfs; and Lustre (coreutils, src/stat.c). Only of
-#: those that answer statx(2) with AT_STATX_DONT_SYNC without their server, which `marks` needs: so not 9p and Coda,
-#: cluster filesystems on shared disks (OCFS2, GFS2), and those whose sources are not in the kernel.
+#: Of network filesystems and FUSE, whose calls wait for a server: NFS, SMB1 to 3 (fs/smb/client), Ceph, AFS (the
+#: kernel's client), FUSE and with it sshfs, rclone and glusterfs; and Lustre (coreutils, src/stat.c; its llite/file.c).
+#: Only of those that answer statx(2) with AT_STATX_DONT_SYNC without their server, which `marks` needs: so not 9p, Coda
+#: and OpenAFS, cluster filesystems on shared disks (OCFS2, GFS2), and others whose sources are not in the kernel.
 cdef object REMOTE = frozenset({
-    NFS, 0x517B, 0xFF534D42, 0xFE534D42, 0x00C36400, 0x5346414F, 0x6B414653, FUSE, 0x0BD00BD0,
+    NFS, 0x517B, 0xFF534D42, 0xFE534D42, 0x00C36400, 0x6B414653, FUSE, 0x0BD00BD0,
 })
 
 cdef enum:

@@ -44,7 +44,7 @@ from unionfs.union.leftovers import check_work
 _REPORTS_NOTHING: Final = {
     NFS_MAGIC: "NFS", FUSE_MAGIC: "FUSE", 0x517B: "SMB", 0xFE534D42: "SMB", 0xFF534D42: "SMB",
     0x01021997: "9p", 0x00C36400: "Ceph", 0x5346414F: "AFS", 0x6B414653: "AFS", 0x73757245: "Coda",
-    0x01161970: "GFS2", 0x7461636F: "OCFS2", 0x786F4256: "a VirtualBox share",
+    0x0BD00BD0: "Lustre", 0x01161970: "GFS2", 0x7461636F: "OCFS2", 0x786F4256: "a VirtualBox share",
 }  # fmt: skip
 
 _MAKE: Final = "make it with mkdir"

@@ -94,41 +94,45 @@ class Asides:
                 await begun.done()
                 memo.made(begun.calls)
                 return
-            parts = [part for calls in _by_layer(memo.wanted()) for part in _divided(calls)]
-            if len(parts) == 1:
-                await self._make(memo, parts[0])
-                return
-            async with trio.open_nursery() as nursery:
-                for part in parts:
-                    nursery.start_soon(self._make, memo, part)
+            jobs = [
+                self._given(memo, part) for calls in _by_layer(memo.wanted()) for part in _divided(calls)
+            ]
+            for job in jobs:
+                await job.done()
+                memo.made(job.calls)
         finally:
             self._aside -= 1
 
-    async def make_for(self, memo: Memo, pid: int) -> None:
-        """The same, for a session that is not told of signals. Raises InterruptedError if the process
-        ``pid`` is being killed; 0: unknown."""
+    async def make_for(self, memo: Memo, pid: int, *, is_caller: bool) -> None:
+        """The same, for a session that is not told of signals. Raises InterruptedError if the task ``pid`` is
+        being killed; 0: unknown. Unless it ``is_caller``, another one may wait when it is gone."""
         killed = False
+        failed: OSError | None = None
         async with trio.open_nursery() as nursery:
 
             async def watch() -> None:
                 nonlocal killed
-                while not is_being_killed(pid):  # noqa: ASYNC110 - nothing tells it
+                while not is_being_killed(pid, gone=is_caller):  # noqa: ASYNC110 - nothing tells it
                     await trio.sleep(_KILLED_SECONDS)
                 killed = True
                 nursery.cancel_scope.cancel()
 
             if pid:
                 nursery.start_soon(watch)
-            await self.make(memo)
+            try:
+                await self.make(memo)
+            except OSError as error:  # the nursery would put it into a group
+                failed = error
             nursery.cancel_scope.cancel()
+        if failed is not None:
+            raise failed
         if killed and memo.wanted():
             raise InterruptedError(errno.EINTR, os.strerror(errno.EINTR))
 
-    async def _make(self, memo: Memo, calls: Sequence[Call]) -> None:
+    def _given(self, memo: Memo, calls: Sequence[Call]) -> _Job:
         job = _Job(calls)
         self._pools[calls[0].layer].give(job, memo)
-        await job.done()
-        memo.made(calls)
+        return job
 
     def _close(self, fd: int, number: int) -> None:
         closer = self._closers.get(number)
@@ -239,8 +243,13 @@ class _Closer:
     def close(self, fd: int) -> None:
         """Close an fd soon."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # a limit of the user or the machine
+                os.close(fd)
+                return
+            self._thread = thread
         self._fds.put(fd)
 
     def _run(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import threading
@@ -21,6 +22,8 @@ from unionfs.sys.fds import Owned
 from unionfs.union.copyup import CopyUp
 from unionfs.union.filecopy import DataCopy, FileCopy, small_copy_ups
 from unionfs.union.tree import Union
+
+log = logging.getLogger(__name__)
 
 Check = Callable[[], None]
 
@@ -237,14 +240,26 @@ class CopyUps:
                 over = True
                 if abandoned:
                     with suppress(trio.RunFinishedError):
-                        token.run_sync_soon(self._ended, copy, done)
+                        token.run_sync_soon(self._left, copy, done)
 
         copy.begins()
         try:
             await trio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=self._patient)
-        finally:
+        except BaseException:
             abandoned = True
             if over or claim.acquire(blocking=False):
+                self._left(copy, done)
+            raise
+        self._ended(copy, done)
+
+    def _left(self, copy: FileCopy | DataCopy, done: trio.Event) -> None:
+        """The thread of a copy has ended, and its request before it."""
+        if not done.is_set():
+            try:
+                copy.settle()
+            except OSError:
+                log.exception("a copy cannot be used")
+            finally:
                 self._ended(copy, done)
 
     def _ended(self, copy: FileCopy | DataCopy, done: trio.Event) -> None:

@@ -162,18 +162,20 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
                 try:
                     return await finish(handle(), memo)
                 except Wanted:
-                    await self.operations.asides.make_for(memo, self._caller(kind, args))
+                    pid, is_caller = self._caller(kind, args)
+                    await self.operations.asides.make_for(memo, pid, is_caller=is_caller)
         finally:
             memo.close()
 
-    def _caller(self, kind: str, args: Sequence[Any]) -> int:
-        """The process that sent a request; 0: unknown. libfuse passes no FUSE_INTERRUPT on."""
+    def _caller(self, kind: str, args: Sequence[Any]) -> tuple[int, bool]:
+        """The task that sent a request (libfuse passes no FUSE_INTERRUPT on), or, and then False, the one
+        that opened the file, which is likely to be the same; 0: unknown."""
         if isinstance(args[-1], pyfuse3.RequestContext):
-            return int(args[-1].pid)
+            return int(args[-1].pid), True
         if kind == "read":
             who = self.files[args[1]].who
-            return 0 if who is None else int(who.pid)
-        return self._open_directories[args[1]][1] if kind == "readdir" else 0
+            return (0 if who is None else int(who.pid)), False
+        return (self._open_directories[args[1]][1] if kind == "readdir" else 0), False
 
     async def invalidate_attributes(self) -> None:
         """Invalidate attributes changed by a copy-up, before the reply, so that no process sees old ones
@@ -383,10 +385,13 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         entries, first = await self.operations.directories.entries(node, start_id)
         if self.operations.asides.needed:
             self._look_up_at_once(node, map(entries.name, range(first, len(entries))[:_AHEAD]))
+        empty = True
         for name, shown, place in ((b".", node, DOT), (b"..", node.parent or node, DOT_DOT)):
             dot = bare(shown.id, stat.S_IFDIR)
-            if start_id < place and not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), dot, place):
-                return
+            if start_id < place:
+                empty = False
+                if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), dot, place):
+                    return
         for index in range(first, len(entries)):
             if node.unlinked:
                 return
@@ -394,12 +399,16 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             try:
                 found, unknown = self._look_up(node, name)
             except Wanted:
+                if empty:  # an answer without names would be the end
+                    self._look_up_at_once(node, map(entries.name, range(index, len(entries))[:_AHEAD]))
                 return  # the next request begins here
-            if unknown is not None and not pyfuse3.readdir_reply(token, name, bare(*unknown), cookie):
-                return
+            if unknown is not None:
+                empty = False
+                if not pyfuse3.readdir_reply(token, name, bare(*unknown), cookie):
+                    return
             if found is None:
                 continue
-            child = found[0]
+            child, empty = found[0], False
             if not pyfuse3.readdir_reply(token, name, named(found), cookie):
                 self.nodes.forget(child, 0)
                 return

@@ -70,8 +70,8 @@ def supplementary_groups(task: int) -> list[int]:
         return []
 
 
-def is_being_killed(task: int) -> bool:
-    """Return whether a task has a pending fatal signal or is gone.
+def is_being_killed(task: int, *, gone: bool = True) -> bool:
+    """Return whether a task has a pending fatal signal; ``gone`` for one that does not exist.
 
     On a fatal signal, the kernel queues SIGKILL to every task of the process (kernel/signal.c,
     complete_signal).
@@ -79,7 +79,7 @@ def is_being_killed(task: int) -> bool:
     try:
         return bool(int(status_field("SigPnd", task) or "0", 16) >> (signal.SIGKILL - 1) & 1)
     except (OSError, ValueError):
-        return True
+        return gone
 
 
 def close_files_but(kept: Iterable[int]) -> None:

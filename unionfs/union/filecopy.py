@@ -67,6 +67,9 @@ class _Copy:
         """A thread uses it from now on."""
         self._running = True
 
+    def settle(self) -> None:
+        """The request has ended before the thread, which has ended: record what is changed for good."""
+
     def ends(self) -> None:
         """The thread has ended."""
         self._running = False
@@ -248,7 +251,7 @@ class FileCopy(_Copy):
             self._target = -1
         try:
             self._copy_up.link_up_known(node)
-        except OSError:
+        except BaseException:
             if keep and file is not None:
                 union.files.take_back(node, file)
             raise
@@ -281,6 +284,8 @@ class DataCopy(_Copy):
         self._copy_up = copy_up
         self.node = node
         self._target: OpenFile | None = None
+        #: Whether the file is an ordinary one by now.
+        self._is_complete = False
         self._source = union.files.lend(node, write=False)
         self._open = True
         try:
@@ -322,17 +327,22 @@ class DataCopy(_Copy):
                 _copy(self._union, source, layercalls.call(os.fstat, source), fd, self.size, goes_on)
             goes_on()
             os.ftruncate(fd, self.size)
-            if capability is not None:
-                os.setxattr(fd, CAPABILITY, capability)
-            if self._st.st_mode & SET_IDS:
-                os.fchmod(fd, stat.S_IMODE(self._st.st_mode))
-            os.utime(fd, ns=(self._st.st_atime_ns, self._st.st_mtime_ns))
+            self._restore(fd, capability)
             if self._union.stack.durable:
                 os.fsync(fd)
             os.removexattr(fd, self._union.markers.metacopy)
         except BaseException:
-            self._take_data_away(fd)
+            self._take_data_away(fd, capability)
             raise
+        self._is_complete = True
+
+    def _restore(self, fd: int, capability: bytes | None) -> None:
+        """Restore what writing and truncating have changed."""
+        if capability is not None:
+            os.setxattr(fd, CAPABILITY, capability)
+        if self._st.st_mode & SET_IDS:
+            os.fchmod(fd, stat.S_IMODE(self._st.st_mode))
+        os.utime(fd, ns=(self._st.st_atime_ns, self._st.st_mtime_ns))
 
     def _capability(self, fd: int) -> bytes | None:
         """The capabilities, which writing removes."""
@@ -341,13 +351,22 @@ class DataCopy(_Copy):
         except OSError:
             return None
 
-    def _take_data_away(self, fd: int) -> None:
-        """Free the space of an incomplete copy, and restore size and times."""
+    def _take_data_away(self, fd: int, capability: bytes | None) -> None:
+        """Free the space of an incomplete copy, and restore everything else."""
+        try:
+            os.getxattr(fd, self._union.markers.metacopy)
+        except OSError:
+            return  # it is an ordinary file, and this its data
         with contextlib.suppress(OSError):
             os.ftruncate(fd, self._st.st_size)
             calls.fallocate(fd, calls.PUNCH_HOLE | calls.KEEP_SIZE, 0, self._st.st_size)
         with contextlib.suppress(OSError):
-            os.utime(fd, ns=(self._st.st_atime_ns, self._st.st_mtime_ns))
+            self._restore(fd, capability)
+
+    def settle(self) -> None:
+        """The data is there, and readers must use it: the next copy would find no metacopy file."""
+        if self._is_complete:
+            self.finish()
 
     def finish(self, *, keep: bool = False) -> OpenFile | None:
         """Switch all opens of the file to the upper's. ``keep``: lend it to the caller too."""

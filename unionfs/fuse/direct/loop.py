@@ -58,6 +58,8 @@ _RESIZED_SECONDS: Final = 0.05
 _HELD_SECONDS: Final = 0.0005
 _HELD_BY_SERVER_SECONDS: Final = 2.0
 """With slow layers, how long the whole mount may wait for requests in progress."""
+_KILLED_SECONDS: Final = 0.1
+"""How often a caller that got a signal is looked at."""
 _OPCODE_UNIQUE: Final = struct.Struct("=4xIQ")  # of struct fuse_in_header
 _NO_ANSWER: Final = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT)
 
@@ -397,10 +399,22 @@ class Loop:
             self._files.close_deferred()
 
     def _interrupt(self, unique: int) -> None:
-        """Handle a caller's signal. Only a caller that it kills gets EINTR: others do not expect it."""
+        """Handle a caller's signal. Only a caller that it kills gets EINTR: others do not expect it. The
+        kernel tells of the first signal only."""
         running = self._running.get(unique)
-        if running is not None and is_being_killed(running[1]):
+        if running is None:
+            return
+        if is_being_killed(running[1]):
             running[0].cancel()
+        else:
+            self._nursery.start_soon(self._watch_caller, unique, *running)
+
+    async def _watch_caller(self, unique: int, scope: trio.CancelScope, pid: int) -> None:
+        while unique in self._running:
+            if is_being_killed(pid):
+                scope.cancel()
+                return
+            await trio.sleep(_KILLED_SECONDS)
 
 
 def _present_buffer(size: int) -> mmap.mmap:
