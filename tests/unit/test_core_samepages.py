@@ -5,7 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
+from tests.support.sanitizer import SANITIZED
 from tests.support.worker import REPOSITORY
+
+pytestmark = pytest.mark.skipif(
+    SANITIZED, reason="it reads whole pages, also parts of them that are free, which AddressSanitizer reports"
+)
 
 PRELUDE = """
 import fcntl, mmap, os, resource, signal, sys
