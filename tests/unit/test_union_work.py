@@ -38,15 +38,49 @@ def test_a_change_that_was_made_does_not_fail_by_what_is_left(
     changes.unlink(d, b"f")
     os.close(changes.create(d, b"f", 0o644, ME)[2])
 
-    def refuse(name: bytes) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
     changes.unlink(d, b"f")
     with monkeypatch.context() as patched:
-        patched.setattr(union.work, "_remove", refuse)
+        patched.setattr(union.work, "_remove", _refuse)
         changes.rmdir(root, b"d")
     assert names(union) == set()
     assert len(os.listdir(tmp_path / "work/work")) == 1
     with union.work.temporary():
         pass
     assert os.listdir(tmp_path / "work/work") == []
+
+
+def test_what_is_left_is_removed_at_the_end(
+    tmp_path: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    union = open_union()
+    with monkeypatch.context() as patched, union.work.temporary() as temporary:
+        os.close(temporary.mkdir())
+        patched.setattr(union.work, "_remove", _refuse)
+        temporary.discard()
+    assert len(os.listdir(tmp_path / "work/work")) == 1
+    union.close()
+    assert os.listdir(tmp_path / "work/work") == []
+
+
+def test_a_directory_is_not_moved_if_the_whiteout_cannot_be_removed(
+    tmp_path: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whiteout of the new name has the old one for a moment."""
+    (tmp_path / "l0").mkdir()
+    (tmp_path / "l0/gone").touch()
+    union = open_union()
+    changes, root = Changes(union), union.nodes.root
+    changes.unlink(root, b"gone")
+    changes.mkdir(root, b"made", 0o755, ME)
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="Input/output"):
+        patched.setattr(os, "unlink", _refuse)
+        changes.rename(root, b"made", root, b"gone", 0)
+    assert names(union) == {b"made"}
+    assert sorted(os.listdir(tmp_path / "upper")) == ["gone", "made"]
+    changes.rename(root, b"made", root, b"gone", 0)
+    assert names(union) == {b"gone"}
+    assert os.listdir(tmp_path / "upper") == ["gone"]
+
+
+def _refuse(name: bytes, *, dir_fd: int = -1) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
