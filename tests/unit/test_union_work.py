@@ -72,14 +72,28 @@ def test_a_directory_is_not_moved_if_the_whiteout_cannot_be_removed(
     changes, root = Changes(union), union.nodes.root
     changes.unlink(root, b"gone")
     changes.mkdir(root, b"made", 0o755, ME)
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="Input/output"):
+    with monkeypatch.context() as patched:
         patched.setattr(os, "unlink", _refuse)
-        changes.rename(root, b"made", root, b"gone", 0)
+        with pytest.raises(OSError, match="Input/output"):
+            changes.rename(root, b"made", root, b"gone", 0)
     assert names(union) == {b"made"}
     assert sorted(os.listdir(tmp_path / "upper")) == ["gone", "made"]
     changes.rename(root, b"made", root, b"gone", 0)
     assert names(union) == {b"gone"}
     assert os.listdir(tmp_path / "upper") == ["gone"]
+
+
+def test_nothing_is_kept_of_what_the_kernel_does_not_know(tmp_path: Path, open_union: OpenUnion) -> None:
+    """It will not forget it either: what a request found anew, since it was replaced."""
+    (tmp_path / "upper").mkdir()
+    for name in "ab":
+        (tmp_path / "upper" / name).touch()
+    union = open_union()
+    changes, root = Changes(union), union.nodes.root
+    changes.rename(root, b"a", root, b"b", 0, tried=True)
+    changes.unlink(root, b"b", tried=True)
+    opened = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.lexists(entry.path)]
+    assert not [path for path in opened if path.endswith(("/a (deleted)", "/b (deleted)"))]
 
 
 def _refuse(name: bytes, *, dir_fd: int = -1) -> None:
