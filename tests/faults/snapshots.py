@@ -248,12 +248,12 @@ class _Daemon:
                 injector.disarm()
                 timer.cancel()
                 tried += bool(fault.hit)
-                stage.problems = [
-                    *stage.problems, *(f"{fault}: {one}" for one in self._judge(said, before, opened, entry))
-                ]  # fmt: skip
+                try:
+                    problems = [f"{fault}: {one}" for one in self._judge(said, before, opened, entry)]
+                except OSError as error:
+                    raise mounting.MountFailed(f"{fault}: the daemon ended: {error}") from error
+                stage.problems = [*stage.problems, *problems]
                 opened.close()
-                if mount.process is None or mount.process.poll() is not None:
-                    raise mounting.MountFailed(f"{fault}: the daemon ended: {mount.log_text()[-2000:]}")
             at_the_end = shown(stage.root)
             stage.sync()
             mount.allow_log("")
