@@ -174,6 +174,11 @@ class Cluster:
         path.chmod(0o644)
         return path
 
+    def insert(self, count: int) -> int:
+        """Insert rows, one transaction each; the last one that the client was told of."""
+        told = self.run("psql", "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", script=_INSERT * count)
+        return int(told.splitlines()[-1])
+
     def kill_at_work(self) -> int:
         """Kill all processes of the server while a client inserts rows; the last one that it was told of."""
         script = self._file("inserts", _INSERT * 5000)

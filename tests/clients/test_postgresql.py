@@ -1,9 +1,16 @@
-"""A PostgreSQL cluster of a lower, copied up as it is used: killed, recovered, and the same as on ext4."""
+"""A PostgreSQL cluster of a lower, copied up as it is used: killed, recovered, and the same as on ext4.
+
+So also while the daemons of the mount are killed, which the server and its clients do not notice.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +21,7 @@ from tests.clients import postgres
 from tests.clients.postgres import Cluster, Owner
 from tests.clients.rooms import ROOTLESS_UID, Room, room
 from tests.clients.support import manifest
+from tests.faults.deaths import resends
 from tests.mount.cli_calls import session_words
 from tests.support import areas
 
@@ -47,7 +55,7 @@ def _directory(path: Path, owner: Owner) -> Path:
 
 
 @contextmanager
-def union(one: Room, area: Path, session: str) -> Iterator[Path]:
+def union(one: Room, area: Path, session: str, *options: str) -> Iterator[Path]:
     """The lower with the cluster under an upper, mounted by the room's user; the lower must not change."""
     for name in ("upper", "work", "merged"):
         (area / name).mkdir()
@@ -55,7 +63,8 @@ def union(one: Room, area: Path, session: str) -> Iterator[Path]:
     unionfs = (sys.executable, "-m", "unionfs")
     layers = ("-l", area / "lower", "-u", area / "upper", "-w", area / "work")
     before = manifest(area / "lower")
-    done = one.call(*unionfs, "mount", *session_words(session), *layers, area / "merged")
+    words = (*session_words(session), *options, *layers, area / "merged")
+    done = one.call(*unionfs, "mount", *words, env={"UNIONFS_DEATHS": "0"})  # they may be any number
     assert (done.returncode, done.stderr) == (0, "")
     yield area / "merged"
     done = one.call(*unionfs, "umount", area / "merged")
@@ -98,3 +107,49 @@ def test_killed_and_recovered(
         database.check_pages()
         with database.running():
             assert database.content() == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not resends(), reason="FUSE_NOTIFY_RESEND needs Linux 6.9")
+@pytest.mark.parametrize("io", ["direct-hybrid", "direct-passthrough", "direct-cached"])
+def test_daemons_that_die(cluster: tuple[Path, bytes], area: Path, io: str) -> None:
+    """No client gets an error, and nothing is lost."""
+    template, expected = cluster
+    with room(area / "home") as one:
+        owner = postgres.system_user()
+        one.as_root("cp", "-a", template, _directory(area / "lower", Owner(0, 0)) / "pg")
+        (area / "lower").chmod(0o755)
+        with union(one, area, io, "-o", "outlive") as merged:
+            database = Cluster(one, owner, merged / "pg", _directory(area / "sockets", owner))
+            with database.running():
+                with _deaths(one) as killed:
+                    database.work()
+                    last = database.insert(5000)
+                assert len(killed) > 10
+                assert database.content() == expected
+                kept = database.sql(f"select count(*) from acknowledged where id <= {last}")
+                assert int(kept) == last == 5000
+                database.check()
+            database.check_pages()
+
+
+@contextmanager
+def _deaths(one: Room) -> Iterator[list[int]]:
+    """Kill the daemons of a room's mount, one after the other; yields their pids."""
+    ends, killed, chosen = threading.Event(), list[int](), random.Random(3)
+
+    def kill() -> None:
+        while not ends.is_set():
+            time.sleep(chosen.random() * 0.3)
+            listed = json.loads(one.as_root(sys.executable, "-m", "unionfs", "ls", "--json"))
+            for pid in {int(entry["pid"]) for entry in listed} - set(killed):
+                one.as_root("kill", "-9", str(pid))
+                killed.append(pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        yield killed
+    finally:
+        ends.set()
+        killer.join()

@@ -226,8 +226,8 @@ class Batch:
             return
         self._left[case.directory] = found
         # The kernel repeats what ended with ESTALE; what was undone before leaves the time of its directory.
-        # And a time that cannot be restored is lost.
-        excused = case.fault.error == errno.ESTALE or case.fault.hit.startswith("utimensat")
+        # And a time is lost that cannot be restored, or by a daemon that died before that.
+        excused = case.fault.error in (errno.ESTALE, KILL) or case.fault.hit.startswith("utimensat")
         if case.error is None and found != new and not (excused and same_but_directories(found, new)):
             case.blame(f"success, but {differences(new, found)}")
         elif case.error is not None and not same_but_directories(found, old):

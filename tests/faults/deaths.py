@@ -10,6 +10,7 @@ import contextlib
 import os
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from unionfs.sys.process import wait_gone
 
 _SECONDS: Final = patient(30)
 _DONT_SYNC: Final = 0x4000  # AT_STATX_DONT_SYNC, include/uapi/linux/fcntl.h
+_PLAIN: Final = "from tests.support.prepared import take_no_shortcuts; take_no_shortcuts()\n" \
+    "from unionfs.cli.main import main; main()"
 _NLINK: Final = 4  # STATX_NLINK; the field is at byte 16
 
 
@@ -74,9 +77,11 @@ def _outliving(layers: Layers, session: str, options: Sequence[str]) -> Iterator
     """A mount with a holder; the daemons may die as often as they like."""
     top = layers.place / "merged"
     top.mkdir(exist_ok=True)
+    program = [sys.executable, "-c", _PLAIN] if session.endswith(mounting.PLAIN) else mounting.command()
+    io = session.removeprefix("direct-").removesuffix(mounting.PLAIN)
     words: list[str | Path] = [
-        *mounting.command(), "mount", "-l", layers.lower, "-u", layers.upper, "-w", layers.work,
-        "-o", ",".join(["outlive", *options]), "--session", "direct", "--io", session.partition("-")[2], top,
+        *program, "mount", "-l", layers.lower, "-u", layers.upper, "-w", layers.work,
+        "-o", ",".join(["outlive", *options]), "--session", "direct", "--io", io, top,
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "UNIONFS_DEATHS": "0"}
     subprocess.run(words, check=True, env=environment, timeout=_SECONDS)

@@ -212,6 +212,7 @@ def _acl(name: str, kind: str) -> Callable[[str], object]:
 _EXCL = os.O_CREAT | os.O_EXCL | os.O_RDWR
 _CHOWN = {"uid": 77, "gid": 88, "follow_symlinks": False}
 _NO_REDIRECT = (errno.EXDEV,)  # as from overlayfs (dir.c, ovl_set_redirect): the caller may copy it
+_UNSEEN = (errno.ENOTEMPTY,)  # as on overlayfs, what cannot be examined is no whiteout (ovl_check_whiteouts)
 _METACOPY = ("metacopy=on",)
 
 
@@ -261,7 +262,7 @@ OPERATIONS: Final = [
     Operation("rename lower directory into lower", _directories, _two(os.rename, "full", "into/new"),
               others=_NO_REDIRECT),
     Operation("rename directory over emptied", _directories, _two(os.rename, "merged", "emptied"),
-              others=_NO_REDIRECT),
+              others=(*_NO_REDIRECT, *_UNSEEN)),
     Operation("rename directory over whiteout", _whiteouts, _two(os.rename, "made", "gone"),
               others=_NO_REDIRECT),
     Operation("exchange", _files, _exchange("up", "copied")),

@@ -13,10 +13,14 @@ from tests.faults.injecting import KILL, Fault
 from tests.faults.operations import OPERATIONS, Operation
 from tests.support import areas, mounting
 
-SESSIONS: Final = [*mounting.SESSIONS, "direct-hybrid" + mounting.STEPS, "pyfuse3" + mounting.STEPS]
-"""Those of all mount tests, and two without bundles, which hide the steps that follow them."""
+SESSIONS: Final = [
+    *mounting.SESSIONS, "direct-hybrid" + mounting.STEPS, "pyfuse3" + mounting.STEPS,
+    "direct-hybrid" + mounting.PLAIN,
+]  # fmt: skip
+"""Those of all mount tests, two without bundles, which hide the steps that follow them, and one without
+shortcuts, where threads make the calls on lowers."""
 
-OUTLIVING: Final = ["direct-hybrid", "direct-passthrough", "direct-cached"]
+OUTLIVING: Final = ["direct-hybrid", "direct-passthrough", "direct-cached", "direct-hybrid" + mounting.PLAIN]
 """Those whose mounts may outlive their daemons."""
 
 Kind = Literal["errors", "kills", "deaths"]

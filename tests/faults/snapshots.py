@@ -11,6 +11,7 @@ import errno
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -136,14 +137,31 @@ class _Stage:
             if one.name not in self.trees:
                 continue
             layers = [path_of(self.upper, id_) for id_ in record.chain(one.id)]
+            if missing := [path for path in layers if not os.path.isdir(path)]:
+                self.blame(f"snapshot {one.name} lacks {missing}")
+                continue
             if self.kernel([*layers, *base(self.upper, lowers)]) != self.trees[one.name]:
                 self.blame(f"snapshot {one.name} has another tree")
-        with self.mounted() as (_, entry):
-            snapshots.merge(entry)
+        with self.mounted() as (_, entry):  # which has no layers any more that were joined
+            self.merge(entry, waste=True)
         known = {*read(self.upper).layers}
         found = {name for name in os.listdir(f"{self.upper}.snapshots") if "." not in name}
         if found != known:
             self.blame(f"layers on disk {sorted(found)}, in the record {sorted(known)}")
+
+    def merge(self, entry: live.LiveMount, *, waste: bool = False) -> None:
+        """Join the layers, unless a command has left a process that does; until that is done,
+        and with ``waste`` nothing else is left."""
+        deadline = time.monotonic() + _SECONDS
+        snapshots.merge(entry)
+        while snapshots.has_to_join(entry) or (waste and self.waste()):
+            assert time.monotonic() < deadline, "layers are not joined"
+            snapshots.merge(entry)
+
+    def waste(self) -> set[str]:
+        """Layers on disk that the record does not name."""
+        used = {name for name in os.listdir(f"{self.upper}.snapshots") if "." not in name}
+        return used - {*read(self.upper).layers}
 
     def blame(self, problem: str) -> None:
         self.problems.append(problem)
@@ -248,12 +266,12 @@ class _Daemon:
                 injector.disarm()
                 timer.cancel()
                 tried += bool(fault.hit)
-                stage.problems = [
-                    *stage.problems, *(f"{fault}: {one}" for one in self._judge(said, before, opened, entry))
-                ]  # fmt: skip
+                try:
+                    problems = [f"{fault}: {one}" for one in self._judge(said, before, opened, entry)]
+                except OSError as error:
+                    raise mounting.MountFailed(f"{fault}: the daemon ended: {error}") from error
+                stage.problems = [*stage.problems, *problems]
                 opened.close()
-                if mount.process is None or mount.process.poll() is not None:
-                    raise mounting.MountFailed(f"{fault}: the daemon ended: {mount.log_text()[-2000:]}")
             at_the_end = shown(stage.root)
             stage.sync()
             mount.allow_log("")
@@ -365,12 +383,12 @@ class _Command:
             if fault.error != KILL and own and outcome.code != 0 and "Traceback" in outcome.text:
                 stage.blame(f"{fault}: no sentence: {outcome.text[-700:]}")
             # What a command has begun, another one ends, and each can be taken.
-            snapshots.merge(entry)
+            stage.merge(entry)
             snapshots.take(entry, f"after{stage.number}", stop=False)
             stage.trees[f"after{stage.number}"] = after
             names = [one.name for one in read(stage.upper).shown()]
             snapshots.remove(entry, [name for name in names if not name.startswith("after")])
-            snapshots.merge(entry)
+            stage.merge(entry)
             stage.sync()
             mount.allow_log("")
         stage.check_at_rest(after)
@@ -423,7 +441,9 @@ def _of_command(area: Path, session: str, order: str, kills: bool, tenth: int | 
     for some in _batched(_faults([""] * points, kills, tenth)):
         stage = _Stage(area / "command", session)
         for fault in some:
+            known = len(stage.problems)
             _Command(stage, order).run(fault)
+            stage.problems[known:] = [f"{fault}: {one}" for one in stage.problems[known:]]
         yield stage, sum(bool(fault.hit) for fault in some)
 
 

@@ -15,7 +15,10 @@ from tests.faults.operations import OPERATIONS
 from tests.support.worker import REPOSITORY
 
 # Slow, since not all points hold yet on each session: docs/reliability.md.
-pytestmark = [pytest.mark.usefixtures("kernel_overlay"), pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.usefixtures("kernel_overlay"), pytest.mark.timeout(600), pytest.mark.watchdog(550),
+    pytest.mark.slow,
+]  # fmt: skip
 
 
 def _turn() -> int:

@@ -6,156 +6,18 @@ import errno
 import fcntl
 import json
 import os
-import random
 import signal
 import subprocess
-import sys
 import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import pytest
 
 from tests.mount.cli_calls import UNIONFS, Place, gone, listed, mounts_at, refused, succeed, unionfs, wait_for
+from tests.mount.outliving_calls import MODES, RESENDS, Outliving, children, fill, load, storm, tree
 from tests.mount.user_calls import Host
-from tests.support.patience import patient
 from unionfs.daemon import live
 
-MODES = ["hybrid", "passthrough", "cached"]
-KERNEL = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
-
-pytestmark = [
-    pytest.mark.watchdog(600),
-    pytest.mark.timeout(1200),
-    pytest.mark.skipif(KERNEL < (6, 9), reason="FUSE_NOTIFY_RESEND needs Linux 6.9"),
-]
-
-
-class Outliving:
-    """A mount with a holder."""
-
-    def __init__(
-        self, place: Place, *options: str, layers: Sequence[str | Path] = (), deaths: int = 0
-    ) -> None:
-        """``deaths``: how many within a minute are too many; 0: none are."""
-        self.place = place
-        self.top = place.merged
-        environment = {"UNIONFS_DEATHS": str(deaths)}
-        words = [*(layers or place.layers), "-o", "outlive", *options, place.merged]
-        done = unionfs("mount", *words, env=environment)
-        assert succeed(done) == ""
-        self.last = self.entry()
-
-    def entry(self) -> live.LiveMount:
-        """The registry's entry of a daemon that serves it, when there is one."""
-        found: list[live.LiveMount] = []
-
-        def is_served() -> bool:
-            found[:] = [
-                one for one in live.live_mounts()
-                if one.settings.mountpoint == str(self.top) and one.holder is not None
-            ]  # fmt: skip
-            return bool(found)
-
-        assert wait_for(is_served, 60), "no daemon took over"
-        return found[0]
-
-    def kill(self) -> live.LiveMount:
-        """Kill the daemon; returns the entry of the next one, which serves."""
-        before = self.entry()
-        os.kill(before.pid, signal.SIGKILL)
-        assert wait_for(lambda: gone(before.pid))
-        self.last = self.entry()
-        assert self.last.pid != before.pid
-        return self.last
-
-    def log(self) -> str:
-        """The last lines of the daemons' log."""
-        path = json.loads(succeed(unionfs("inspect", "--json", self.top)))["log"]
-        lines = Path(path).read_text().splitlines() if os.path.exists(path) else [f"the log is {path}"]
-        return "\n".join(lines[-40:])
-
-    def processes(self) -> list[int]:
-        assert self.last.holder is not None
-        return [self.last.pid, self.last.holder[0]]
-
-
-@contextmanager
-def load(place: Place, count: int, seed: int) -> Iterator[list[dict[str, object]]]:
-    """Random operations on the mount, each compared with a native directory; yields a list that has their
-    results at the end."""
-    stop, native = place.root / "stop", place.root / "native"
-    programs = [
-        subprocess.Popen(
-            [
-                sys.executable, "-m", "tests.support.twins", str(place.merged / f"w{number}"),
-                str(native / f"w{number}"), str(seed * 100 + number), str(stop),
-            ],
-            stdout=subprocess.PIPE, text=True,
-        )
-        for number in range(count)
-    ]  # fmt: skip
-    results: list[dict[str, object]] = []
-    try:
-        yield results
-        stop.touch()
-        for program in programs:
-            results.append(json.loads(program.communicate(timeout=patient(60))[0]))
-    finally:
-        for program in programs:
-            program.kill()
-            program.communicate()
-        stop.unlink(missing_ok=True)
-
-
-def fill(place: Place, count: int, io: str) -> None:
-    """The same files in a layer and in the native directory. With passthrough in the upper: with a
-    lower's file open, a copy-up would show, as docs/compliance.md says."""
-    for root in (place.upper if io == "passthrough" else place.lower, place.root / "native"):
-        for number in range(count):
-            deep = root / f"w{number}/a/b"
-            deep.mkdir(parents=True)
-            for name in "cdef":
-                (deep.parents[1] / name).write_bytes(name.encode() * 3000)
-                (deep.parent / name).write_bytes(b"x" * 200_000)
-                (deep / name).write_bytes(b"y" * 10)
-
-
-def storm(mount: Outliving, kills: int, seed: int) -> None:
-    """Kill daemons at random moments, and sometimes those that are just taking over."""
-    chosen = random.Random(seed)
-    for _ in range(kills):
-        entry = mount.entry()
-        time.sleep(chosen.random() * 0.2)
-        os.kill(entry.pid, signal.SIGKILL)
-        assert wait_for(lambda pid=entry.pid: gone(pid))
-        if chosen.random() < 0.3 and entry.holder is not None:
-            time.sleep(chosen.random() * 0.4)
-            for pid in children(entry.holder[0]):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-    mount.last = mount.entry()
-
-
-def children(pid: int) -> list[int]:
-    with suppress(OSError):
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
-
-
-def tree(root: Path) -> dict[str, object]:
-    """Names, types and contents."""
-    found: dict[str, object] = {}
-    for path in sorted(root.rglob("*")):
-        what: object = path.lstat().st_mode
-        if path.is_symlink():
-            what = os.readlink(path)
-        elif path.is_file():
-            what = path.lstat().st_mode, path.lstat().st_nlink, path.read_bytes()
-        found[str(path.relative_to(root))] = what
-    return found
+pytestmark = [pytest.mark.watchdog(600), pytest.mark.timeout(1200), RESENDS]
 
 
 @pytest.mark.parametrize("io", MODES)
@@ -191,8 +53,7 @@ def test_programs_go_on(place: Place, io: str) -> None:
         os.rename(top / "d", top / "moved")
         assert os.stat("f", dir_fd=here).st_size == 4
     os.close(here)
-    succeed(unionfs("umount", "--lazy", top))  # another test's mount namespace may have a copy
-    assert all(wait_for(lambda pid=pid: gone(pid)) for pid in mount.processes())
+    mount.end()
     assert os.listdir(place.work / "work") == []
 
 
@@ -269,8 +130,8 @@ def test_killed_many_times_under_load(place: Place, io: str) -> None:
         assert [one["differences"] for one in results] == [[], [], []], f"turn {turn}\n{mount.log()}"
         for number in range(3):
             assert tree(mount.top / f"w{number}") == tree(place.root / f"native/w{number}"), turn
-    succeed(unionfs("umount", "--lazy", mount.top))
-    assert unionfs("check", *place.layers).returncode == 0
+    mount.end()
+    succeed(unionfs("check", *place.layers))
 
 
 @pytest.mark.parametrize("io", MODES)

@@ -72,14 +72,19 @@ def _run(
     from unionfs.cli.main import main
 
     if plain:
-        defaults = Union.__init__.__kwdefaults__
-        assert "shortcuts" in defaults
-        defaults["shortcuts"] = NO_SHORTCUTS
+        take_no_shortcuts()
     if steps:
         set_hook(_not_plain)
     if stopped:
         os.kill(os.getpid(), signal.SIGSTOP)
     main()
+
+
+def take_no_shortcuts() -> None:
+    """From now on unions of this process, and of its children, take none of the `Shortcuts`."""
+    defaults = Union.__init__.__kwdefaults__
+    assert "shortcuts" in defaults
+    defaults["shortcuts"] = NO_SHORTCUTS
 
 
 def _not_plain(step: str) -> None:

@@ -38,7 +38,7 @@ cdef extern from "<stdio.h>" nogil:
     int renameat(int old_fd, const char *old, int new_fd, const char *new)
 
 cdef extern from "<sys/stat.h>" nogil:
-    long UTIME_OMIT
+    long UTIME_NOW, UTIME_OMIT
     int futimens(int fd, const timespec *times)
     int utimensat(int fd, const char *path, const timespec *times, int flags)
 
@@ -297,6 +297,8 @@ cdef class SmallCopyUps:
                 return False
             passed("owner")
         times[0], times[1] = st.st_atim, st.st_mtim
+        if copy.size < st.st_size:  # truncated: a change, which must not show without its time
+            times[1].tv_nsec = UTIME_NOW
         if futimens(copy.target, times) != 0:
             return False
         passed("times")

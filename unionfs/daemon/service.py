@@ -258,6 +258,7 @@ class Service:
         if self._storage is not None:
             self._storage.give_back()
         self._announcement.mark_ending()
+        self._operations.union.work.close()
         if not settings.volatile:
             try:
                 self._stack.sync_upper()

@@ -28,6 +28,7 @@ LACKS_NAMES: Final = "links"
 """The key of an answer: names of hard links must be copied up before, see `Stacking`."""
 _MANAGED: Final = ("link", "branch.json", "container.json", "volume.json")
 _MOST_FILES: Final = 100
+_NOT_CLEANED: Final = "what snapshots have left cannot be removed: %s"
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +47,16 @@ class Snapshotting:
         self._one = trio.Lock()
 
     async def clean(self) -> None:
-        """Remove what no snapshot needs any more."""
+        """Remove what no snapshot needs any more. An error is logged."""
         settings, upper = self._serving.settings, self._stack.upper
-        # A daemon without them stays without threads, for `share_memory`.
-        if upper is not None and settings.upper is not None and has_some(upper.root_fd, settings.upper):
+        if upper is None or settings.upper is None:
+            return
+        try:
+            some = has_some(upper.root_fd, settings.upper)
+        except OSError as error:
+            log.warning(_NOT_CLEANED, error)
+            return
+        if some:  # a daemon without them stays without threads, for `share_memory`
             await trio.to_thread.run_sync(_clean, self._stack, settings, abandon_on_cancel=True)
 
     # -- orders ---------------------------------------------------------------------------------------------
@@ -180,7 +187,7 @@ def _clean(stack: LayerStack, settings: MountSettings) -> None:
             for name in waste:
                 store.discard(name)
     except (OSError, UserError) as error:
-        log.warning("what snapshots have left cannot be removed: %s", error)
+        log.warning(_NOT_CLEANED, error)
 
 
 def _recorded(done: str) -> on_failure:

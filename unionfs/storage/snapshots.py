@@ -20,6 +20,7 @@ import stat
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Final
 
 from unionfs.errors import UserError, quoted, reason
@@ -164,9 +165,13 @@ class Store:
             yield self._settle()
 
     def record(self) -> Record:
-        """The record as it is after the last change that was begun. Raises UserError."""
+        """The record as it is after the last change that was begun. It gives no layer the id of a directory
+        that is there: another process may be removing what was left. Raises UserError."""
         try:
-            return _read(self.fd, os.fstat(self._upper_fd).st_ino)[0]
+            record = _read(self.fd, os.fstat(self._upper_fd).st_ino)[0]
+            with Owned(open_for_listing(self.fd)) as fd:
+                ids = [int(name) for name in os.listdir(fd) if name.isdecimal()]
+            return replace(record, last=max([record.last, *ids]))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise _unreadable(self.upper, error) from error
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -186,6 +187,8 @@ class FileCopy(_Copy):
         if self._lower_data is not None:
             self._leave_data()  # the xattr that goes last is the one to be removed
         self._copy_metadata()
+        if self._lower_data is None and self.size < self._st.st_size:
+            os.utime(self._target, ns=_times(self._st, self.size))
         if self._union.stack.durable and self._lower_data is None:
             os.fsync(self._target)
 
@@ -327,7 +330,7 @@ class DataCopy(_Copy):
                 _copy(self._union, source, layercalls.call(os.fstat, source), fd, self.size, goes_on)
             goes_on()
             os.ftruncate(fd, self.size)
-            self._restore(fd, capability)
+            self._restore(fd, capability, _times(self._st, self.size))
             if self._union.stack.durable:
                 os.fsync(fd)
             os.removexattr(fd, self._union.markers.metacopy)
@@ -336,13 +339,13 @@ class DataCopy(_Copy):
             raise
         self._is_complete = True
 
-    def _restore(self, fd: int, capability: bytes | None) -> None:
-        """Restore what writing and truncating have changed."""
+    def _restore(self, fd: int, capability: bytes | None, times: tuple[int, int]) -> None:
+        """Restore what writing and truncating have changed; ``times``: atime and mtime."""
         if capability is not None:
             os.setxattr(fd, CAPABILITY, capability)
         if self._st.st_mode & SET_IDS:
             os.fchmod(fd, stat.S_IMODE(self._st.st_mode))
-        os.utime(fd, ns=(self._st.st_atime_ns, self._st.st_mtime_ns))
+        os.utime(fd, ns=times)
 
     def _capability(self, fd: int) -> bytes | None:
         """The capabilities, which writing removes."""
@@ -361,7 +364,7 @@ class DataCopy(_Copy):
             os.ftruncate(fd, self._st.st_size)
             calls.fallocate(fd, calls.PUNCH_HOLE | calls.KEEP_SIZE, 0, self._st.st_size)
         with contextlib.suppress(OSError):
-            self._restore(fd, capability)
+            self._restore(fd, capability, (self._st.st_atime_ns, self._st.st_mtime_ns))
 
     def settle(self) -> None:
         """The data is there, and readers must use it: the next copy would find no metacopy file."""
@@ -394,6 +397,11 @@ def _data_of(node: Node, st: os.stat_result) -> LowerData:
     """Where the data of a lower file lies; ``st``: its attributes."""
     assert node.place is not None
     return node.lower_data or LowerData(node.place, node.name, node.place.layer.key(st), st.st_blocks)
+
+
+def _times(st: os.stat_result, size: int) -> tuple[int, int]:
+    """Those of a copy: its own, but a truncated one was changed, which must not show without its time."""
+    return st.st_atime_ns, time.time_ns() if size < st.st_size else st.st_mtime_ns
 
 
 def _copy(

@@ -10,6 +10,7 @@ from typing import Final
 from unionfs.core import layercalls, marks
 from unionfs.core import objects as core
 from unionfs.core.node import Node
+from unionfs.core.nodes import NodeTable
 from unionfs.core.places import Gate
 from unionfs.sys.fds import Owned, close_quietly
 from unionfs.union.markers import Markers
@@ -20,6 +21,9 @@ _PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 class Objects(core.Objects):
     """Accesses the objects of nodes through the gate."""
+
+    nodes: NodeTable
+    """Those of the union."""
 
     def __init__(self, gate: Gate, markers: Markers) -> None:
         super().__init__(gate)
@@ -111,6 +115,8 @@ class Objects(core.Objects):
             done()
             if fd >= 0:
                 close_quietly(fd)
+        if node.lookups == 0:  # nobody will forget it: it was found by this request alone
+            self.nodes.forget(node, 0)
 
     def readlink_refused(self, node: Node) -> bytes:
         """The target of a symlink in a directory that this user may not search."""

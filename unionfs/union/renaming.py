@@ -166,7 +166,11 @@ class Renaming(Changing):
             # a whiteout: a directory cannot be renamed over it, but it can move to the directory's old name
             self._work.exchange(old, new)
             if not leaves_whiteout:
-                os.unlink(old[1], dir_fd=old[0])
+                try:
+                    os.unlink(old[1], dir_fd=old[0])
+                except OSError:
+                    self._work.exchange(old, new)
+                    raise
             return
         if not leaves_whiteout:
             rename(old, new)

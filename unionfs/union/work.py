@@ -45,8 +45,8 @@ class Work(Workplace):
     def discard(self, name: bytes) -> None:
         """Remove that name and everything below it from work. Ignores a missing name.
 
-        Later calls and the next mount retry after a failure: on NFS a directory stays while a removed file in
-        it is in use (EBUSY).
+        Later calls, :meth:`close` and the next mount retry after a failure: on NFS a directory stays while a
+        removed file in it is in use (EBUSY).
         """
         again = self._left[:_AGAIN]
         del self._left[:_AGAIN]
@@ -55,6 +55,13 @@ class Work(Workplace):
                 self._remove(one)
             except OSError:
                 self._left.append(one)
+
+    def close(self) -> None:
+        """Remove what could not be removed yet, and close what it has opened."""
+        for name in self._left:
+            with suppress(OSError):
+                self._remove(name)
+        super().close()
 
     def _remove(self, name: bytes) -> None:
         with suppress(FileNotFoundError):
