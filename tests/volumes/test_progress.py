@@ -87,6 +87,26 @@ def test_lines(store: Store, area: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             assert what not in store(*words, *more).stderr.replace("backed up", "")
 
 
+def test_lines_of_one_large_file(store: Store, area: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come while it is read or written, not only after it."""
+    (store.create("data") / "large").write_bytes(b"x" * 20_000_000)
+    store.create("other")
+    monkeypatch.setattr(shown, "_LINE_SECONDS", 0.0001)
+    monkeypatch.setattr("unionfs.storage.archive.progress._SECONDS", 0.0005)
+    for words in (
+        ("backup", "data", "-o", area / "x.tar"),
+        ("verify", "data"),
+        ("verify", area / "x.tar"),
+        ("restore", "other", "-i", area / "x.tar"),
+        ("export", "data", "-o", area / "y.tar"),
+        ("import", "other", area / "y.tar"),
+        ("clone", "data", "copy"),
+    ):
+        told = store(*words, "--progress", "plain").stderr
+        within = {line.split(",")[1] for line in told.splitlines() if "B/s" in line} - {" 0B", " 20MB"}
+        assert within or "shares" in told, (words, told)
+
+
 def test_a_bar_on_a_terminal(store: Store, area: Path) -> None:
     data = store.create("data")
     (data / "file").write_bytes(os.urandom(3_000_000))

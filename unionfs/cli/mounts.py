@@ -14,7 +14,7 @@ from unionfs.cli.finding import find_mount
 from unionfs.cli.listing import list_options, print_json, print_list
 from unionfs.cli.run import print_table
 from unionfs.daemon.dead import dead_mounts, dead_mounts_of_others
-from unionfs.daemon.described import io_reasons, setting_rows, shown
+from unionfs.daemon.described import copying_up, io_reasons, setting_rows, shown
 from unionfs.daemon.detached import Detached, detached_mounts
 from unionfs.daemon.live import LiveMount, live_mounts
 from unionfs.daemon.others import mounts_of_others
@@ -130,7 +130,9 @@ def inspect(mountpoint: str, as_json: bool) -> None:
     print()
     counts = []
     for name, value in whole["figures"].items():
-        if isinstance(value, dict):
+        if name == "copying_up":
+            counts += [("copying up", line) for line in copying_up(whole["figures"])]
+        elif isinstance(value, dict):
             counts += [(shown(f"{name}.{kind}"), shown(count)) for kind, count in value.items()]
         else:
             counts.append((shown(name), shown(value)))

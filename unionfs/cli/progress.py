@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from unionfs.settings.sizes import shown_size
-from unionfs.settings.words import printable
+from unionfs.settings.words import printable, shown_clock
 from unionfs.storage.archive.progress import Progress
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class _Timed(Progress):
             parts.append(f"{100 * share:.0f} %")
         parts.append(f"{shown_size(int(self.size / passed))}/s")
         if share:
-            parts.append(f"{_duration(passed * (1 - share) / share)} left")
+            parts.append(f"{shown_clock(passed * (1 - share) / share)} left")
         return ", ".join(parts)
 
 
@@ -99,11 +99,11 @@ class _Lines(_Timed):
     def __init__(self, what: str) -> None:
         super().__init__()
         self._what = what
-        self._due = time.monotonic() + _LINE_SECONDS
+        self._next_line = time.monotonic() + _LINE_SECONDS
 
     def show(self) -> None:
-        if time.monotonic() >= self._due:
-            self._due = time.monotonic() + _LINE_SECONDS
+        if time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + _LINE_SECONDS
             self._print(self.words())
 
     def finish(self) -> None:
@@ -111,9 +111,3 @@ class _Lines(_Timed):
 
     def _print(self, text: str) -> None:
         print(f"unionfs: {self._what}: {text}", file=sys.stderr, flush=True)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

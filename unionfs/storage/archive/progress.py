@@ -21,24 +21,29 @@ class Progress:
     def __init__(self) -> None:
         self.entries = 0
         self.size = 0
-        self._due = 0.0
+        self._next_call = 0.0
         self._total: int | None = None
         self._inputs: dict[int, _Input] = {}
         self._expected = 0
 
     def __call__(self, entries: int, size: int) -> None:
         self.entries, self.size = entries, size
-        if (now := time.monotonic()) >= self._due:
-            self._due = now + _SECONDS
+        if (now := time.monotonic()) >= self._next_call:
+            self._next_call = now + _SECONDS
             self.show()
 
     def along(self, pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
         """Count the bytes of one file's pieces while they pass."""
-        entries, before, size = self.entries, self.size, 0
+        told, size = self.within(), 0
         for offset, data in pieces:
             yield offset, data
             size += len(data)
-            self(entries, before + size)
+            told(size)
+
+    def within(self) -> Callable[[int], None]:
+        """Return what is called with the bytes of one file so far."""
+        entries, before = self.entries, self.size
+        return lambda size: self(entries, before + size)
 
     def show(self) -> None:
         pass
