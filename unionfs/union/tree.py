@@ -164,7 +164,7 @@ class Union(Objects):
 
 
 def path_of(node: Node) -> bytes:
-    """The path of a node from the root of the union, b"" for the root; of its first name, if it has several."""
+    """The path of a node from the root of the union, b"" for the root. If it has several: the first."""
     steps = []
     while node.parent is not None:
         steps.append(node.name)

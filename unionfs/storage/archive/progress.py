@@ -7,8 +7,9 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
+from typing import TextIO
 
 _Input = tuple[int, Callable[[], int]]
 _SECONDS = 0.1
@@ -54,9 +55,14 @@ class Progress:
         # For start-up time: most progress is of files.
         from unionfs.storage.usage import size_of_tree
 
+        self.measures(lambda: size_of_tree(path))
+
+    def measures(self, size: Callable[[], int]) -> None:
+        """Call what measures all that is read, in a thread."""
+
         def measure() -> None:
             with suppress(OSError):
-                self._total = size_of_tree(path)
+                self._total = size()
 
         threading.Thread(target=measure, name="measurement", daemon=True).start()
 
@@ -89,3 +95,15 @@ def _position(fd: int, size: int) -> int:
         return os.lseek(fd, 0, os.SEEK_CUR)
     except OSError:
         return size
+
+
+Shows = Callable[[str, TextIO], AbstractContextManager[Progress]]
+"""Shows on a stream how far the operation is that is named."""
+
+Shown = Callable[[str], AbstractContextManager[Progress | None]]
+"""Shows how far the operation is that is named, if anybody looks."""
+
+
+def unseen(what: str) -> AbstractContextManager[None]:
+    """Show nothing: a `Shown`."""
+    return nullcontext()
