@@ -37,7 +37,7 @@ def test_from_run_to_rm(box: Life) -> None:
     assert box.ok("kill", "-s", "SIGHUP", "web") == "web\n"
     assert wait_for(lambda: box.said("web", "up\nhup\n"))
     refused(box.call("run", "--name", "web", "--", "true"), "container web is running")
-    refused(box.call("rm", "web"), "container web is running; stop it first")
+    refused(box.call("rm", "web"), "container web is running; stop it by `unionfs stop web`, or use")
     assert box.ok("stop", "web") == "web\n"
     assert box.ok("logs", "web") == "up\nhup\nterm\n"
     assert box.is_over()
@@ -50,6 +50,31 @@ def test_from_run_to_rm(box: Life) -> None:
     assert box.ok("logs", "web").endswith("term\nagain\n")
     assert box.ok("rm", "web") == "web\n"
     assert box.kept() == []
+
+
+@pytest.mark.parametrize("driver", ["union", "overlay2"])
+def test_a_mount_that_a_container_uses(box: Life, driver: str) -> None:
+    """`umount` names the container and changes nothing, `ls` names it when the mount is detached."""
+    merged = box.area / "merged"
+    merged.mkdir()
+    box.ok("mount", "-l", box.base, merged)
+    words = ("-l", box.base, "-v", f"{merged}:/mnt", "--storage-driver", driver)
+    box.ok("run", "-d", "--name", "user", *words, "--", "sleep", "100")
+    refused(
+        box.call("umount", merged), f"{merged} is busy: used by container user; run `unionfs stop user` first"
+    )
+    assert box.ok("exec", "user", "cat", "/mnt/data/seed") == "seed\n"
+    assert (merged / "data/seed").read_text() == "seed\n"
+    box.ok("umount", "--lazy", merged)
+    [listed] = [one for one in json.loads(box.ok("ls", "--json")) if one["mountpoint"] == str(merged)]
+    assert listed["state"] == "detached"
+    if driver == "union":  # it is in the host's mount namespace
+        assert listed["mounted_at"] == [str(box.root / "containers/user/merged/mnt")]
+    else:
+        assert {one["container"] for one in listed["held_by"]} == {"user"}
+        assert "detached, used by container user " in box.ok("ls")
+    box.ok("stop", "-t", "0.2", "user")
+    assert wait_for(lambda: str(merged) not in box.ok("ls", "-q"))
 
 
 def test_what_does_not_end_by_itself(box: Life) -> None:
