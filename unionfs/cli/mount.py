@@ -34,6 +34,8 @@ _HELP = """\
       noatime nodiratime strictatime      of the upper's files
       fsname=, subtype=                   what /proc/mounts shows
       session=, io=, watch_lower          as --session and so on, for fstab
+      volume=, tmpfs=  storage, for fstab; may be repeated; with colons for
+                       commas: volume=db:/db:ro:nocopy, tmpfs=/run:size=9m
       index=on|off     whether hard links of lowers outlive changes; by default
                        if the upper is new, or was always used so, and the
                        filesystems have file handles and different uuids
