@@ -100,7 +100,7 @@ def test_output_is_followed_to_the_end(box: Life) -> None:
 def test_a_detached_container_that_cannot_start(box: Life) -> None:
     done = box.call("run", "-d", "-l", box.base, "--", "nosuch")
     assert (done.returncode, done.stdout) == (127, "")
-    assert done.stderr.startswith("unionfs: nosuch does not exist in the union")
+    assert done.stderr.startswith("unionfs: nosuch is not in the union's PATH")
     refused(box.call("run", "-d", "-l", "/nowhere", "--", "true"), "lower /nowhere does not exist")
     refused(box.call("run", "-d", "--name", "new", "--", "true"), "no container new yet")
     assert box.kept() == []
@@ -194,3 +194,10 @@ def _locked(fd: int) -> bool:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     return False
+
+
+def test_bad_filters_and_templates_without_containers(box: Life) -> None:
+    refused(box.call("ps", "--format", "{{.Names"), "invalid template")
+    refused(box.call("ps", "-f", "state=up"), "unknown state up", "running, restarting, exited")
+    refused(box.call("ls", "-f", "state=up"), "unknown state up", "active, detached, dead")
+    assert box.ok("ps", "-f", "state=exited", "-q") == ""

@@ -107,7 +107,8 @@ Examples:
                    "[the configuration's, or union]")  # fmt: skip
 @click.option("--work", metavar="DIR", help="The work directory of an upper of your own, as for mount.")
 @storage_options
-@click.option("--name", metavar="NAME", help="The container's name: the same name finds its files again.")
+@click.option("--name", metavar="NAME", shell_complete=complete_containers,
+              help="The container's name: the same name finds its files again.")  # fmt: skip
 @click.option("--rm", "remove", is_flag=True, help="Remove the container at the end.")
 @click.option("-w", "--workdir", metavar="DIR",
               help="The command's working directory; created if missing.  [the image's, or /]")  # fmt: skip

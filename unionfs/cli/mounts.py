@@ -24,6 +24,7 @@ from unionfs.settings.words import moment
 from unionfs.sys.mountinfo import MountEntry
 
 _KEYS = ("mountpoint", "state", "session", "layer")
+_VALUES = {"state": ("active", "detached", "dead"), "session": ("direct", "pyfuse3")}
 _FIELDS = ("Mountpoint", "State", "Pid", "Layers", "Session", "Since", "HeldBy")
 
 
@@ -35,19 +36,20 @@ Examples:
   unionfs ls --format '{{.Mountpoint}} {{.Pid}}'
 """,
 )
-@list_options("Print mountpoints only.", _KEYS)
+@list_options("Print mountpoints only.", _KEYS, _VALUES)
 def ls(quiet: bool, filters: tuple[str, ...], template: str | None, as_json: bool) -> None:
     """List mounts: mountpoint, state, the daemon's pid, layers, session and start time.
 
     The state is active; dead if the daemon has died (`unionfs cleanup` unmounts those); detached if it is
     unmounted here but still in use, and by what, or still mounted elsewhere (`unionfs umount --force` ends
-    those). Root sees the mounts
-    of all users, others see their own. If a user's daemon does not answer root, only the mountpoint is shown.
+    those). Root sees the mounts of all users, others see their own. If a user's daemon does not answer root,
+    only the mountpoint is shown. A container with another storage driver than union has no such mount:
+    `unionfs ps` lists it.
 
     A template has the fields .Mountpoint .State .Pid .Layers .Session .Since .HeldBy; the filters layer and
     mountpoint take a path. `--format json` prints one object per line.
     """
-    wanted = parse_filters(filters, _KEYS)
+    wanted = parse_filters(filters, _KEYS, _VALUES)
     summaries = [one for one in _summaries() if all(_holds(one, key, value) for key, value in wanted)]
     if as_json:
         print_json(summaries)

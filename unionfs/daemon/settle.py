@@ -211,7 +211,7 @@ def _chosen(name: str, by_letter: str | None, by_option: str | None, values: Seq
     if by_option is None:
         return by_letter
     if by_option not in values:
-        raise UserError(f"option {name}={quoted(by_option)}: it is one of {', '.join(values)}.")
+        raise UserError(f"option {name}={quoted(by_option)}: write one of {', '.join(values)}.")
     if by_letter not in (None, "auto", by_option):
         raise UserError(f"--{name} {by_letter} and -o {name}={by_option} differ; use one of the two.")
     return by_option

@@ -176,7 +176,7 @@ def parse_mount(text: str) -> Spec:
     given, driver_options = _pairs(option, text)
     kind = str(given.pop("type", "volume")).lower()
     if kind not in ("volume", "bind", "tmpfs"):
-        raise UserError(f"{option}: unknown type {quoted(kind)}; it is one of volume, bind and tmpfs.")
+        raise UserError(f"{option}: unknown type {quoted(kind)}; the types are volume, bind and tmpfs.")
     for key in (*given, *(["volume-opt"] if driver_options else [])):
         prefix = key.partition("-")[0]
         if "-" in key and prefix != kind:
