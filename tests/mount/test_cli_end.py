@@ -179,7 +179,8 @@ def test_a_mount_in_another_namespace_is_busy(place: Place) -> None:
         (listed,) = _listed(place)
         assert (listed["state"], listed["pid"]) == ("detached", pid)
         # Other tests have namespaces, too.
-        assert {"pid": user.pid, "command": "sleep", "how": "mount namespace"} in listed["held_by"]
+        held_by = {"pid": user.pid, "command": "sleep", "how": "mount namespace", "container": None}
+        assert held_by in listed["held_by"]
         assert f"sleep (pid {user.pid}, mount namespace)" in succeed(unionfs("ls"))
         refused(unionfs("mount", *place.layers, place.merged), f"unionfs umount --force {place.merged}")
         succeed(unionfs("umount", "--force", place.merged))
@@ -247,7 +248,7 @@ def test_lazy_umount_of_a_busy_mount(place: Place) -> None:
         (listed,) = _listed(place)
         user = {"pid": os.getpid(), "command": Path("/proc/self/comm").read_text().strip()}
         assert listed["state"] == "detached"
-        assert {**user, "how": "open file"} in listed["held_by"]
+        assert {**user, "how": "open file", "container": None} in listed["held_by"]
     assert wait_for(lambda: gone(pid))
     assert (place.upper / "new").read_text() == "still written"
 
@@ -265,11 +266,26 @@ def test_umount_with_another_bind_mount_of_it(place: Place) -> None:
     subprocess.run(["mount", "--bind", place.merged, bound], check=True)
     refused(unionfs("umount", place.merged), f"it is also mounted at {bound}; unmount {bound} first")
     assert not gone(pid)
+    (listed,) = _listed(place)
+    assert (listed["state"], listed["mounted_at"]) == ("active", [])
     assert len(mounts_at(place.merged)) == len(mounts_at(bound)) == 1
     succeed(unionfs("umount", bound))
     assert not gone(pid)
     succeed(unionfs("umount", place.merged))
     assert gone(pid)
+
+
+def test_lazy_umount_with_another_bind_mount_of_it(place: Place) -> None:
+    pid = place.mount()
+    bound = place.root / "bound"
+    bound.mkdir()
+    subprocess.run(["mount", "--bind", place.merged, bound], check=True)
+    succeed(unionfs("umount", "--lazy", place.merged))
+    (listed,) = _listed(place)
+    assert (listed["state"], listed["pid"], listed["mounted_at"]) == ("detached", pid, [str(bound)])
+    assert f"detached, mounted at {bound} " in succeed(unionfs("ls"))
+    succeed(unionfs("umount", bound))
+    assert wait_for(lambda: gone(pid))
 
 
 def test_umount_waits_for_a_daemon_that_gets_no_processor(place: Place) -> None:

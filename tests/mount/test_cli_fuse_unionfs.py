@@ -332,6 +332,28 @@ def test_remount_of_something_else(place: Place, mounter: Mounter) -> None:
     refused(done, "is not a unionfs mount", program="fuse-unionfs")
 
 
+def test_storage_in_fstab(place: Place, mounter: Mounter) -> None:
+    """With colons where -v and --tmpfs have commas, and as mount(8) leaves escaped commas."""
+    (place.lower / "data").mkdir()
+    (place.lower / "data/seed").write_text("seed")
+    host, store, fstab = (place.root / name for name in ("host", "store", "fstab"))
+    host.mkdir()
+    (host / "file").write_text("of the host")
+    fstab.write_text(
+        f"source {place.merged} fuse.unionfs {place.data},volume=vol:/data,volume={host}:/host:ro:rprivate,"
+        "tmpfs=/run:size=1m:mode=0700,noauto 0 0\n"
+    )
+    succeed(mounter.run("env", f"UNIONFS_ROOT={store}", "mount", "-T", fstab, place.merged))
+    assert succeed(mounter.run("cat", place.merged / "data/seed")) == "seed"
+    assert (store / "volumes/vol/_data/seed").read_text() == "seed"
+    assert succeed(mounter.run("cat", place.merged / "host/file")) == "of the host"
+    assert mounter.run("touch", place.merged / "host/file").returncode != 0
+    space = succeed(mounter.run("stat", "-f", "-c", "%T %b %S", place.merged / "run")).split()
+    assert (space[0], int(space[1]) * int(space[2])) == ("tmpfs", 1 << 20)
+    assert succeed(mounter.run("stat", "-c", "%a", place.merged / "run")) == "700\n"
+    succeed(mounter.run("env", f"UNIONFS_ROOT={store}", "unionfs", "umount", place.merged))
+
+
 def test_fstab(place: Place, mounter: Mounter) -> None:
     fstab = place.root / "fstab"
     fstab.write_text(

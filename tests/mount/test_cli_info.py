@@ -359,6 +359,9 @@ def test_completion_of_what_is_there(place: Place) -> None:
     # Directories, where no mount matches.
     assert complete("unionfs umount /nowhere") == ["dir,/nowhere"]
     assert complete("unionfs ls -f st") == ["plain,state="]
+    assert complete("unionfs ls -f state=d") == ["plain,state=detached", "plain,state=dead"]
+    assert complete("unionfs run --name f") == ["plain,first"]
+    assert complete("unionfs mount -v /etc") == ["file,/etc"]
     assert complete("unionfs volume ls --filter l") == ["plain,label=", "plain,label!="]
     assert complete("unionfs rm f") == ["plain,first"]
     assert complete("unionfs rm first ") == ["plain,second"]

@@ -84,7 +84,7 @@ def test_exit_codes(box: Execs) -> None:
         assert box.exec("web", "sh", "-c", f"kill -{number} $$").returncode == 128 + number
     done = box.exec("web", "nosuch")
     assert (done.returncode, done.stdout) == (127, "")
-    assert done.stderr.startswith("unionfs: nosuch does not exist in the union")
+    assert done.stderr.startswith("unionfs: nosuch is not in the union's PATH")
     assert box.exec("web", "/etc/passwd").returncode == 126
     # What only execve(2) finds out: not a program; an interpreter that is not executable.
     for content in ("\x7fELFnot", "#!/etc/passwd\n"):

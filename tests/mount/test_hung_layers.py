@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import stat
@@ -402,6 +403,38 @@ def test_a_snapshot_while_requests_wait(root: None, area: Path, session: str) ->
         assert changing.wait(patient(20)) == 0
         assert stat.S_IMODE((place.top / "only/chmod").stat().st_mode) == 0o604
         assert stat.S_IMODE((area / "upper/only/chmod").stat().st_mode) == 0o604
+
+
+def test_a_large_copy_up_is_shown(root: None, area: Path, session: str) -> None:
+    """How far it is: in `inspect`, `stats` and `top`."""
+    with _place(area, session, seconds=0.01) as place:
+        size = 10 << 20
+        (area / "source/only/large").write_bytes(b"x" * size)
+        place.known()
+        assert place.mount.inspect()["figures"]["copying_up"] == []
+        caller = place.call("os.chmod(p + '/only/large', 0o604)")
+        deadline = time.monotonic() + patient(20)
+        while not (found := place.mount.inspect()["figures"]["copying_up"]) or not found[0]["copied"]:
+            assert time.monotonic() < deadline, "nothing is copied"
+        place.server.stop()
+        place.waits(caller)
+        [one] = place.mount.inspect()["figures"]["copying_up"]
+        assert (one["path"], one["size"]) == ("/only/large", size)
+        assert 0 < one["copied"] < size
+        assert one["seconds"] > 0
+        line = r"/only/large: \S+ MiB of 10.0 MiB, \S+ [KM]iB/s, [\d:]+ left\n"
+        for words in (["inspect", place.top], ["stats", "--seconds", "0", place.top]):
+            assert re.search(rf"copying up +{line}", unionfs(*words).stdout)
+        assert re.search(rf"{place.top}: copying up {line}", unionfs("top", "--once").stdout)
+        [listed] = [
+            mount
+            for mount in json.loads(unionfs("top", "--json").stdout)
+            if mount["mountpoint"] == str(place.top)
+        ]
+        assert [one["path"] for one in listed["copying_up"]] == ["/only/large"]
+        place.server.go_on()
+        assert caller.wait(patient(20)) == 0
+        assert place.mount.inspect()["figures"]["copying_up"] == []
 
 
 def test_commands_answer(place: Place) -> None:

@@ -106,7 +106,7 @@ def test_exit_code_of_a_signal(box: Containers, number: signal.Signals) -> None:
 def test_what_cannot_be_started(box: Containers) -> None:
     done = box.run("--", "nothing-like-this")
     assert done.returncode == 127
-    assert "nothing-like-this does not exist in the union" in done.stderr
+    assert "nothing-like-this is not in the union's PATH" in done.stderr
     for command in ("/etc/passwd", "/etc"):
         done = box.run("--", command)
         assert done.returncode == 126

@@ -37,7 +37,7 @@ def test_from_run_to_rm(box: Life) -> None:
     assert box.ok("kill", "-s", "SIGHUP", "web") == "web\n"
     assert wait_for(lambda: box.said("web", "up\nhup\n"))
     refused(box.call("run", "--name", "web", "--", "true"), "container web is running")
-    refused(box.call("rm", "web"), "container web is running; stop it first")
+    refused(box.call("rm", "web"), "container web is running; stop it by `unionfs stop web`, or use")
     assert box.ok("stop", "web") == "web\n"
     assert box.ok("logs", "web") == "up\nhup\nterm\n"
     assert box.is_over()
@@ -50,6 +50,31 @@ def test_from_run_to_rm(box: Life) -> None:
     assert box.ok("logs", "web").endswith("term\nagain\n")
     assert box.ok("rm", "web") == "web\n"
     assert box.kept() == []
+
+
+@pytest.mark.parametrize("driver", ["union", "overlay2"])
+def test_a_mount_that_a_container_uses(box: Life, driver: str) -> None:
+    """`umount` names the container and changes nothing, `ls` names it when the mount is detached."""
+    merged = box.area / "merged"
+    merged.mkdir()
+    box.ok("mount", "-l", box.base, merged)
+    words = ("-l", box.base, "-v", f"{merged}:/mnt", "--storage-driver", driver)
+    box.ok("run", "-d", "--name", "user", *words, "--", "sleep", "100")
+    refused(
+        box.call("umount", merged), f"{merged} is busy: used by container user; run `unionfs stop user` first"
+    )
+    assert box.ok("exec", "user", "cat", "/mnt/data/seed") == "seed\n"
+    assert (merged / "data/seed").read_text() == "seed\n"
+    box.ok("umount", "--lazy", merged)
+    [listed] = [one for one in json.loads(box.ok("ls", "--json")) if one["mountpoint"] == str(merged)]
+    assert listed["state"] == "detached"
+    if driver == "union":  # it is in the host's mount namespace
+        assert listed["mounted_at"] == [str(box.root / "containers/user/merged/mnt")]
+    else:
+        assert {one["container"] for one in listed["held_by"]} == {"user"}
+        assert "detached, used by container user " in box.ok("ls")
+    box.ok("stop", "-t", "0.2", "user")
+    assert wait_for(lambda: str(merged) not in box.ok("ls", "-q"))
 
 
 def test_what_does_not_end_by_itself(box: Life) -> None:
@@ -75,7 +100,7 @@ def test_output_is_followed_to_the_end(box: Life) -> None:
 def test_a_detached_container_that_cannot_start(box: Life) -> None:
     done = box.call("run", "-d", "-l", box.base, "--", "nosuch")
     assert (done.returncode, done.stdout) == (127, "")
-    assert done.stderr.startswith("unionfs: nosuch does not exist in the union")
+    assert done.stderr.startswith("unionfs: nosuch is not in the union's PATH")
     refused(box.call("run", "-d", "-l", "/nowhere", "--", "true"), "lower /nowhere does not exist")
     refused(box.call("run", "-d", "--name", "new", "--", "true"), "no container new yet")
     assert box.kept() == []
@@ -169,3 +194,10 @@ def _locked(fd: int) -> bool:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     return False
+
+
+def test_bad_filters_and_templates_without_containers(box: Life) -> None:
+    refused(box.call("ps", "--format", "{{.Names"), "invalid template")
+    refused(box.call("ps", "-f", "state=up"), "unknown state up", "running, restarting, exited")
+    refused(box.call("ls", "-f", "state=up"), "unknown state up", "active, detached, dead")
+    assert box.ok("ps", "-f", "state=exited", "-q") == ""

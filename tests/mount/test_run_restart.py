@@ -96,7 +96,7 @@ def test_another_signal_does_not(box: Life) -> None:
 
 def test_bad_calls(box: Life) -> None:
     words = ("-l", box.base, "--", "true")
-    refused(box.call("run", "--restart", "always", *words), "--restart always", "containers of -d")
+    refused(box.call("run", "--restart", "always", *words), "--restart always", "add -d")
     refused(box.call("run", "-d", "--rm", "--restart", "on-failure:3", *words), "on-failure:3", "--rm")
     for text in ("never", "always:3", "on-failure:x", "on-failure:", ""):
         refused(box.call("run", "-d", "--restart", text, *words), "--restart")

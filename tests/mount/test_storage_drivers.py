@@ -381,7 +381,7 @@ def test_what_cannot_be(root: None, area: Path) -> None:
         done = box.run("--rm", "--storage-driver", "overlay", "--", "true")
         assert done.stderr == "unionfs: unknown storage driver overlay; did you mean overlay2?\n"
         for words, *parts in (
-            (["aufs"], "unknown storage driver aufs; it is one of union, overlay2, btrfs,"),
+            (["aufs"], "unknown storage driver aufs; the known ones are union, overlay2, btrfs,"),
             (["vfs", "-u", "tmpfs"], "-u tmpfs needs the storage driver union"),
             (["btrfs"], f"btrfs needs the storage root on btrfs, and {box.root} is on", "give a --root"),
         ):

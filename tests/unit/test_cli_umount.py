@@ -21,7 +21,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool, bool]]:
     """The calls, with `lazy` and `force`."""
     calls = []
 
-    def umount(path: str, *, lazy: bool, force: bool) -> None:
+    def umount(path: str, *, lazy: bool, force: bool, container_of: object) -> None:
         calls.append((path, lazy, force))
         if path == "/busy":
             raise UserError("/busy is busy.")

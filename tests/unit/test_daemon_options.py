@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from unionfs.errors import UserError
 from unionfs.settings.features import Features
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.options import parse_options, split_lowers, split_options, unescape_option
+from unionfs.settings.parsing import parse_all
 from unionfs.settings.shown import Shown
 
 
@@ -214,3 +216,23 @@ def test_who_may_use_the_mount() -> None:
     assert allowed("") == (os.geteuid() == 0, False)
     with pytest.raises(UserError, match="exclude each other"):
         allowed("allow_other,allow_root")
+
+
+def test_storage() -> None:
+    """As -v and --tmpfs, whose commas may be colons."""
+    options = ["lowerdir=/", "volume=vol:/data:ro:nocopy,volume=/etc:/host/etc:ro\\,rslave,volume=/anonymous"]
+    options.append("tmpfs=/run:size=1m:ro,tmpfs=/tmp")
+    settings = settle("/mnt", options=options, storage=parse_all(["a1:/a"], [], []))
+    volumes = ["a1:/a", "vol:/data:ro,nocopy", "/etc:/host/etc:ro,rslave", "/anonymous"]
+    expected = parse_all(volumes, [], ["/run:size=1m,ro", "/tmp"])
+    assert sorted(settings.storage, key=str) == sorted(expected, key=str)
+    assert settings.storage[-1].target == "/host/etc"
+    for option, text in (
+        ("volume=", "option volume has no value, so write volume=[SRC:]TARGET"),
+        ("volume=vol:data", "option volume=vol:data: target data is a relative path"),
+        ("tmpfs=/run:size=x", "option tmpfs=/run:size=x: invalid size"),
+        ("volume=vol:/a:ro:bad", "option volume=vol:/a:ro:bad: unknown mode bad"),
+        ("volume=vol:/a,tmpfs=/a", "target /a is given twice"),
+    ):
+        with pytest.raises(UserError, match="^" + re.escape(text)):
+            settle("/mnt", options=["lowerdir=/", option])

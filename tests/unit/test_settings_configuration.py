@@ -63,8 +63,8 @@ def test_the_user_s_values_replace_the_host_s(files: Files) -> None:
     ("content", "parts"),
     [
         ('log-lvl = "info"', ["unknown key log-lvl", "did you mean log-level?"]),
-        ("zzz = 1", ["unknown key zzz", "it is one of root, session, io"]),
-        ('io = "fast"', ["invalid io = 'fast'", "one of auto, hybrid, passthrough, cached"]),
+        ("zzz = 1", ["unknown key zzz", "the known ones are root, session, io"]),
+        ('io = "fast"', ["invalid io = 'fast'", "the known ones are auto, hybrid, passthrough, cached"]),
         ("io = 3", ["invalid io = 3"]),
         ('root = "relative"', ["invalid root", "an absolute path"]),
         ('volume-driver = ""', ["invalid volume-driver"]),

@@ -79,7 +79,7 @@ def test_lines(store: Store, area: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         lines = store(*words, "--progress", "plain").stderr.splitlines()
         mine = [line for line in lines if line.startswith(f"unionfs: {what}: ")]
         assert mine[-1] == f"unionfs: {what}: done"
-        pattern = rf"unionfs: {what}: \d+ entries, \S+B(, \d+ %)?, \S+B/s(, [\d:]+ left)?"
+        pattern = rf"unionfs: {what}: (\d+ entr(y|ies), )?\S+B(, \d+ %)?, \S+B/s(, [\d:]+ left)?"
         assert all(re.fullmatch(pattern, line) for line in mine[:-1]), mine
         assert what == "verification" or len(mine) > 1
         # Nothing is shown where nobody looks, and on demand.
@@ -87,13 +87,33 @@ def test_lines(store: Store, area: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             assert what not in store(*words, *more).stderr.replace("backed up", "")
 
 
+def test_lines_of_one_large_file(store: Store, area: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come while it is read or written, not only after it."""
+    (store.create("data") / "large").write_bytes(b"x" * 20_000_000)
+    store.create("other")
+    monkeypatch.setattr(shown, "_LINE_SECONDS", 0.0001)
+    monkeypatch.setattr("unionfs.storage.archive.progress._SECONDS", 0.0005)
+    for words in (
+        ("backup", "data", "-o", area / "x.tar"),
+        ("verify", "data"),
+        ("verify", area / "x.tar"),
+        ("restore", "other", "-i", area / "x.tar"),
+        ("export", "data", "-o", area / "y.tar"),
+        ("import", "other", area / "y.tar"),
+        ("clone", "data", "copy"),
+    ):
+        told = store(*words, "--progress", "plain").stderr
+        within = set(re.findall(r"(\S+B)[,.]", told)) - {"0B", "20MB"}
+        assert within or "shares" in told, (words, told)
+
+
 def test_a_bar_on_a_terminal(store: Store, area: Path) -> None:
     data = store.create("data")
-    (data / "file").write_bytes(os.urandom(3_000_000))
+    (data / "file").write_bytes(os.urandom(40_000_000))
     controller, terminal = pty.openpty()
     environment = {**os.environ, "UNIONFS_ROOT": str(store.root), "COLUMNS": "100", "TERM": "xterm"}
     done = subprocess.Popen(
-        [*UNIONFS, "volume", "backup", "data", "-o", area / "x.tar"], stderr=terminal, env=environment,
+        [*UNIONFS, "volume", "backup", "data", "-o", area / "x.tar.gz"], stderr=terminal, env=environment,
         stdout=subprocess.DEVNULL, cwd=REPOSITORY,
     )  # fmt: skip
     os.close(terminal)

@@ -32,7 +32,8 @@ def commit(
     """Write what the mount at MOUNTPOINT shows as an image, and print its id.
 
     A mount made by --image keeps the layers and the configuration of that image. Volumes and bind mounts are
-    not part of it. Files that change meanwhile are reported.
+    not part of it. Files that change meanwhile are reported. A container with another storage driver than
+    union has no such mount.
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.daemon.orders import give

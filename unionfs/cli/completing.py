@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -63,12 +63,15 @@ def complete_storage_drivers(
     return items(STORAGE_DRIVERS, incomplete)
 
 
-def filter_completer(keys: Sequence[str]) -> Completer:
-    """Return a completer of `KEY=`."""
+def filter_completer(keys: Sequence[str], values: Mapping[str, Sequence[str]]) -> Completer:
+    """Return a completer of `KEY=`, and then of its values where those are known."""
 
     def complete(
         context: click.Context, parameter: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
+        key = incomplete.partition("=")[0]
+        if f"{key}=" in incomplete and key in values:
+            return items([f"{key}={value}" for value in values[key]], incomplete)
         return items([f"{key}=" for key in keys], incomplete)
 
     return complete

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
+_NO_SPACE = "    [[ ${#COMPREPLY[@]} -eq 1 && ${COMPREPLY[0]} == *[=:] ]] && compopt -o nospace\n"
 _SHELLS = ("bash", "zsh", "fish")
 
 
@@ -24,4 +25,8 @@ def completion(context: click.Context, shell: str) -> None:
     assert found is not None
     source = found(context.find_root().command, {}, "unionfs", "_UNIONFS_COMPLETE")
     # Not source.source(): click checks the version of the bash in PATH, but the script may be for another.
-    print(source.source_template % source.source_vars())
+    script = source.source_template % source.source_vars()
+    if shell == "bash":
+        # A space would end a word that goes on: after KEY= and NAME: follow values.
+        script = script.replace("    return 0", f"{_NO_SPACE}\n    return 0")
+    print(script)

@@ -32,6 +32,7 @@ _COMMANDS = {
     "prune": ("unionfs.cli.container:prune", "Remove all containers that do not run."),
 }
 _KEYS = ("name", "state", "image")
+_VALUES = {"state": ("created", "running", "restarting", "exited", "dead")}
 _FIELDS = {
     "Names": "NAME", "Image": "IMAGE", "Command": "COMMAND", "CreatedAt": "STARTED", "Status": "STATUS",
     "Ports": "PORTS",
@@ -69,7 +70,7 @@ Examples:
 """,
 )
 @click.option("-a", "--all", "every", is_flag=True, help="Also those that do not run.")
-@list_options("Print names only.", _KEYS)
+@list_options("Print names only.", _KEYS, _VALUES)
 @root_option
 def ps(
     every: bool, quiet: bool, filters: tuple[str, ...], template: str | None, as_json: bool, root: str | None
@@ -84,7 +85,7 @@ def ps(
     from unionfs.containers.state import facts, shown_fields
     from unionfs.storage.root import storage_root
 
-    wanted = parse_filters(filters, _KEYS)
+    wanted = parse_filters(filters, _KEYS, _VALUES)
     found = [facts(*one) for one in of_root(storage_root(root))]
     found = [one for one in found if every or one["state"] in ("running", "restarting")]
     found = [one for one in found if all(str(one[key] or "") == value for key, value in wanted)]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from unionfs.cli.completing import complete_containers, complete_storage_drivers
+from unionfs.cli.progress import progress_of, progress_option
 from unionfs.cli.rules import complete_images, tell
 from unionfs.cli.run import CodedError, complain, for_each
 from unionfs.cli.storage_options import storage_options
@@ -106,7 +107,8 @@ Examples:
                    "[the configuration's, or union]")  # fmt: skip
 @click.option("--work", metavar="DIR", help="The work directory of an upper of your own, as for mount.")
 @storage_options
-@click.option("--name", metavar="NAME", help="The container's name: the same name finds its files again.")
+@click.option("--name", metavar="NAME", shell_complete=complete_containers,
+              help="The container's name: the same name finds its files again.")  # fmt: skip
 @click.option("--rm", "remove", is_flag=True, help="Remove the container at the end.")
 @click.option("-w", "--workdir", metavar="DIR",
               help="The command's working directory; created if missing.  [the image's, or /]")  # fmt: skip
@@ -142,6 +144,7 @@ Examples:
 @click.option("--privileged", is_flag=True,
               help="All capabilities, no filter, the host's /dev, writable /proc/sys and /sys: the command "
                    "can do to the host what root can.")  # fmt: skip
+@progress_option
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def run(
     image: str | None,
@@ -155,6 +158,7 @@ def run(
     interactive: bool,
     tty: bool,
     net: str | None,
+    progress: str,
     **wish: Any,
 ) -> int:
     """Run COMMAND with a union as its root, in new mount, pid, uts and ipc namespaces.
@@ -173,6 +177,7 @@ def run(
     # For start-up time: --help and completion do not need it.
     from unionfs.containers.process import CommandError
     from unionfs.containers.store import new_name
+    from unionfs.daemon.caller import CALLER
     from unionfs.storage.configured import configuration
 
     environment = {**variables_from_files(env_files), **environment}
@@ -189,6 +194,7 @@ def run(
         raise click.UsageError("Missing argument 'COMMAND...'.")
     if detach and wish["name"] is None:
         wish["name"] = new_name()
+    CALLER.watches(progress_of(progress))
     given = _Given(image, command, entrypoint, workdir, user, environment, plain, detach)
     if detach:
         return _detach(given, wish)
@@ -235,15 +241,19 @@ def _start(
     # For start-up time: --help and completion do not need it.
     from unionfs.containers.run import Wish
     from unionfs.containers.run import run as start
+    from unionfs.daemon.caller import CALLER
+
+    def begun() -> None:
+        CALLER.goes()
+        started()
 
     if given.plain:
         whole = Wish(
             given.command, workdir=given.workdir or "/", user=given.user, environment=given.environment,
             detached=given.detached, **wish,
         )  # fmt: skip
-        return start(whole, report, started)
+        return start(whole, report, begun)
     # For start-up time: only images need it.
-    from unionfs.cli.progress import shown_progress
     from unionfs.containers.imaged import Given, wished
 
     notes: list[str] = []
@@ -251,12 +261,12 @@ def _start(
         given.image, given.command, given.entrypoint, given.workdir, given.user, given.environment
     )
     with ExitStack() as held:
-        with shown_progress(f"unpacking {given.image}", "auto") as shown:
+        with CALLER.shown(f"unpacking {given.image}") if given.image else nullcontext() as shown:
             whole = held.enter_context(
                 wished(Wish((), detached=given.detached, **wish), wanted, notes, shown)
             )
         tell(notes)
-        return start(whole, report, started)
+        return start(whole, report, begun)
 
 
 def check_tty(tty: bool) -> None:

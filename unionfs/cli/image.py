@@ -73,8 +73,8 @@ def _users(root: str | None) -> dict[str, str]:
 def import_(rules: Rules, progress: str, as_json: bool, root: str | None, source: str) -> int:
     """Unpack IMAGE into the store, and print its id.
 
-    A layer of strangers cannot leave its directory, or fill the disk beyond the limits below. As an ordinary
-    user, all files belong to you, and device files are refused without --skip-devices.
+    An untrusted layer cannot write outside its directory, or fill the disk beyond the limits below. As an
+    ordinary user, all files belong to you, and device files are refused without --skip-devices.
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.images.using import image_layers

@@ -62,8 +62,8 @@ def export(
     """Write an upper as a layer, and print the digest of the file and its diff id.
 
     The same upper is always exported as the same bytes. Renamed directories, and files whose data or other
-    names are in a lower, come out whole; that needs the lowers, and for hard links the work directory, which
-    has their index.
+    names are in a lower, are written completely; that needs the lowers, and for hard links the work
+    directory, which has their index.
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.daemon.preflight import check_directory, check_lower, check_unused

@@ -10,14 +10,16 @@ import click
 
 from unionfs.cli.completing import filter_completer
 from unionfs.cli.run import on_terminal, print_table
-from unionfs.cli.template import render, render_rows
+from unionfs.cli.template import parse, render, render_rows
 from unionfs.cli.terminal import all_printable
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def list_options(quiet: str, filters: Sequence[str]) -> Callable[[_F], _F]:
-    """Add -q, whose help is `quiet`, -f with these keys, --format and --json.
+def list_options(
+    quiet: str, filters: Sequence[str], values: Mapping[str, Sequence[str]]
+) -> Callable[[_F], _F]:
+    """Add -q, whose help is `quiet`, -f with these keys, and the known values of some, --format and --json.
 
     The command receives `quiet`, `filters`, `template` and `as_json`.
     """
@@ -27,7 +29,7 @@ def list_options(quiet: str, filters: Sequence[str]) -> Callable[[_F], _F]:
             click.option("--format", "template", metavar="table|json|TEMPLATE",
                          help="A Go template, see above."),
             click.option("-f", "--filter", "filters", multiple=True, metavar="KEY=VALUE",
-                         shell_complete=filter_completer(filters),
+                         shell_complete=filter_completer(filters, values),
                          help=f"By {', '.join(filters)}; may be repeated, and all must hold."),
             click.option("-q", "--quiet", is_flag=True, help=quiet),
         ):  # fmt: skip
@@ -68,8 +70,9 @@ def print_list(
         first, *rest = render_rows(template, [_safe(row) for row in rows], headings)
         print_table(first, rest)
     elif template is not None:
+        nodes = parse(template)  # so that an error is one also where there are no rows
         for row in rows:
-            print(render(template, _safe(row)))
+            print(render(nodes, _safe(row)))
 
 
 def _safe(row: Mapping[str, Any]) -> Mapping[str, Any]:

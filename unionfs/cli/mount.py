@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from unionfs.cli.progress import progress_option, shown_progress
+from unionfs.cli.progress import progress_of, progress_option, shown_progress
 from unionfs.cli.rules import complete_images, tell
 from unionfs.cli.storage_options import HELP, storage_options
 from unionfs.settings.mount import IO_MODES, LOG_LEVELS, SESSIONS
@@ -34,6 +34,8 @@ _HELP = """\
       noatime nodiratime strictatime      of the upper's files
       fsname=, subtype=                   what /proc/mounts shows
       session=, io=, watch_lower          as --session and so on, for fstab
+      volume=, tmpfs=  storage, for fstab; may be repeated; with colons for
+                       commas: volume=db:/db:ro:nocopy, tmpfs=/run:size=9m
       index=on|off     whether hard links of lowers outlive changes; by default
                        if the upper is new, or was always used so, and the
                        filesystems have file handles and different uuids
@@ -145,9 +147,12 @@ def mount(
 ) -> int:
     """Mount a union."""
     # For start-up time: --help and completion do not need it.
+    from unionfs.daemon.caller import CALLER
     from unionfs.daemon.process import mount as start
     from unionfs.daemon.settle import settle
 
+    if storage:
+        CALLER.watches(progress_of(progress))
     with layers_of(image, root, options, progress) as more:
         settings = settle(
             mountpoint, lowers=[*lowers, *more], options=options, log_level=log_level and log_level.lower(),

@@ -14,7 +14,7 @@ from unionfs.cli.finding import find_mount
 from unionfs.cli.listing import list_options, print_json, print_list
 from unionfs.cli.run import print_table
 from unionfs.daemon.dead import dead_mounts, dead_mounts_of_others
-from unionfs.daemon.described import io_reasons, setting_rows, shown
+from unionfs.daemon.described import copying_up, io_reasons, setting_rows, shown
 from unionfs.daemon.detached import Detached, detached_mounts
 from unionfs.daemon.live import LiveMount, live_mounts
 from unionfs.daemon.others import mounts_of_others
@@ -24,6 +24,7 @@ from unionfs.settings.words import moment
 from unionfs.sys.mountinfo import MountEntry
 
 _KEYS = ("mountpoint", "state", "session", "layer")
+_VALUES = {"state": ("active", "detached", "dead"), "session": ("direct", "pyfuse3")}
 _FIELDS = ("Mountpoint", "State", "Pid", "Layers", "Session", "Since", "HeldBy")
 
 
@@ -35,18 +36,20 @@ Examples:
   unionfs ls --format '{{.Mountpoint}} {{.Pid}}'
 """,
 )
-@list_options("Print mountpoints only.", _KEYS)
+@list_options("Print mountpoints only.", _KEYS, _VALUES)
 def ls(quiet: bool, filters: tuple[str, ...], template: str | None, as_json: bool) -> None:
     """List mounts: mountpoint, state, the daemon's pid, layers, session and start time.
 
     The state is active; dead if the daemon has died (`unionfs cleanup` unmounts those); detached if it is
-    unmounted here but still in use, and by what (`unionfs umount --force` ends those). Root sees the mounts
-    of all users, others see their own. If a user's daemon does not answer root, only the mountpoint is shown.
+    unmounted here but still in use, and by what, or still mounted elsewhere (`unionfs umount --force` ends
+    those). Root sees the mounts of all users, others see their own. If a user's daemon does not answer root,
+    only the mountpoint is shown. A container with another storage driver than union has no such mount:
+    `unionfs ps` lists it.
 
     A template has the fields .Mountpoint .State .Pid .Layers .Session .Since .HeldBy; the filters layer and
     mountpoint take a path. `--format json` prints one object per line.
     """
-    wanted = parse_filters(filters, _KEYS)
+    wanted = parse_filters(filters, _KEYS, _VALUES)
     summaries = [one for one in _summaries() if all(_holds(one, key, value) for key, value in wanted)]
     if as_json:
         print_json(summaries)
@@ -77,7 +80,7 @@ def _summaries() -> list[dict[str, Any]]:
     dead = [*dead_mounts_of_others(others.silent), *dead_mounts()]
     known = {found.mount.mount_id for found in dead}
     return [
-        *(_summary(mount) for mount in (*live_mounts(), *others.answered)),
+        *(_of_living(mount) for mount in (*live_mounts(), *others.answered)),
         *(_of_detached(found) for found in detached_mounts()),
         *(_unknown(mount, None) for mount in others.silent if mount.mount_id not in known),
         *(_unknown(found.mount, "dead", found.entry) for found in dead),
@@ -96,8 +99,14 @@ def _fields(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shown_state(summary: Mapping[str, Any]) -> str:
-    users = ", ".join(f"{user['command']} (pid {user['pid']}, {user['how']})" for user in summary["held_by"])
-    return f"{summary['state'] or '-'}{users and f', used by {users}'}"
+    users = [
+        f"container {user['container']}" if user["container"]
+        else f"{user['command']} (pid {user['pid']}, {user['how']})"
+        for user in summary["held_by"]
+    ]  # fmt: skip
+    used = ", ".join(dict.fromkeys(users))
+    at = ", ".join(map(quoted, summary["mounted_at"]))
+    return f"{summary['state'] or '-'}{used and f', used by {used}'}{at and f', mounted at {at}'}"
 
 
 @click.command(epilog="Example: unionfs inspect --json /mnt")
@@ -130,7 +139,9 @@ def inspect(mountpoint: str, as_json: bool) -> None:
     print()
     counts = []
     for name, value in whole["figures"].items():
-        if isinstance(value, dict):
+        if name == "copying_up":
+            counts += [("copying up", line) for line in copying_up(whole["figures"])]
+        elif isinstance(value, dict):
             counts += [(shown(f"{name}.{kind}"), shown(count)) for kind, count in value.items()]
         else:
             counts.append((shown(name), shown(value)))
@@ -152,15 +163,29 @@ def _summary(mount: LiveMount) -> dict[str, Any]:
         "session": mount.settings.session,
         "since": moment(mount.since),
         "held_by": [],
+        "mounted_at": [],
     }
 
 
+def _of_living(mount: LiveMount) -> dict[str, Any]:
+    """It may have been unmounted at its mountpoint, and still be mounted elsewhere, as in a container."""
+    places = [one.mountpoint for one in mount.mounts()]
+    summary = _summary(mount)
+    if not places or mount.settings.mountpoint in places:
+        return summary
+    return {**summary, "state": "detached", "mounted_at": places}
+
+
 def _of_detached(found: Detached) -> dict[str, Any]:
-    return {**_summary(found.entry), "state": "detached", "held_by": [asdict(user) for user in found.users]}
+    # For start-up time: few mounts are detached.
+    from unionfs.containers.naming import container_of
+
+    users = [{**asdict(user), "container": container_of(user.pid)} for user in found.users]
+    return {**_summary(found.entry), "state": "detached", "held_by": users}
 
 
 def _unknown(mount: MountEntry, state: str | None, entry: LiveMount | None = None) -> dict[str, Any]:
     """Return the summary of a mount without a daemon that answers, as far as its registry entry tells."""
     names = ("state", "pid", "layers", "session", "since")
-    rest = {**dict.fromkeys(names), "held_by": []} if entry is None else _summary(entry)
+    rest = {**dict.fromkeys(names), "held_by": [], "mounted_at": []} if entry is None else _summary(entry)
     return {"mountpoint": mount.mountpoint, **rest, "state": state, "pid": None}

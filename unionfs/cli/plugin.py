@@ -65,5 +65,5 @@ def serve(path: str | None, root: str | None) -> None:
     if path is None:
         path = SYSTEM_SOCKET if is_host_root() else f"{runtime_directory().path}/plugin.sock"
     with own_socket(path) as listener:
-        tell(f"serves the volumes in {place} at {path}")
+        tell(f"serving the volumes in {place} at {path}")
         run(listener, requests.answer, manager)

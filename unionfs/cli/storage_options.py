@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 HELP = """\b
     Storage (-v, --mount, --tmpfs), as for docker run:
@@ -26,6 +29,20 @@ HELP = """\b
     At most one mount per target, and none at /. A missing target is created. An empty volume is filled with
     what the union has at its target. A tmpfs is not swapped out where the kernel supports that (swap allows
     it), and is mounted nosuid,nodev,noexec."""
+
+
+def _complete_sources(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Complete the names of volumes, and else paths."""
+    # For start-up time: only completion needs it.
+    from click.shell_completion import CompletionItem
+
+    # For start-up time: only completion needs it.
+    from unionfs.cli.volume.common import complete_volumes
+
+    found = [CompletionItem(f"{one.value}:") for one in complete_volumes(context, parameter, incomplete)]
+    return found or [CompletionItem(incomplete, type="file")]
 
 
 def storage_options(command: Callable[..., int]) -> Callable[..., int]:
@@ -50,6 +67,7 @@ def storage_options(command: Callable[..., int]) -> Callable[..., int]:
     for option in reversed((
         click.option(
             "-v", "--volume", "volumes", multiple=True, metavar="[SRC:]TARGET[:MODE]",
+            shell_complete=_complete_sources,
             help="Mount a volume or a host path into the union.",
         ),
         click.option(

@@ -17,6 +17,7 @@ from typing import Any, Final
 import click
 
 from unionfs.cli.run import on_terminal, print_table, terminal_table
+from unionfs.daemon.described import copying_up
 from unionfs.daemon.overview import Activity, Overview
 from unionfs.daemon.stats_tables import tables
 from unionfs.errors import quoted
@@ -57,6 +58,10 @@ def top(sort: str, seconds: float, once: bool, as_json: bool) -> None:
     COPY-UPS   since the mount           MEMORY    of the daemon
     FREE       space of the upper's filesystem
 
+    Below the table: large files that are being copied up, how far, and the time left.
+
+    A container with another storage driver than union has no daemon, and is not shown.
+
     Keys sort: n (name), r (requests), l (latency), i (read), o (written), c (copy-ups), m (memory), f (free).
     The arrows and Enter look into one mount, as `unionfs stats --watch`; Esc goes back, q ends.
     """
@@ -69,6 +74,7 @@ def top(sort: str, seconds: float, once: bool, as_json: bool) -> None:
             print(json.dumps([one.facts() for one in found], indent=2))
         else:
             print_table(_HEADINGS, [_row(one.facts()) for one in found])
+            print(*_copying_up(found), sep="\n", end="\n" if _copying_up(found) else "")
         return
     with _single_keys():
         _Screen(overview, sort, seconds).run()
@@ -92,6 +98,16 @@ def _row(facts: Mapping[str, Any]) -> list[str]:
         "-" if facts["copy_ups"] is None else str(int(facts["copy_ups"])),
         size("memory"),
         size("upper_free"),
+    ]
+
+
+def _copying_up(found: Sequence[Activity]) -> list[str]:
+    """A line for each file that is being copied up."""
+    return [
+        f"{quoted(one.mount.settings.mountpoint)}: copying up {line}"
+        for one in found
+        if one.span is not None
+        for line in copying_up(one.span.now.figures)
     ]
 
 
@@ -191,4 +207,5 @@ class _Screen:
             if one.mount.name == self._chosen:
                 table.rows[number].style = "reverse"
         told = f"{len(rows)} mounts, sorted by {self._sort.replace('_', ' ')}" if rows else "no mounts"
-        return Group(Text(told), table, Text(_KEYS, style="dim"))
+        more = [Text(line) for line in _copying_up(rows)]
+        return Group(Text(told), table, *more, Text(_KEYS, style="dim"))

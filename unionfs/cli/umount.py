@@ -35,6 +35,7 @@ def umount(mountpoints: tuple[str, ...], lazy: bool, force: bool, every: bool) -
     unmounted.
     """
     # For start-up time: --help and completion do not need it.
+    from unionfs.containers.naming import container_of
     from unionfs.daemon.live import live_mounts
     from unionfs.daemon.unmount import umount as end
 
@@ -47,7 +48,7 @@ def umount(mountpoints: tuple[str, ...], lazy: bool, force: bool, every: bool) -
         )
 
     def end_one(mountpoint: str) -> bool:
-        end(mountpoint, lazy=lazy, force=force)
+        end(mountpoint, lazy=lazy, force=force, container_of=container_of)
         return False
 
     return for_each(mountpoints, end_one)

@@ -37,8 +37,8 @@ def find_account(root: int, text: str) -> Account:
     uid = number if line is None else _number(line[2])
     if uid is None:
         raise UserError(
-            f"user {quoted(user)} is not in /etc/passwd of the union; check the name, or give a number by "
-            "--user."
+            f"user {quoted(user)} is not in /etc/passwd of the union; check the name, or give a numeric "
+            "id."
         )
     gid = (_number(line[3]) if line is not None else 0) or 0
     groups = _lines(root, b"/etc/group", 4)

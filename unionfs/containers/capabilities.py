@@ -55,7 +55,8 @@ def _read(option: str, given: Sequence[str]) -> set[str]:
         if name != _ALL:
             name = f"CAP_{name.removeprefix('CAP_')}"
             if name not in _NAMES:
-                near = difflib.get_close_matches(name, _NAMES, n=1, cutoff=0.0)[0].removeprefix("CAP_")
-                raise UserError(f"{option} {quoted(text)}: unknown capability; the nearest one is {near}.")
+                near = difflib.get_close_matches(name, _NAMES, n=1, cutoff=0.7)
+                cure = f"did you mean {near[0].removeprefix('CAP_')}?" if near else "see capabilities(7)."
+                raise UserError(f"{option} {quoted(text)}: unknown capability; {cure}")
         found.add(name)
     return found

@@ -35,10 +35,8 @@ def find_command(root: int, name: str, workdir: str, search: str) -> None:
         raise CommandError(
             f"{quoted(name)} in the union is not executable; check its mode.", NOT_EXECUTABLE
         )
-    where = "" if "/" in name else f" in {search}"
-    raise CommandError(
-        f"{quoted(name)} does not exist in the union{where}; check the name and the lowers.", NOT_FOUND
-    )
+    where = "does not exist in the union" if "/" in name else f"is not in the union's PATH, {search}"
+    raise CommandError(f"{quoted(name)} {where}; check the name and the lowers.", NOT_FOUND)
 
 
 def _check_interpreter(root: int, fd: int, name: str, workdir: str) -> None:

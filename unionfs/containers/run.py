@@ -95,8 +95,10 @@ def run(wish: Wish, complain: Callable[[str], object], started: Callable[[], obj
 
 def _check(wish: Wish) -> None:
     if wish.restart.word != "no" and (wish.remove or not wish.detached):
-        cause = "with --rm nothing is left to start" if wish.remove else "it is for containers of -d"
-        raise UserError(f"--restart {wish.restart} is refused: {cause}; leave it out.")
+        what = f"--restart {wish.restart}"
+        if wish.remove:
+            raise UserError(f"{what} conflicts with --rm, which leaves nothing to start; omit one of them.")
+        raise UserError(f"{what} is only for containers in the background; add -d, or leave it out.")
     if "" in wish.lowers or wish.upper == "" or wish.work == "":
         raise UserError("an empty path is given; name a directory.")
     if wish.work is not None and wish.upper is None:

@@ -132,7 +132,8 @@ class Container:
             while not (locked := _lock(fd)) and ends() and time.monotonic() < deadline:
                 time.sleep(_POLL_SECONDS)
             if not locked:
-                cure = "wait for its end, or choose another name" if make else "stop it first"
+                stop = f"stop it by `unionfs stop {quoted(self.name)}`"
+                cure = "wait for its end, or choose another name" if make else f"{stop}, or use --force"
                 raise UserError(f"container {quoted(self.name)} is running; {cure}.")
             yield
 

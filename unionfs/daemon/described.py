@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from unionfs.errors import quoted
+from unionfs.settings.words import shown_bytes, shown_clock
 
 
 def setting_rows(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -21,6 +22,17 @@ def io_reasons(io: object) -> list[str]:
     more = [values for name in ("why_not", "missing") if isinstance(values := io.get(name), dict)]
     sentences = [io.get("why"), *(sentence for values in more for sentence in values.values())]
     return [str(sentence) for sentence in sentences if sentence]
+
+
+def copying_up(figures: Mapping[str, Any]) -> list[str]:
+    """Return a line for each file that is being copied up: what, how far, rate and time left."""
+    return [_copy(one) for one in figures.get("copying_up", ())]
+
+
+def _copy(one: Mapping[str, Any]) -> str:
+    copied, size, rate = one["copied"], one["size"], one["copied"] / max(one["seconds"], 1e-3)
+    words = f"{quoted(one['path'])}: {shown_bytes(copied)} of {shown_bytes(size)}, {shown_bytes(rate)}/s"
+    return f"{words}, {shown_clock((size - copied) / rate)} left" if rate else words
 
 
 def _shown_storage(spec: dict[str, Any]) -> str:

@@ -43,12 +43,14 @@ class Activity:
             "read": counters.get("read_bytes", nothing)[1],
             "written": counters.get("written_bytes", nothing)[1],
             "copy_ups": counters.get("copy_ups", nothing)[0],
+            "copying_up": self.span.now.figures.get("copying_up"),
             "memory": self.span.states().get("resident_bytes"),
         }
 
 
 FACTS: Final = (
-    "mountpoint", "pid", "requests", "p50", "p99", "read", "written", "copy_ups", "memory", "upper_free",
+    "mountpoint", "pid", "requests", "p50", "p99", "read", "written", "copy_ups", "copying_up", "memory",
+    "upper_free",
 )  # fmt: skip
 
 

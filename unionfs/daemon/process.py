@@ -137,6 +137,7 @@ def _serve_here(settings: MountSettings, directory: RuntimeDirectory) -> int:
 
     def on_usable() -> None:
         captured.release()
+        CALLER.goes()
         manager.tell("READY=1", f"STATUS=Mounted at {quoted(settings.mountpoint)}")
 
     logs.to_stream(settings.log_level, os.fdopen(captured.saved(), "w", buffering=1))
@@ -303,6 +304,7 @@ def _serve_detached(settings: MountSettings, path: str, kept: set[int], report: 
         nonlocal usable
         usable = True
         captured.discard()
+        CALLER.goes()
         try:
             report()
         except OSError:
@@ -335,5 +337,5 @@ def _detach(kept: set[int]) -> CapturedStderr:
     captured = CapturedStderr()
     to_null(range(2))
     # Pipes, locks and directories of the caller.
-    close_files_but({*kept, *captured.fds()})
+    close_files_but({*kept, *captured.fds(), *CALLER.fds})
     return captured

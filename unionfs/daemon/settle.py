@@ -53,6 +53,7 @@ def settle(
     chosen_work = _either("work", "-w", "workdir=", work, parsed.work)
     _check_paths(chosen_lowers, chosen_upper, chosen_work, mountpoint)
     chosen_upper, upper_tmpfs = _writable_layer(chosen_upper, chosen_work)
+    storage = _with_options(storage, parsed.storage)
     session, io = _session_and_io(parsed, session, io, configured := configuration())
     upper_path = None if chosen_upper is None else absolute(chosen_upper)
     trusted_xattrs = may_use_trusted_xattrs() if trusted_xattrs is None else trusted_xattrs
@@ -79,8 +80,7 @@ def settle(
         log_level="debug" if parsed.debug else log_level or configured.get("log-level"),
         mounted_by=os.getuid(),
         upper_tmpfs=upper_tmpfs,
-        storage=tuple(storage),
-        storage_root=find_storage_root(storage_root) if storage else "",
+        storage=tuple(storage), storage_root=find_storage_root(storage_root) if storage else "",
         watch_lower=watch_lower or parsed.watch_lower,
         cpu_idle=parsed.cpu_idle, outlive=parsed.outlive, max_nodes=parsed.max_nodes,
     )
@@ -94,6 +94,16 @@ def _with_snapshots(upper: str | None, lowers: tuple[str, ...]) -> tuple[str, ..
     from unionfs.storage.snapshots import with_snapshots
 
     return with_snapshots(upper, lowers)
+
+
+def _with_options(storage: Sequence[Spec], options: Sequence[tuple[str, str]]) -> Sequence[Spec]:
+    """The storage, and that of the options `volume` and `tmpfs`, in mount order. Raises UserError."""
+    if not options:
+        return storage
+    # For start-up time: most mounts have no storage.
+    from unionfs.settings.parsing import in_order, parse_storage_option
+
+    return in_order([*storage, *(parse_storage_option(*given) for given in options)])
 
 
 def _refuse_both(parsed: Options) -> None:
@@ -201,7 +211,7 @@ def _chosen(name: str, by_letter: str | None, by_option: str | None, values: Seq
     if by_option is None:
         return by_letter
     if by_option not in values:
-        raise UserError(f"option {name}={quoted(by_option)}: it is one of {', '.join(values)}.")
+        raise UserError(f"option {name}={quoted(by_option)}: write one of {', '.join(values)}.")
     if by_letter not in (None, "auto", by_option):
         raise UserError(f"--{name} {by_letter} and -o {name}={by_option} differ; use one of the two.")
     return by_option

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from unionfs.daemon.described import copying_up
 from unionfs.daemon.live import LiveMount
 from unionfs.daemon.stats import COUNTERS, Kind, Span
 from unionfs.errors import quoted
@@ -29,6 +30,7 @@ def tables(mount: LiveMount, span: Span) -> list[Table]:
         ("mountpoint", quoted(mount.settings.mountpoint)),
         ("daemon", f"pid {mount.pid}, session {span.now.session}, io {span.now.io}"),
         *_states(span.states()),
+        *(("copying up", line) for line in copying_up(span.now.figures)),
     ]
     return [
         (("REQUEST", "REQUESTS", "PER SECOND", "P50", "P99"), requests),
@@ -53,6 +55,8 @@ def _amount(name: str, value: float, *, rate: bool = False) -> str:
 def _states(states: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for name, value in states.items():
+        if isinstance(value, list):
+            continue  # a row for each
         if isinstance(value, dict):
             shown = ", ".join(f"{_words(key)} {_state(key, item)}" for key, item in value.items())
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from unionfs.daemon import live
+from unionfs.daemon.caller import CALLER
 from unionfs.daemon.clearing import clear_dead_mounts
 from unionfs.errors import on_failure
 from unionfs.settings.mount import MountSettings
@@ -38,7 +39,9 @@ class Storage:
         with on_failure("no process can be started", "end some others"):
             self._guardian = guardian.start(self._clear)
         volumes = Volumes(settings.storage_root)
-        self._sources: Sources | None = Sources(volumes, self._user, kernel_mounts=self._kernel_mounts)
+        self._sources: Sources | None = Sources(
+            volumes, self._user, kernel_mounts=self._kernel_mounts, shown=CALLER.shown
+        )
         try:
             self._sources.open(self.settings.storage)
         except BaseException:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from unionfs.daemon import live, others
 from unionfs.daemon.dead import clear_abandoned_of, forget, refusal, take_off
@@ -28,12 +28,21 @@ _COPY_POLL_SECONDS = 0.1
 _MOST_NAMED = 5
 _STOP = "stop whatever uses it first"
 
+Namer = Callable[[int], str | None]
+"""Returns the name of the container that a process belongs to; None if to none that is known."""
 
-def umount(mountpoint: str, *, lazy: bool = False, force: bool = False) -> None:
+
+def _nameless(pid: int) -> None:
+    return None
+
+
+def umount(
+    mountpoint: str, *, lazy: bool = False, force: bool = False, container_of: Namer = _nameless
+) -> None:
     """Unmount, and wait until the daemon has ended and all data is on disk. Raises UserError.
 
-    A mount in use is refused; `lazy` detaches it, and `force` cuts its users off, also of one that has been
-    detached from here.
+    A mount in use is refused, and `container_of` names the containers that use it; `lazy` detaches it, and
+    `force` cuts its users off, also of one that has been detached from here.
     """
     path = absolute_mountpoint(mountpoint)
     mount = mounted_at(path)
@@ -41,6 +50,8 @@ def umount(mountpoint: str, *, lazy: bool = False, force: bool = False) -> None:
         _cut_off(served)
         return
     if mount is not None and mount.fstype == others.FSTYPE and (owner := others.owner_of(mount)) is not None:
+        if not lazy:
+            _refuse_copied(mount, container_of)
         _umount_of_other(mount, owner, lazy=lazy)
         return
     entries = live.entries()
@@ -53,7 +64,9 @@ def umount(mountpoint: str, *, lazy: bool = False, force: bool = False) -> None:
         take_off(mount)
     else:
         further = _is_further(mount, entry)
-        _unmount_living(mount, entry, whole=not (lazy or further), lazy=lazy)
+        if not (lazy or further):  # else it stays mounted elsewhere
+            _refuse_copied(mount, container_of)
+        _unmount_living(mount, entry, lazy=lazy)
     if entry is None or further:
         return
     if alive:
@@ -88,10 +101,7 @@ def _is_further(mount: MountEntry, entry: live.LiveMount | None) -> bool:
     )  # fmt: skip
 
 
-def _unmount_living(mount: MountEntry, entry: live.LiveMount | None, *, whole: bool, lazy: bool) -> None:
-    """`whole`: refuse if the filesystem is mounted elsewhere, too."""
-    if whole:
-        _refuse_copied(mount)
+def _unmount_living(mount: MountEntry, entry: live.LiveMount | None, *, lazy: bool) -> None:
     if lazy:
         leave_peers(mount)
     inside = [] if entry is None or lazy else storage_mounts(mount, entry.settings.storage)
@@ -109,7 +119,7 @@ def _unmount_living(mount: MountEntry, entry: live.LiveMount | None, *, whole: b
     storage.let_go()
 
 
-def _refuse_copied(mount: MountEntry) -> None:
+def _refuse_copied(mount: MountEntry, container_of: Namer) -> None:
     """Refuse to unmount what would stay mounted elsewhere, so that its daemon goes on. Raises UserError.
 
     A namespace that has just been made has copies of all mounts, and often unmounts them or ends at once.
@@ -117,15 +127,31 @@ def _refuse_copied(mount: MountEntry) -> None:
     deadline = time.monotonic() + _NOTICE_SECONDS
     while (found := copies(mount)) and all(pid for pid, _ in found) and time.monotonic() < deadline:
         time.sleep(_COPY_POLL_SECONDS)
-    here = [copy.mountpoint for pid, copy in found if not pid]
-    users = [MountUser(pid, command_of(pid), "mount namespace") for pid, _ in found if pid]
-    if here:
-        cause, cure = f"it is also mounted at {quoted(here[0])}", f"unmount {quoted(here[0])} first"
-    elif users:
-        cause, cure = "used by " + ", ".join(map(str, users[:_MOST_NAMED])), _STOP
-    else:
+    if not found:
         return
+    bound = {copy.mountpoint: _runner_of(copy.mountpoint) for pid, copy in found if not pid}
+    plain = [path for path, runner in bound.items() if runner is None]
+    pids = [*filter(None, bound.values()), *(pid for pid, _ in found if pid)]
+    containers = {pid: container_of(pid) for pid in pids}
+    users = [
+        f"container {quoted(name)}" if name else str(MountUser(pid, command_of(pid), "mount namespace"))
+        for pid, name in containers.items()
+    ]
+    if plain:
+        cause, cure = f"it is also mounted at {quoted(plain[0])}", f"unmount {quoted(plain[0])} first"
+    else:
+        names = " ".join(dict.fromkeys(quoted(name) for name in containers.values() if name))
+        cause = "used by " + ", ".join(list(dict.fromkeys(users))[:_MOST_NAMED])
+        cure = f"run `unionfs stop {names}` first" if names else _STOP
     raise UserError(_with_cures(mount.mountpoint, cause, cure))
+
+
+def _runner_of(path: str) -> int | None:
+    """Return the process that a union lives with, if `path` is in it."""
+    for entry in live.entries():
+        if entry.settings.lives_with and path.startswith(f"{entry.settings.mountpoint}/"):
+            return entry.settings.lives_with[0]
+    return None
 
 
 def _refuse_unless_gone(mount: MountEntry, error: OSError) -> None:
@@ -140,8 +166,6 @@ def _umount_of_other(mount: MountEntry, owner: int, *, lazy: bool) -> None:
     """
     path = mount.mountpoint
     entry = live.find_by_device(mount.device, others.mounts_of_others().answered)
-    if not lazy:
-        _refuse_copied(mount)
     try:
         unmount(mount, lazy=lazy)
     except OSError as error:

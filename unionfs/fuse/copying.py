@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from time import perf_counter_ns
-from typing import Final
+from typing import Final, NamedTuple
 
 import trio
 
@@ -21,7 +21,7 @@ from unionfs.fuse.inline import in_thread, may_wait
 from unionfs.sys.fds import Owned
 from unionfs.union.copyup import CopyUp
 from unionfs.union.filecopy import DataCopy, FileCopy, small_copy_ups
-from unionfs.union.tree import Union
+from unionfs.union.tree import Union, path_of
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,15 @@ Check = Callable[[], None]
 
 #: At most so many large files are copied up from slow layers at once.
 _PATIENT: Final = 16
+
+
+class _Running(NamedTuple):
+    """A copy-up in a thread."""
+
+    copy: FileCopy | DataCopy
+    began: int
+    """In nanoseconds, of `perf_counter_ns`."""
+    over: trio.Event
 
 
 class CopyUps:
@@ -41,18 +50,27 @@ class CopyUps:
         self._count = 0
         self._copied_bytes = 0
         self._nanoseconds = 0
-        #: The nodes that are being copied up in a thread, each with the end of that.
-        self.running: dict[Node, trio.Event] = {}
+        #: The nodes that are being copied up in a thread.
+        self.running: dict[Node, _Running] = {}
         #: For threads that may never end; others must not wait for them.
         self._patient = trio.CapacityLimiter(_PATIENT)
 
     def figures(self) -> dict[str, object]:
         """JSON-able. The durations may overlap."""
-        small = self._small
+        small, now = self._small, perf_counter_ns()
         return {
             "copy_ups": self._count + (small.count if small else 0),
             "copied_bytes": self._copied_bytes + (small.copied_bytes if small else 0),
             "copy_up_seconds": (self._nanoseconds + (small.nanoseconds if small else 0)) / 1e9,
+            "copying_up": [
+                {
+                    "path": os.fsdecode(path_of(node)),
+                    "copied": one.copy.copied,
+                    "size": one.copy.size,
+                    "seconds": (now - one.began) / 1e9,
+                }
+                for node, one in self.running.items()
+            ],
         }
 
     def is_running(self, node: Node) -> bool:
@@ -180,7 +198,7 @@ class CopyUps:
         if running is None:
             return False
         await may_wait()
-        await running.wait()
+        await running.over.wait()
         return True
 
     def _counts(self, began: int) -> None:
@@ -211,7 +229,8 @@ class CopyUps:
 
     async def _in_thread(self, copy: FileCopy | DataCopy) -> None:
         waits_for_server = copy.waits_for_server  # may fail, with nothing to undo yet
-        done = self.running[copy.node] = trio.Event()
+        done = trio.Event()
+        self.running[copy.node] = _Running(copy, perf_counter_ns(), done)
         if waits_for_server:
             await self._in_abandoned_thread(copy, done)
             return

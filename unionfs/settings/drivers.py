@@ -15,7 +15,7 @@ DEFAULT: Final = "union"
 def nearest(word: str, known: Sequence[str]) -> str:
     """The cure for an unknown word: the nearest known one, or all of them."""
     close = difflib.get_close_matches(word, known, 1)
-    return f"did you mean {close[0]}?" if close else f"it is one of {', '.join(known)}."
+    return f"did you mean {close[0]}?" if close else f"the known ones are {', '.join(known)}."
 
 
 def parse_storage_driver(text: str) -> str:

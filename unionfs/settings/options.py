@@ -125,6 +125,8 @@ _REFUSED: Mapping[str, str] = {
     "override_creds": "the caller's rights are always checked by the kernel, so leave the option out",
 }
 
+_STORAGE: Mapping[str, str] = {"volume": "[SRC:]TARGET", "tmpfs": "TARGET"}
+
 _RANGES = "STORED:SHOWN:COUNT"
 _SHOWN = frozenset({
     "uidmapping", "gidmapping", "squash_to_uid", "squash_to_gid", "squash_to_root", "static_nlink", "noacl",
@@ -169,6 +171,8 @@ class Options:
     debug: bool = False
     session: str | None = None
     io: str | None = None
+    storage: list[tuple[str, str]] = field(default_factory=list)
+    """Each `volume=` and `tmpfs=`, with its value."""
     security: list[str] = field(default_factory=list)
     """SELinux contexts, as `name=value` of mount(2)."""
 
@@ -242,6 +246,8 @@ def _take(options: Options, name: str, value: str | None) -> None:
         setattr(options, name, new)
     elif name == "max_nodes":
         options.max_nodes = _count(name, value)
+    elif name in _STORAGE:
+        options.storage.append((name, unescape_option(_needed(name, value, _STORAGE[name]))))
     elif name in _SECURITY:
         options.security.append(f"{name}={unescape_option(_needed(name, value, 'LABEL'))}")
     elif name in _FEATURES and value is not None:

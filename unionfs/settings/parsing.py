@@ -41,12 +41,30 @@ def parse_all(volumes: Iterable[str], mounts: Iterable[str], tmpfs: Iterable[str
     found: list[Spec] = [parse_volume(text) for text in volumes]
     found += [parse_mount(text) for text in mounts]
     found += [parse_tmpfs(text) for text in tmpfs]
+    return in_order(found)
+
+
+def in_order(found: Iterable[Spec]) -> tuple[Spec, ...]:
+    """Return the specs in mount order. Raises UserError for duplicate targets."""
+    order = sorted(found, key=lambda spec: spec.target.count("/"))
     taken: set[str] = set()
-    for spec in found:
+    for spec in order:
         if spec.target in taken:
             raise UserError(f"target {quoted(spec.target)} is given twice; mount one thing at each target.")
         taken.add(spec.target)
-    return tuple(sorted(found, key=lambda spec: spec.target.count("/")))
+    return tuple(order)
+
+
+def parse_storage_option(name: str, value: str) -> Spec:
+    """Parse `volume=` or `tmpfs=` of `-o`: as `-v` or `--tmpfs`, also with colons for the commas.
+
+    So fstab(5) needs no commas in an option, at which mount(8) splits. Raises UserError.
+    """
+    parts = value.split(":")
+    paths = 2 if name == "volume" and len(parts) > 1 else 1
+    text = ":".join([*parts[:paths], ",".join(parts[paths:])] if len(parts) > paths else parts)
+    option = f"option {name}={quoted(value)}"
+    return parse_tmpfs(text, option) if name == "tmpfs" else parse_volume(text, option)
 
 
 def _host_path(option: str, text: str) -> str:
@@ -69,9 +87,12 @@ def _host_path(option: str, text: str) -> str:
 # -- -v -----------------------------------------------------------------------------------------------
 
 
-def parse_volume(text: str) -> VolumeSpec | BindSpec:
-    """Parse a `-v`: /target, NAME:/target[:mode,...] or /host/path:/target[:mode,...]. Raises UserError."""
-    option = f"-v {quoted(text)}"
+def parse_volume(text: str, option: str = "") -> VolumeSpec | BindSpec:
+    """Parse a `-v`: /target, NAME:/target[:mode,...] or /host/path:/target[:mode,...].
+
+    `option` names it in errors, by default as `-v`. Raises UserError.
+    """
+    option = option or f"-v {quoted(text)}"
     parts = text.split(":")
     if len(parts) > 3:
         raise UserError(
@@ -155,7 +176,7 @@ def parse_mount(text: str) -> Spec:
     given, driver_options = _pairs(option, text)
     kind = str(given.pop("type", "volume")).lower()
     if kind not in ("volume", "bind", "tmpfs"):
-        raise UserError(f"{option}: unknown type {quoted(kind)}; it is one of volume, bind and tmpfs.")
+        raise UserError(f"{option}: unknown type {quoted(kind)}; the types are volume, bind and tmpfs.")
     for key in (*given, *(["volume-opt"] if driver_options else [])):
         prefix = key.partition("-")[0]
         if "-" in key and prefix != kind:

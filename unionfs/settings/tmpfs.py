@@ -35,9 +35,12 @@ def target_of(option: str, text: str) -> str:
     return clean
 
 
-def parse_tmpfs(text: str) -> TmpfsSpec:
-    """Parse a `--tmpfs`: /target[:option,...], options of mount(8) and tmpfs(5). Raises UserError."""
-    option = f"--tmpfs {quoted(text)}"
+def parse_tmpfs(text: str, option: str = "") -> TmpfsSpec:
+    """Parse a `--tmpfs`: /target[:option,...], options of mount(8) and tmpfs(5).
+
+    `option` names it in errors, by default as `--tmpfs`. Raises UserError.
+    """
+    option = option or f"--tmpfs {quoted(text)}"
     target, _, words = text.partition(":")
     target = target_of(option, target)
     options, flags, read_only = parse_tmpfs_words(option, words.split(","))

@@ -31,6 +31,13 @@ def shown_duration(ns: float | None) -> str:
     return f"{ns:.0f} ns"
 
 
+def shown_clock(seconds: float) -> str:
+    """Format a duration as minutes and seconds, or hours, minutes and seconds: 1:05, 2:00:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 def shown_bytes(count: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:

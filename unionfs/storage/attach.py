@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.settings.specs import Spec, VolumeSpec
+from unionfs.storage.archive.progress import Shown
 from unionfs.storage.populate import Layered, populate
 from unionfs.storage.sources import Source, Sources
 from unionfs.storage.targets import MountedTree, Names, Tree, find, prepare, same_place
@@ -42,7 +43,8 @@ def attach_below(root: int, mountpoint: str, sources: Sources, stack: Layered) -
     taken: dict[Names, str] = {}
     with ExitStack() as undo:
         for source in sources.opened:
-            done.append(_one(source, mountpoint, MountedTree(root), stack, taken, undo))
+            fill(source, MountedTree(root), stack, sources.shown)
+            done.append(_one(source, mountpoint, MountedTree(root), taken, undo))
         undo.pop_all()
     return tuple(done)
 
@@ -51,12 +53,10 @@ def _one(
     source: Source,
     mountpoint: str,
     tree: MountedTree,
-    stack: Layered,
     taken: dict[Names, str],
     undo: ExitStack,
 ) -> Spec:
     spec = source.spec
-    fill(source, tree, stack)
     target = prepare(tree, spec.target, spec.source, directory=source.directory)
     undo.callback(target.undo)
     same_place(taken, target, spec.target)
@@ -67,8 +67,8 @@ def _one(
     return replace(spec, target=target.path)
 
 
-def fill(source: Source, tree: Tree, stack: Layered) -> None:
-    """Populate an empty volume on first use. Raises UserError."""
+def fill(source: Source, tree: Tree, stack: Layered, shown: Shown) -> None:
+    """Populate an empty volume on first use; `shown` shows how far it is. Raises UserError."""
     spec = source.spec
     if source.volume is None or not isinstance(spec, VolumeSpec) or spec.subpath or not spec.copy:
         return
@@ -77,7 +77,7 @@ def fill(source: Source, tree: Tree, stack: Layered) -> None:
     except OSError:
         return  # `prepare` reports what is wrong with the target
     if names and not missing:
-        populate(stack, names, source.fd, source.volume)
+        populate(stack, names, source.fd, source.volume, shown)
 
 
 def _unmount(path: str, root: int) -> None:

@@ -228,8 +228,12 @@ def open_archive(
 def read_whole(reader: ArchiveReader, report: Report, progress: Progress | None) -> None:
     """Read an archive to its end and add its figures to the report. Raises Malformed."""
     for _ in reader.entries():
-        if progress is not None and reader.count % 256 == 0:
+        content = reader.content()
+        if progress is not None:
             progress(report.entries + reader.count, report.size + reader.read_bytes)
+            content = progress.along(content)
+        for _ in content:
+            pass
     for _ in reader.deleted():
         pass
     report.count(reader.count, reader.read_bytes)

@@ -14,7 +14,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from unionfs.core.places import Place
 from unionfs.errors import quoted, reason
@@ -25,6 +25,9 @@ from unionfs.union.filedata import clone, copy_data
 from unionfs.union.files import open_held
 from unionfs.union.merge import Found, Merge
 from unionfs.union.permissions import shown_names
+
+if TYPE_CHECKING:
+    from unionfs.storage.archive.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +46,10 @@ class _Contained(NamedTuple):
 class Copier:
     """Copies a merged directory into a real one, without recursion: trees may be deep."""
 
-    def __init__(self, merge: Merge, root: int, what: str) -> None:
+    def __init__(self, merge: Merge, root: int, what: str, progress: Progress | None = None) -> None:
         """`root`: an fd of the empty directory; `what`: its name in messages, such as "the volume"."""
+        self._progress = progress
+        self._entries = self._size = 0
         self._merge = merge
         self._root = root
         self._what = what
@@ -73,6 +78,7 @@ class Copier:
                 found = self._search(parts, name, here)
                 if found is None:
                     continue
+                self._count(found[0])
                 if stat.S_ISDIR(found[0].st_mode):
                     os.mkdir(name, 0o700, dir_fd=fd)
                     inner = os.open(name, _DIRECTORY, dir_fd=fd)
@@ -83,6 +89,13 @@ class Copier:
         finally:
             for _, fd, _, _ in steps:
                 os.close(fd)
+
+    def _count(self, st: os.stat_result) -> None:
+        """Show what was copied before an object."""
+        if self._progress is not None:
+            self._progress(self._entries, self._size)
+        self._entries += 1
+        self._size += st.st_size if stat.S_ISREG(st.st_mode) else 0
 
     def _search(self, parts: list[Place], name: bytes, path: bytes) -> Found | None:
         try:
@@ -117,7 +130,8 @@ class Copier:
             ):
                 st = os.fstat(data)
                 if not clone(data, fd, st.st_dev, self._never_clones):
-                    copy_data(data, fd, st.st_size)
+                    told = _untold if self._progress is None else self._progress.within()
+                    copy_data(data, fd, st.st_size, told)
                 self._keep(where.place, opened, path, fd)
 
     def _keep(self, place: Place, source: int, path: bytes, at: int, name: bytes | None = None) -> None:
@@ -152,6 +166,24 @@ class Copier:
         if error.errno in _SHORT:
             raise error
         log.warning("%s: %s; it is left out of %s", what, reason(error), self._what)
+
+
+def size_of(merge: Merge, top: list[Place]) -> int:
+    """Return the bytes of the files in a merged directory and below."""
+    total, waiting = 0, [top]
+    while waiting:
+        parts = waiting.pop()
+        for name in merge.listing(parts).names():
+            found = merge.search(parts, name)
+            if found is not None and stat.S_ISDIR(found[0].st_mode):
+                waiting.append(found[1])
+            elif found is not None and stat.S_ISREG(found[0].st_mode):
+                total += found[0].st_size
+    return total
+
+
+def _untold(position: int) -> None:
+    pass
 
 
 def _refused(name: bytes, error: OSError) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import closing
 from typing import Protocol
 
 from unionfs.core.places import Layer, Place
 from unionfs.errors import UserError, quoted, reason
 from unionfs.storage import locks, workspace
-from unionfs.storage.copying import Copier
+from unionfs.storage.archive.progress import Shown, unseen
+from unionfs.storage.copying import Copier, size_of
 from unionfs.storage.model import Volume
 from unionfs.storage.targets import Names
 from unionfs.sys import calls
@@ -36,16 +38,19 @@ class Layered(Protocol):
     def markers(self) -> Markers: ...
 
 
-def populate(stack: Layered, names: Names, data: int, volume: Volume) -> bool:
+def populate(
+    stack: Layered, names: Names, data: int, volume: Volume, shown: Shown = unseen
+) -> bool:
     """Copy the union's directory at `names` into the volume's directory `data` (an fd), if that is empty.
 
-    Returns whether it copied. Raises UserError, and then leaves the volume empty.
+    `shown` shows how far it is. Returns whether it copied. Raises UserError, and then leaves the volume
+    empty.
     """
     storage_root = os.path.dirname(os.path.dirname(volume.directory))
     try:
         # Two unions may use a new volume for the first time concurrently.
         with locks.filling(storage_root, volume.name):
-            return _is_empty(data, volume) and _fill(stack, names, data, volume)
+            return _is_empty(data, volume) and _fill(stack, names, data, volume, shown)
     except OSError as error:
         path = b"/" + b"/".join(names)
         raise UserError(
@@ -60,7 +65,7 @@ def _is_empty(data: int, volume: Volume) -> bool:
     return not held - _NOTHING - workspace.names(volume.directory)
 
 
-def _fill(stack: Layered, names: Names, data: int, volume: Volume) -> bool:
+def _fill(stack: Layered, names: Names, data: int, volume: Volume, shown: Shown) -> bool:
     merge = Merge(stack.layers, stack.markers)
     try:
         parts = _find(merge, names)
@@ -69,13 +74,22 @@ def _fill(stack: Layered, names: Names, data: int, volume: Volume) -> bool:
         with (
             Owned(open_for_listing(data)) as root,
             workspace.workspace(volume.directory, root, "population") as place,
+            shown(f"filling volume {quoted(volume.name)}") as progress,
         ):
-            Copier(merge, place.new, "the volume").tree(parts)
+            if progress is not None:
+                progress.measures(lambda: _size(stack, names))
+            Copier(merge, place.new, "the volume", progress).tree(parts)
             calls.syncfs(place.new)
             place.commit(keep=True)
         return True
     finally:
         merge.close()
+
+
+def _size(stack: Layered, names: Names) -> int:
+    """The bytes of what is copied. Has a merge of its own, for a thread."""
+    with closing(Merge(stack.layers, stack.markers)) as merge:
+        return size_of(merge, _find(merge, names) or [])
 
 
 def _find(merge: Merge, names: Names) -> list[Place] | None:

@@ -271,13 +271,14 @@ def _copy(volume: Volume, path: str, extractor: Extractor, report: Report, progr
                 with extractor.new_file(attempt) as target:
                     cloned = clone_data(source, target, 0, never)
                     if not cloned:
-                        copy_data(source, target, attempt.size, dense=attempt.kind != SPARSE)
+                        told = (lambda size: None) if progress is None else progress.within()
+                        copy_data(source, target, attempt.size, told, dense=attempt.kind != SPARSE)
             shared &= cloned
             report.count(1, entry.size)
         else:
             extractor.add(entry)
             report.count(1, 0)
-        if progress is not None and report.entries % 64 == 0:
+        if progress is not None:
             progress(report.entries, report.size)
     if copied and shared:
         report.shared_blocks()

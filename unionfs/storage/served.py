@@ -63,7 +63,7 @@ def serve(sources: Sources, union: Union, stack: LayerStack) -> tuple[Spec, ...]
     with ExitStack() as undo:
         for source in sources.opened:
             spec = source.spec
-            fill(source, tree, stack)
+            fill(source, tree, stack, sources.shown)
             target = prepare(tree, spec.target, spec.source, directory=source.directory)
             undo.callback(target.undo)
             same_place(taken, target, spec.target)

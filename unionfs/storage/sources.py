@@ -13,6 +13,7 @@ from functools import partial
 from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.settings.specs import BindSpec, Spec, TmpfsSpec, VolumeSpec
 from unionfs.storage import tmpfs
+from unionfs.storage.archive.progress import Shown, unseen
 from unionfs.storage.volumes import Volume, Volumes
 from unionfs.sys import detached
 from unionfs.sys.fds import Owned, Returned
@@ -37,14 +38,18 @@ class Source:
 class Sources:
     """All sources of a union's storage, opened before the union is mounted (which may cover their paths).
 
-    `undo` runs if the union is not mounted. `user` is the user of the volumes.
+    `undo` runs if the union is not mounted. `user` is the user of the volumes. `shown` shows how far their
+    filling is.
     """
 
-    def __init__(self, volumes: Volumes, user: str, *, kernel_mounts: bool) -> None:
+    def __init__(
+        self, volumes: Volumes, user: str, *, kernel_mounts: bool, shown: Shown = unseen
+    ) -> None:
         self.opened: list[Source] = []
         self.undo = ExitStack()
         self._volumes = volumes
         self._user = user
+        self.shown = shown
         self._kernel_mounts = kernel_mounts
 
     def open(self, specs: Sequence[Spec]) -> None:

@@ -6,7 +6,7 @@ import os
 import resource
 import select
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from unionfs.sys.fds import Owned
 
@@ -45,12 +45,26 @@ def wait_gone(pid: int, started: int, timeout: float | None) -> bool:
 
 
 def command_of(pid: int) -> str:
-    """Return the name of a process, at most 15 characters (proc_pid_comm(5)); `?` if it is gone."""
+    """Return the name of a process, at most 15 characters (proc_pid_comm(5)); `?` if it is gone.
+
+    One that was executed by an fd has that as its name; then the name of its file.
+    """
     try:
         with open(f"/proc/{pid}/comm", "rb") as comm:
-            return os.fsdecode(comm.read().rstrip(b"\n"))
+            name = os.fsdecode(comm.read().rstrip(b"\n"))
+        return os.path.basename(os.readlink(f"/proc/{pid}/exe")) if name.isdigit() else name
     except OSError:
         return "?"
+
+
+def ancestors(pid: int) -> Iterator[int]:
+    """Yield a process, its parent, and so on, as far as they are known."""
+    while pid:
+        yield pid
+        try:
+            pid = int(status_field("PPid", pid) or 0)
+        except OSError:
+            return
 
 
 def status_field(name: str, process: int | str = "self") -> str:

@@ -56,6 +56,11 @@ def small_copy_ups(copy_up: CopyUp) -> SmallCopyUps | None:
 class _Copy:
     """A copy whose thread may go on after its request has ended: then its end closes everything."""
 
+    node: Node
+    size: int
+    """Of the data to copy, in bytes."""
+    copied = 0
+    """How far that has come, in bytes."""
     _source: OpenFile
     _running = _left = False
 
@@ -87,6 +92,21 @@ class _Copy:
 
     def _close(self) -> None:
         raise NotImplementedError
+
+    def _copy(
+        self, union: Union, st: os.stat_result, target: int, goes_on: Callable[[], None]
+    ) -> None:
+        """Copy the data of the source, which has the attributes ``st``."""
+
+        def told(position: int) -> None:
+            self.copied = position
+            goes_on()
+
+        size, source = self.size, self._source.fd
+        dense = size <= SMALL and st.st_blocks * 512 >= st.st_size
+        if size != st.st_size or not clone(source, target, st.st_dev, union.stack.never_clones):
+            copy_data(source, target, size, told, dense=dense)
+        self.copied = size
 
 
 class FileCopy(_Copy):
@@ -180,7 +200,7 @@ class FileCopy(_Copy):
         ``goes_on`` is called between pieces of data; an exception from it ends the copy.
         """
         if self.size:
-            _copy(self._union, self._source.fd, self._st, self._target, self.size, goes_on)
+            self._copy(self._union, self._st, self._target, goes_on)
         goes_on()
         self._origin = self._union.origins.store(self.node, self._object, self._st, self._target)
         self._union.flags.copy(self._flags, self._target)
@@ -326,8 +346,7 @@ class DataCopy(_Copy):
         fd, capability = self._target.fd, self._capability(self._target.fd)
         try:
             if self.size:
-                source = self._source.fd
-                _copy(self._union, source, layercalls.call(os.fstat, source), fd, self.size, goes_on)
+                self._copy(self._union, layercalls.call(os.fstat, self._source.fd), fd, goes_on)
             goes_on()
             os.ftruncate(fd, self.size)
             self._restore(fd, capability, _times(self._st, self.size))
@@ -402,12 +421,3 @@ def _data_of(node: Node, st: os.stat_result) -> LowerData:
 def _times(st: os.stat_result, size: int) -> tuple[int, int]:
     """Those of a copy: its own, but a truncated one was changed, which must not show without its time."""
     return st.st_atime_ns, time.time_ns() if size < st.st_size else st.st_mtime_ns
-
-
-def _copy(
-    union: Union, source: int, st: os.stat_result, target: int, size: int, goes_on: Callable[[], None]
-) -> None:
-    """Copy the first ``size`` bytes of a file with the attributes ``st``."""
-    dense = size <= SMALL and st.st_blocks * 512 >= st.st_size
-    if size != st.st_size or not clone(source, target, st.st_dev, union.stack.never_clones):
-        copy_data(source, target, size, goes_on, dense=dense)

@@ -38,19 +38,25 @@ def clone(source: int, target: int, device: int, never: set[int]) -> bool:
 
 
 def copy_data(
-    source: int, target: int, size: int, goes_on: Callable[[], None] = lambda: None, *, dense: bool = False
+    source: int,
+    target: int,
+    size: int,
+    told: Callable[[int], None] = lambda position: None,
+    *,
+    dense: bool = False,
 ) -> None:
     """Copy the first ``size`` bytes, preserving holes.
 
-    ``goes_on`` is called between pieces. ``dense``: the file has no holes.
+    ``told`` is called between pieces, with the position that the copy has reached. ``dense``: the file has no
+    holes.
     """
-    if dense and copy_piece(source, target, size, 0) == size:
+    if dense and size <= _CHUNK and copy_piece(source, target, size, 0) == size:
         return
     position = 0
     while position < size:
         start, end = (position, size) if dense else _next_data(source, position, size)
         while start < end:
-            goes_on()
+            told(start)
             done = copy_piece(source, target, min(end - start, _CHUNK), start)
             if done == 0:
                 end = start  # the source was truncated

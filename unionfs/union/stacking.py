@@ -32,7 +32,7 @@ from unionfs.union.copyup import CopyUp
 from unionfs.union.filedata import clone, copy_data
 from unionfs.union.index import Index
 from unionfs.union.newupper import new_upper
-from unionfs.union.tree import Union
+from unionfs.union.tree import Union, path_of
 
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -259,15 +259,6 @@ class Stacking:
 def lacking_names(union: Union) -> bool:
     """Whether a copy in the index has names that only a lower has."""
     return union.index is not None and union.index.lacks_names()
-
-
-def path_of(node: Node) -> bytes:
-    """The path of a directory from the root of the union, without a slash at its end."""
-    steps = []
-    while node.parent is not None:
-        steps.append(node.name)
-        node = node.parent
-    return b"".join(b"/" + step for step in reversed(steps))
 
 
 def _part(directory: Node, layer: Layer) -> Place:

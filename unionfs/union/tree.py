@@ -161,3 +161,12 @@ class Union(Objects):
         self.merge.close()
         if self.watches is not None:
             self.watches.close()
+
+
+def path_of(node: Node) -> bytes:
+    """The path of a node from the root of the union, b"" for the root. If it has several: the first."""
+    steps = []
+    while node.parent is not None:
+        steps.append(node.name)
+        node = node.parent
+    return b"".join(b"/" + step for step in reversed(steps))

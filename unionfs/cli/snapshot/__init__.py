@@ -25,4 +25,5 @@ def snapshot() -> None:
 
     The upper becomes a lower, and a new upper lies on top; nothing is copied but the files that are open for
     writing. The layers are in UPPER.snapshots. A mount of the upper has them by itself.
+    A container with another storage driver than union has no such mount.
     """

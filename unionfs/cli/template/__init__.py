@@ -12,7 +12,7 @@ from typing import Any
 from unionfs.cli.template.evaluate import Joined, Scope
 from unionfs.cli.template.parse import Parsed, parse
 
-__all__ = ["Joined", "render", "render_rows"]
+__all__ = ["Joined", "parse", "render", "render_rows"]
 
 
 def render(template: str | Parsed, values: Mapping[str, Any]) -> str:

@@ -32,8 +32,11 @@ Examples:
   unionfs volume rm $(unionfs volume ls -q -f anonymous=true)
 """,
 )
-@list_options("Print names only.", KEYS)
-@click.option("-s", "--size", is_flag=True, help="Compute the size of each volume.")
+@list_options("Print names only.", KEYS, {"dangling": ("true", "false"), "anonymous": ("true", "false")})
+@click.option(
+    "-s", "--size", is_flag=True,
+    help="Compute the size of each volume's content; `unionfs system df` shows the space that it takes.",
+)  # fmt: skip
 @root_option
 def ls(
     quiet: bool, filters: tuple[str, ...], template: str | None, as_json: bool, size: bool, root: str | None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 
 from unionfs.core.places import Layer
+from unionfs.daemon.caller import CALLER
 from unionfs.errors import on_failure, quoted
 from unionfs.images.drivers import uppers
 from unionfs.images.drivers.base import Writable
-from unionfs.storage.copying import Copier
+from unionfs.storage.copying import Copier, size_of
 from unionfs.sys.fds import Owned, directory
 from unionfs.union.diff import diff_of_copy
 from unionfs.union.images import is_image, open_image
@@ -34,8 +35,16 @@ def copy_lowers(layer: Writable, target: str) -> None:
         markers = Markers(uppers.prefix(), follows_redirects=uppers.follows_redirects())
         merge = Merge(layers, markers, directory_fds=256)
         resources.callback(merge.close)
-        with directory(target) as root:
-            Copier(merge, root, "the container").tree(merge.roots)
+        with directory(target) as root, CALLER.shown("copying the lowers") as progress:
+            if progress is not None:
+                progress.measures(lambda: _size(layers, markers))
+            Copier(merge, root, "the container", progress).tree(merge.roots)
+
+
+def _size(layers: Sequence[Layer], markers: Markers) -> int:
+    """The bytes of what is copied. Has a merge of its own, for a thread."""
+    with closing(Merge(layers, markers, directory_fds=256)) as merge:
+        return size_of(merge, merge.roots)
 
 
 def originals(layer: Writable) -> Sequence[str]:

@@ -7,8 +7,9 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
+from typing import TextIO
 
 _Input = tuple[int, Callable[[], int]]
 _SECONDS = 0.1
@@ -21,24 +22,29 @@ class Progress:
     def __init__(self) -> None:
         self.entries = 0
         self.size = 0
-        self._due = 0.0
+        self._next_call = 0.0
         self._total: int | None = None
         self._inputs: dict[int, _Input] = {}
         self._expected = 0
 
     def __call__(self, entries: int, size: int) -> None:
         self.entries, self.size = entries, size
-        if (now := time.monotonic()) >= self._due:
-            self._due = now + _SECONDS
+        if (now := time.monotonic()) >= self._next_call:
+            self._next_call = now + _SECONDS
             self.show()
 
     def along(self, pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
         """Count the bytes of one file's pieces while they pass."""
-        entries, before, size = self.entries, self.size, 0
+        told, size = self.within(), 0
         for offset, data in pieces:
             yield offset, data
             size += len(data)
-            self(entries, before + size)
+            told(size)
+
+    def within(self) -> Callable[[int], None]:
+        """Return what is called with the bytes of one file so far."""
+        entries, before = self.entries, self.size
+        return lambda size: self(entries, before + size)
 
     def show(self) -> None:
         pass
@@ -49,9 +55,14 @@ class Progress:
         # For start-up time: most progress is of files.
         from unionfs.storage.usage import size_of_tree
 
+        self.measures(lambda: size_of_tree(path))
+
+    def measures(self, size: Callable[[], int]) -> None:
+        """Call what measures all that is read, in a thread."""
+
         def measure() -> None:
             with suppress(OSError):
-                self._total = size_of_tree(path)
+                self._total = size()
 
         threading.Thread(target=measure, name="measurement", daemon=True).start()
 
@@ -84,3 +95,15 @@ def _position(fd: int, size: int) -> int:
         return os.lseek(fd, 0, os.SEEK_CUR)
     except OSError:
         return size
+
+
+Shows = Callable[[str, TextIO], AbstractContextManager[Progress]]
+"""Shows on a stream how far the operation is that is named."""
+
+Shown = Callable[[str], AbstractContextManager[Progress | None]]
+"""Shows how far the operation is that is named, if anybody looks."""
+
+
+def unseen(what: str) -> AbstractContextManager[None]:
+    """Show nothing: a `Shown`."""
+    return nullcontext()

@@ -31,7 +31,7 @@ class TarStream:
             while have < size:
                 more = self._source.read(max(CHUNK, size - have))
                 if not more:
-                    raise Malformed("it is cut off")
+                    raise Malformed("it is cut off, or no tar")
                 parts.append(more)
                 have += len(more)
             self._buffer, self._at, end = b"".join(parts), 0, size
