@@ -19,6 +19,10 @@ from unionfs.errors import UserError
 from unionfs.web import children
 from unionfs.web.children import Children
 
+pytestmark = pytest.mark.skipif(
+    SANITIZED, reason="the children's limit of memory is less than AddressSanitizer takes"
+)
+
 
 async def ask(action: Callable[[], Any]) -> Any:
     error = None
@@ -42,7 +46,6 @@ def children_of_this() -> list[int]:
     return [int(word) for word in text.split()]
 
 
-@pytest.mark.skipif(SANITIZED, reason="the children's limit of memory is less than AddressSanitizer takes")
 async def test_answers() -> None:
     assert await ask(lambda: {"a": [1, None, "\udcff<\n"]}) == {"a": [1, None, "\udcff<\n"]}
     assert await ask(lambda: "x" * 5_000_000) == "x" * 5_000_000

@@ -6,20 +6,18 @@ import errno
 import functools
 import itertools
 import logging
-import stat
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
 
 from unionfs.core.memo import Memo, Wanted
-from unionfs.core.node import Node
 from unionfs.core.setting import Change
-from unionfs.fuse.directories import DOT, DOT_DOT
 from unionfs.fuse.errors import CUT_OFF, SessionError
 from unionfs.fuse.inline import finish
 from unionfs.fuse.operations import Named, Operations
+from unionfs.fuse.pyfuse3_listing import send_names
 from unionfs.fuse.pyfuse3_notices import Notices, invalidate_attributes
 from unionfs.fuse.pyfuse3_replies import FOREVER, bare, entry, named, opened
 from unionfs.sys.calls import os_error
@@ -35,9 +33,6 @@ _FIGURES: Final[dict[str, object]] = {
     "passthrough": {"upper": False, "lower": False, "lower_programs_only": False},
     "cache": {"writeback": False, "opens_without_request": False},
 }
-
-#: At most so many names fit into the answer to one READDIRPLUS of 4096 bytes.
-_AHEAD: Final = 26
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -383,60 +378,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         node = self.operations.node(self._open_directories[fh][0])
         entries, first = await self.operations.directories.entries(node, start_id)
-        if self.operations.asides.needed:
-            self._look_up_at_once(node, map(entries.name, range(first, len(entries))[:_AHEAD]))
-        empty = True
-        for name, shown, place in ((b".", node, DOT), (b"..", node.parent or node, DOT_DOT)):
-            dot = bare(shown.id, stat.S_IFDIR)
-            if start_id < place:
-                empty = False
-                if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), dot, place):
-                    return
-        for index in range(first, len(entries)):
-            if node.unlinked:
-                return
-            name, cookie = pyfuse3.FileNameT(entries.name(index)), entries.cookie(index)
-            try:
-                found, unknown = self._look_up(node, name)
-            except Wanted:
-                if empty:  # an answer without names would be the end
-                    self._look_up_at_once(node, map(entries.name, range(index, len(entries))[:_AHEAD]))
-                return  # the next request begins here
-            if unknown is not None:
-                empty = False
-                if not pyfuse3.readdir_reply(token, name, bare(*unknown), cookie):
-                    return
-            if found is None:
-                continue
-            child, empty = found[0], False
-            if not pyfuse3.readdir_reply(token, name, named(found), cookie):
-                self.nodes.forget(child, 0)
-                return
-            child.looked_up()
-        if first == len(entries):
-            self.operations.directories.end(node)
-
-    def _look_up(self, node: Node, name: bytes) -> tuple[Named | None, tuple[int, int] | None]:
-        """What a name of a listing is, or else its number and type, if it is listed."""
-        try:
-            found = self.operations.union.lookup(node, name)
-        except OSError:
-            return None, self.operations.union.number_of_unreachable(node, name)
-        return found, None if found else node.territory.number_of_bare_whiteout(node, name)
-
-    def _look_up_at_once(self, node: Node, names: Iterable[bytes]) -> None:
-        """Raise `Wanted` if a name needs calls on slow layers, which are then wanted for all of them."""
-        wants = False
-        for name in names:
-            try:
-                found, _ = self._look_up(node, name)
-            except Wanted:
-                wants = True
-                continue
-            if found is not None:
-                self.nodes.forget(found[0], 0)
-        if wants:
-            raise Wanted
+        send_names(self.operations, node, entries, first, start_id, token)
 
     @_request
     async def releasedir(self, fh: int) -> None:
