@@ -35,7 +35,8 @@ def _mine(place: Place) -> dict[str, object]:
 def test_ls(place: Place) -> None:
     pid = place.mount()
     mine = _mine(place)
-    assert set(mine) == {"mountpoint", "state", "pid", "layers", "session", "since", "held_by"}
+    keys = {"mountpoint", "state", "pid", "layers", "session", "since", "held_by", "mounted_at"}
+    assert set(mine) == keys
     assert (mine["state"], mine["pid"]) == ("active", pid)
     assert mine["layers"] == [str(place.upper), str(place.lower), str(place.lower2)]
     assert mine["session"] == "direct"
