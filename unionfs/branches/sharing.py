@@ -23,6 +23,7 @@ from unionfs.sys.fds import Owned
 from unionfs.union.diff import Object
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CHANGEABLE = stat.S_IWUSR | stat.S_IXUSR
 _GONE = (errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _NOT_POSSIBLE = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP)
@@ -53,18 +54,29 @@ class Sharing:
             self._above, self._directory = above, os.stat(directory)
         if os.geteuid() != 0 and self._directory.st_mode & _CHANGEABLE != _CHANGEABLE:
             return None
-        where = b"/proc/self/fd/%d/%b" % (directory, name)
-        xattrs = map(os.fsencode, os.listxattr(where, follow_symlinks=False))
-        private = [item for item in xattrs if b".overlay." in item]
-        if any(item != self._view.merge.markers.origin for item in private) or not _is_at_rest(where):
-            return None
+        # One open file serves all calls: paths in /proc take almost twice the time.
         try:
-            for item in private:
-                os.removexattr(where, item, follow_symlinks=False)
-        except PermissionError:
+            fd = os.open(name, _READ, dir_fd=directory)
+        except OSError:
             return None
+        with Owned(fd):
+            if not _is_at_rest(fd) or not self._without_markers(fd):
+                return None
         self._entry.times[os.fsdecode(above)] = [self._directory.st_atime_ns, self._directory.st_mtime_ns]
         return st.st_ino
+
+    def _without_markers(self, fd: int) -> bool:
+        """Remove the `origin` of an open file. Returns False if it has other markers, or is not permitted.
+        Raises OSError."""
+        private = [name for name in map(os.fsencode, os.listxattr(fd)) if b".overlay." in name]
+        if any(name != self._view.merge.markers.origin for name in private):
+            return False
+        try:
+            for name in private:
+                os.removexattr(fd, name)
+        except PermissionError:
+            return False
+        return True
 
     def link(self, path: bytes, found: Object, at: int, name: bytes) -> bool:
         """Hard link the file at `path` to `name`. Returns False if it must be copied. Raises OSError."""
@@ -80,17 +92,16 @@ class Sharing:
         return True
 
 
-def _is_at_rest(where: bytes) -> bool:
-    """Whether no process has a file open or mapped for writing; False also if that is unknown.
+def _is_at_rest(fd: int) -> bool:
+    """Whether no process has an open file open or mapped for writing; False also if that is unknown.
 
     The kernel itself serves some open files of a union (FUSE passthrough): they outlive a daemon that was
     killed.
     """
     try:
-        with Owned(os.open(where, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)) as fd:
-            # Refused while there is a writer (fcntl(2)); one that comes now must not end this process.
-            fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
-            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        # Refused while there is a writer (fcntl(2)); one that comes now must not end this process.
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except OSError:
         return False
     return True
