@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from unionfs.branches.describe import Difference
     from unionfs.branches.ids import Ids
     from unionfs.branches.store import Branch, Store
-    from unionfs.branches.view import View
+    from unionfs.branches.together import Viewed
 
 _NOT_STARTED = (126, 127)
 _MOST_LINES = 20
@@ -159,13 +159,16 @@ def _run(store: Store, branch: Branch, fresh: bool, wish: dict[str, Any]) -> int
 
 def _is_empty(branch: Branch) -> bool:
     """Whether a branch changes nothing; its layer hides a store that is in the base. Raises UserError."""
-    if not os.listdir(branch.upper):
+    # For start-up time: --help and completion do not need it.
+    from unionfs.branches.parts import all_of
+
+    if not any(os.listdir(one.upper) for one in all_of(branch)):
         return True
     # For start-up time: only a store in the base needs it.
-    from unionfs.branches.view import viewed
+    from unionfs.branches.together import all_viewed
 
-    with viewed(branch) as view:
-        return view.is_empty
+    with all_viewed(branch) as found:
+        return all(one.view.is_empty for one in found)
 
 
 def _afterwards(
@@ -183,36 +186,42 @@ def _afterwards(
 
 def _described(branch: Branch, code: int, report: str | None) -> tuple[list[Difference], list[str]]:
     """The changes, and the lines about them; writes the report."""
-    if branch.is_untouched():
+    # For start-up time: --help and completion do not need it.
+    from unionfs.branches.parts import is_untouched
+
+    if is_untouched(branch):
         if report is not None:
             _write(report, {"name": branch.name, "exit_code": code, "changes": []})
         return [], []
     # For start-up time: commands that change nothing do not need it.
-    from unionfs.branches.view import viewed
+    from unionfs.branches.together import all_viewed
 
-    with viewed(branch) as view:
-        found, lines = _changes(branch, view)
+    with all_viewed(branch) as views:
+        found, lines = _changes(branch, views)
     if report is not None:
         values = [item.to_json() for item in found]
         _write(report, {"name": branch.name, "exit_code": code, "changes": values})
     return found, lines
 
 
-def _changes(branch: Branch, view: View) -> tuple[list[Difference], list[str]]:
+def _changes(branch: Branch, views: list[Viewed]) -> tuple[list[Difference], list[str]]:
     """The changes, which are remembered, and the lines about them."""
     # For start-up time: commands that change nothing do not need it.
     from unionfs.branches import seen
-    from unionfs.branches.describe import Describer
     from unionfs.branches.merging import keep_originals
     from unionfs.branches.selection import NOISE, Selection
+    from unionfs.branches.together import Describers
     from unionfs.cli.branch.differences import hidden, rendered, total
 
-    describer, noise = Describer(view), Selection((), NOISE)
-    found = describer.differences()
-    known, _ = seen.look(branch, view)
-    keep_originals(branch, describer, found, known)
+    describers, noise, all_found = Describers(views), Selection((), NOISE), []
+    for one, describer in describers.each:
+        items = describer.differences()
+        known, _ = seen.look(one.branch, one.view)
+        keep_originals(one.branch, describer, items, known)
+        all_found.append(items)
+    found = describers.together(all_found)
     shown = [item for item in found if noise.has(b"/" + item.path)]
-    lines = [*rendered(describer, shown[:_MOST_LINES], None)]
+    lines = [*rendered(describers, shown[:_MOST_LINES], None)]
     if len(shown) > _MOST_LINES:
         lines.append(f"and {len(shown) - _MOST_LINES} more")
     return found, [*lines, *hidden(len(found) - len(shown)), f"branch {branch.name}: {total(found)}"]
