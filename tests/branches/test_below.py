@@ -430,4 +430,13 @@ def test_an_ordinary_user(someone: User) -> None:
     assert (found / "d/moved/deep/r").exists()
     someone.unionfs("branch", "undo")
     assert differing(old, tree(found)) == {}
-    someone.unionfs("branch", "discard", "br")
+    # In a directory of the user's on a filesystem of root's.
+    os.chown(found, 0, 0)
+    times = os.stat(found / "d").st_mtime_ns
+    someone.unionfs("try", "--keep", "-n", "own", "--", "sh", "-ec", "cd m/d; echo > e/x; mv f1 f4")
+    someone.unionfs("branch", "commit", "own")
+    assert [path.name[:9] for path in (found / "d").iterdir() if path.name.startswith(".")] == [".unionfs-"]
+    someone.unionfs("branch", "undo")
+    assert os.stat(found / "d").st_mtime_ns == times
+    assert sorted(os.listdir(found / "d")) == ["e", "f1", "f2", "f3", "other"]
+    assert "R m/d/f1 -> m/d/f4" in someone.unionfs("branch", "diff", "own").stdout.splitlines()

@@ -272,10 +272,11 @@ class _Part:
         if record.parent is None and not os.path.sameopenfile(lowest, tree.fd):
             raise UserError(f"the base {quoted(base)} was replaced meanwhile; nothing was changed.")
         inside = bool(self.plan.steps) and not _same_mount(self._store.commits, tree.fd)
+        place = _common(self.plan) if inside and not _may_write(tree.fd) else b""
         entry = Journal(
             id=id, branch=self._branch.name, parent=record.parent, base=base, inode=inode, inside=inside,
             command=list(record.command), ids=record.ids, key=self.key, filesystem=record.filesystem,
-            **values,
+            place=os.fsdecode(place), **values,
         )  # fmt: skip
         return Site(entry, tree)
 
@@ -322,6 +323,17 @@ class _Part:
             return None if item.old is None else item.old.st
         at, name = tree.parent(item.path)
         return os.stat(name, dir_fd=at, follow_symlinks=False)
+
+
+def _may_write(fd: int) -> bool:
+    return os.access(".", os.W_OK | os.X_OK, dir_fd=fd, effective_ids=True)
+
+
+def _common(plan: Plan) -> bytes:
+    """The deepest directory that has all names that a plan changes; empty for the root."""
+    paths = [step.path for step in plan.steps]
+    paths += [step.source for step in plan.steps if isinstance(step, Rename)]
+    return os.path.commonpath([os.path.dirname(path) for path in paths]).rstrip(b"/")
 
 
 def _same_mount(directory: str, fd: int) -> bool:

@@ -73,15 +73,20 @@ def make_stage(store: Store, entry: Journal, tree: beneath.Beneath) -> tuple[int
 def _stage(store: Store, entry: Journal, tree: beneath.Beneath, *, make: bool = False) -> Owned:
     if not entry.inside:
         return Owned(os.open(journal.directory(store, entry.id), _DIRECTORY))
-    if make:
-        with suppress(FileExistsError), _times_kept(tree.fd):
-            os.mkdir(entry.stage, 0o700, dir_fd=tree.fd)
-    found = Owned(os.open(entry.stage, _DIRECTORY, dir_fd=tree.fd))
+    with _place(entry, tree) as at:
+        if make:
+            with suppress(FileExistsError), _times_kept(at):
+                os.mkdir(entry.stage, 0o700, dir_fd=at)
+        found = Owned(os.open(entry.stage, _DIRECTORY, dir_fd=at))
     st = os.fstat(found.fd)
     if st.st_uid != os.geteuid() or st.st_mode & 0o077:
         found.close()
         raise PermissionError(1, "its directory there belongs to somebody else", os.fsdecode(entry.stage))
     return found
+
+
+def _place(entry: Journal, tree: beneath.Beneath) -> Owned:
+    return Owned(tree.directory(os.fsencode(entry.place)))
 
 
 @contextmanager
@@ -90,7 +95,7 @@ def _times_kept(fd: int) -> Iterator[None]:
     st = os.fstat(fd)
     yield
     with suppress(PermissionError):
-        os.utime(fd, ns=(st.st_atime_ns, st.st_mtime_ns))
+        os.utime(b"/proc/self/fd/%d/." % fd, ns=(st.st_atime_ns, st.st_mtime_ns))
 
 
 @contextmanager
@@ -121,8 +126,8 @@ def discard(store: Store, found: Sequence[Site]) -> None:
 
 
 def _remove_stage(site: Site) -> None:
-    with _times_kept(site.tree.fd):
-        remove(site.tree.fd, site.entry.stage, unlock=True)
+    with suppress(FileNotFoundError), _place(site.entry, site.tree) as at, _times_kept(at):
+        remove(at, site.entry.stage, unlock=True)
 
 
 def go_on(store: Store, found: Sequence[Site]) -> None:

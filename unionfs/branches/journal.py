@@ -109,6 +109,8 @@ class Journal:
     """Of a part: as of its record."""
     stays: bool = False
     """Whether its directory in the base is kept for `undo`."""
+    place: str = ""
+    """The path of the directory of the base that has its directory; empty for the base itself."""
     others: list[Journal] = field(default_factory=list)
     """The operations on the filesystems below the base. Their states are that of this one."""
 

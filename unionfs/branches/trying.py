@@ -47,7 +47,7 @@ class Wish:
     hide: Sequence[str] = ()
     """Paths that are empty for the command."""
     writable: Sequence[str] = ()
-    """Paths outside the base that the command may change for good."""
+    """Paths that the command may change for good."""
 
 
 def try_on(store: Store, branch: Branch, wish: Wish, complain: Callable[[str], object]) -> int:

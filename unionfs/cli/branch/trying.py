@@ -44,7 +44,7 @@ Examples:
               help="The host's network, or none but loopback.")  # fmt: skip
 @click.option("--hide", multiple=True, metavar="PATH", help="Hide PATH from the command.")
 @click.option("--rw", "writable", multiple=True, metavar="PATH",
-              help="Let the command change this outside DIR, for good; may be repeated.")  # fmt: skip
+              help="Let the command change this for good, not on the branch; may be repeated.")  # fmt: skip
 @click.option("--commit", "then", flag_value="commit", help="Then commit, if the exit code is 0; else keep.")
 @click.option("--keep", "then", flag_value="keep", help="Then keep the branch.")
 @click.option("--look", "then", flag_value="look", help="Then show the diff, and keep the branch.")
@@ -61,9 +61,9 @@ def try_(
 
     The branch is at DIR's own path, so all paths mean the same. The rest of the system is read-only for the
     command, except private /tmp, /var/tmp, /run and /dev; it has the capabilities and the system call
-    filter of `unionfs run`. With -D / the branch is the whole system; what is mounted below DIR is listed,
-    and read-only. Without a terminal, or with --keep, the branch stays, and how to go on is
-    printed. A new branch without changes is removed.
+    filter of `unionfs run`. With -D / the branch is the whole system. Filesystems that are mounted below DIR
+    are listed: the branch covers most of them, too, and the others are read-only. Without a terminal, or
+    with --keep, the branch stays, and how to go on is printed. A new branch without changes is removed.
 
     The exit code is the command's; 128 plus the signal's number if a signal ended it; 126 or 127 if it
     cannot be executed or found; 1 if the branch cannot be used, or not be committed by --commit; 3 if that
