@@ -40,8 +40,9 @@ class System:
             if not (self.root / path[1:]).is_dir():
                 (self.root / path[1:]).mkdir(parents=True)
                 self._mount("--bind", path, self.root / path[1:])
-        (self.root / "srv/foreign").mkdir(parents=True)
-        self._mount("-t", "tmpfs", "tmpfs", self.root / "srv/foreign")
+        for name, options in (("foreign", "rw"), ("fixed", "ro")):
+            (self.root / "srv" / name).mkdir(parents=True)
+            self._mount("-t", "tmpfs", "-o", options, "tmpfs", self.root / "srv" / name)
         for name in ("hidden", "rw"):
             (self.root / "srv" / name).mkdir()
             (self.root / "srv" / name / "file").write_text("secret\n")

@@ -107,7 +107,7 @@ def test_a_symlink_where_the_command_s_own_trees_belong(area: Path) -> None:
     (area / "tree/tmp").symlink_to("/etc")
     around = Surroundings("/", str(area / "storage"), (), ())
     with Owned(os.open(area / "tree", os.O_PATH)) as root, pytest.raises(UserError, match="/tmp is a mount"):
-        around.check(root)
+        around.check({"/": root} | {one.path: root for one in around.covered})
 
 
 def test_a_mountpoint_is_not_taken_away(branching: Branching, filesystem: Callable[..., Path]) -> None:
@@ -115,9 +115,8 @@ def test_a_mountpoint_is_not_taken_away(branching: Branching, filesystem: Callab
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", branching.base / "d/mnt"], check=True)
     try:
         (branching.base / "d/mnt/kept").write_text("kept\n")
-        done = branching.tries("ls d/mnt; ! touch d/mnt/x 2>/dev/null; echo x > d/x; mv d e")
+        done = branching.tries("ls d/mnt; echo x > d/x; mv d e")
         assert done.stdout == "kept\n"
-        assert f"{branching.base}/d/mnt is another filesystem below the base" in done.stderr
         refused(branching.unionfs("branch", "commit", "br"), "is mounted there")
         assert (branching.base / "d/mnt/kept").read_text() == "kept\n"
     finally:

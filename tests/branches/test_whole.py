@@ -16,7 +16,8 @@ apt-get -q -y install /srv/probe.deb; rm -r /usr/share/probe; touch /var/lib/pro
 """
 CHECKS = """
 ! touch /proc/x 2>/dev/null; ! touch /sys/x 2>/dev/null; touch /dev/x /tmp/x /run/x /var/tmp/x
-! cat /srv/hidden/file 2>/dev/null; ! touch /srv/foreign/x 2>/dev/null; ls /var/lib/unionfs
+! cat /srv/hidden/file 2>/dev/null; echo below > /srv/foreign/x; ! touch /srv/fixed/x 2>/dev/null
+ls /var/lib/unionfs
 echo written > /srv/rw/file
 """
 OPTIONS = ("--hide", "/srv/hidden", "--rw", "/srv/rw")
@@ -38,7 +39,9 @@ def test_a_package_is_installed(root: None, area: Path) -> None:
         words = ["try", "--keep", "-n", "sys", "-D", "/", *OPTIONS, "--", "sh", "-ec", SCRIPT + CHECKS]
         done = tried.call(sys.executable, "-m", "unionfs", *words)
         assert done.returncode == 0, (done.stdout, done.stderr)
-        assert "/srv/foreign is another filesystem below the base; it is read-only here" in done.stderr
+        assert "/srv/foreign below the base are covered by the branch, too" in done.stderr
+        assert "/srv/fixed below the base is read-only here: it is mounted read-only" in done.stderr
+        assert not (tried.root / "srv/foreign/x").exists()
         assert tried.changed() == before
         assert (tried.root / "srv/rw/file").read_text() == "written\n"
         # The next one goes on.
@@ -47,15 +50,16 @@ def test_a_package_is_installed(root: None, area: Path) -> None:
         lines = tried.unionfs("branch", "diff", "sys").splitlines()
         assert "A usr/bin/probe" in lines
         outside = ("proc", "sys", "dev", "run", "tmp", "srv", "var/lib/unionfs")
-        assert [line for line in lines if line[2:].startswith(outside)] == []
+        assert [line for line in lines if line[2:].startswith(outside)] == ["A srv/foreign/x"]
         tried.unionfs("branch", "commit", "sys")
         paths = direct.changed() | tried.changed()
         assert {"usr/bin/probe", "var/lib/probe/new", "etc/services", "var/lib/dpkg/status"} <= paths
         wrong = {path for path in paths if look(direct.root, path) != look(tried.root, path)}
         assert wrong == set()
-        assert not (tried.root / "srv/foreign/x").exists()
+        assert (tried.root / "srv/foreign/x").read_text() == "below\n"
         assert areas.mounts_below(tried.root / "var/lib/unionfs") == []
         tried.unionfs("branch", "undo")
+        assert list((tried.root / "srv/foreign").iterdir()) == []
         # What it was before: the layer of overlayfs has copies of what came back.
         wrong = {path for path in tried.changed() if look(tried.root, path) != look(Path("/"), path)}
         assert wrong <= {"etc/hostname"}

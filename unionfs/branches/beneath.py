@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from unionfs.errors import UserError, quoted, reason
 from unionfs.sys.calls import renameat2
 from unionfs.sys.fds import Owned
+from unionfs.sys.handles import filesystem_identity
 from unionfs.sys.openat2 import (
     RESOLVE_BENEATH,
     RESOLVE_NO_MAGICLINKS,
@@ -72,8 +73,11 @@ class Beneath:
 
 
 @contextmanager
-def opened(base: str, inode: int) -> Iterator[Beneath]:
-    """The base, if it is still the directory with that inode number. Raises UserError."""
+def opened(base: str, inode: int, filesystem: str | None = None) -> Iterator[Beneath]:
+    """The base, if it is still the directory with that inode number, and on that filesystem if one is given.
+
+    Raises UserError.
+    """
     try:
         way = RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
         with Owned(os.open("/", os.O_PATH | os.O_CLOEXEC)) as root:
@@ -85,7 +89,13 @@ def opened(base: str, inode: int) -> Iterator[Beneath]:
             "when the branch was made, not a symlink."
         ) from error
     with Owned(fd):
-        if os.fstat(fd).st_ino != inode:
+        is_same = os.fstat(fd).st_ino == inode
+        if filesystem is not None and not (is_same and filesystem_identity(fd) == filesystem):
+            raise UserError(
+                f"{quoted(base)} is not on the filesystem that was mounted there when the branch was used; "
+                "mount that again, or discard the branch."
+            )
+        if not is_same:
             raise UserError(
                 f"the base {quoted(base)} is another directory than the one the branch was made of; move "
                 "that back, or discard the branch."

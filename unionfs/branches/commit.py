@@ -9,24 +9,26 @@ everything.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 from unionfs.branches import beneath, journal, seen
 from unionfs.branches.apply import look, step
 from unionfs.branches.covered import Fixed
-from unionfs.branches.ending import discard, end_in_parent, go_on, make_stage, recover
+from unionfs.branches.ending import Site, discard, end_in_parent, go_on, prepare, recover
 from unionfs.branches.journal import Journal, Move, Setting
 from unionfs.branches.merging import merged
 from unionfs.branches.mounts import has_daemon, in_use, mounted, parent_claimed, unmounted
+from unionfs.branches.parts import Part, all_of
 from unionfs.branches.plan import Drop, Plan, Planner, Put, Rename, hazards, with_subordinate_owners
 from unionfs.branches.renaming import renames_directories, with_renames
 from unionfs.branches.selection import Selection, relative
 from unionfs.branches.sharing import Sharing
 from unionfs.branches.staging import Stager
-from unionfs.branches.store import Branch, Store
-from unionfs.branches.view import View, viewed
+from unionfs.branches.store import Store
+from unionfs.branches.together import Viewed, all_viewed
 from unionfs.errors import UserError, quoted, reason
 from unionfs.sys import calls
 from unionfs.sys.fds import Owned
@@ -86,7 +88,8 @@ def commit(store: Store, name: str, wish: Wish) -> Result:
         branch = store.existing(name)
         with branch.claimed("committed"), ExitStack() as resources:
             branch.refuse_frozen("be committed")
-            unmounted(branch)
+            for one in all_of(branch):
+                unmounted(one)
             record = branch.record()
             if wish.into not in (None, record.parent):
                 below = "the base" if record.parent is None else f"branch {quoted(record.parent)}"
@@ -95,8 +98,7 @@ def commit(store: Store, name: str, wish: Wish) -> Result:
                     "branch is "
                     "committed to what lies below it."
                 )
-            view = resources.enter_context(viewed(branch))
-            return _Commit(store, branch, view, wish).run()
+            return _Commit(store, resources.enter_context(all_viewed(branch)), wish).run()
 
 
 def _committed(store: Store, name: str) -> Journal | None:
@@ -108,60 +110,130 @@ def _committed(store: Store, name: str) -> Journal | None:
 
 
 class _Commit:
-    def __init__(self, store: Store, branch: Branch, view: View, wish: Wish) -> None:
+    """`parts`: what is committed of the branch itself, first, and of its parts."""
+
+    def __init__(self, store: Store, views: Sequence[Viewed], wish: Wish) -> None:
         self._store = store
-        self._branch = branch
-        self._view = view
+        self._branch = views[0].branch
         self._wish = wish
-        self._record = branch.record()
-        self._texts: dict[bytes, bytes] = {}
-        base = self._record.base
-        self._selection = Selection(
-            [relative(item, base) for item in wish.only], [relative(item, base) for item in wish.leave]
-        )
+        self._record = self._branch.record()
+        self._parts = [_Part(store, one, wish, self._record.base) for one in views]
 
     def run(self) -> Result:
         record, wish = self._record, self._wish
         result = Result(record.base if record.parent is None else f"branch {record.parent}")
-        _, conflicts = seen.look(self._branch, self._view)
-        conflicts = [item for item in conflicts if self._selection.has(item.path)]
-        if wish.conflicts == MERGE:
-            self._texts = merged(self._branch, self._view, conflicts)
-            result.merged = sorted(self._texts)
-            conflicts = [item for item in conflicts if item.path not in self._texts]
-        result.conflicts = [(item.what, item.path) for item in conflicts]
-        stay = [item.path for item in conflicts] if wish.conflicts == THEIRS else []
-        plan = self._plan(stay)
-        if record.parent is None:
-            self._fixed(plan)
-        result.skipped = plan.skipped
-        result.changes = [
-            (change.kind, path) for path, change in in_order(self._view.root) if self._selection.has(path)
-        ]
-        if self._view.root_differs and self._selection.has(b"/"):
-            result.changes.insert(0, ("C", b"/."))
-        result.hazards = [*hazards(self._view, plan), *in_use(self._branch, record.base)]
-        if wish.dry_run or (conflicts and wish.conflicts in (STOP, MERGE)):
-            result.hazards += self._owners(plan)
+        for part in self._parts:
+            part.compare(result)
+        if wish.dry_run or (result.conflicts and wish.conflicts in (STOP, MERGE)):
+            for part in self._parts:
+                result.hazards += part.owners()
             return result
-        for sentence in self._owners(plan):
+        for sentence in [sentence for part in self._parts for sentence in part.owners()]:
             raise UserError(f"branch {quoted(self._branch.name)} is not committed: {sentence}")
         if record.parent is None:
-            result.undo = self._apply(plan, record.base, record.base_inode).can_undo
+            result.undo = self._apply(record.base, record.base_inode).can_undo
         else:
             with parent_claimed(self._store, self._branch.name, record.parent) as parent:
                 with mounted(parent) as place:
-                    entry = self._apply(plan, place, os.stat(place).st_ino, parent.record().created)
+                    entry = self._apply(place, os.stat(place).st_ino, parent.record().created)
                 end_in_parent(self._store, entry, parent)
             result.undo = True
         result.done = True
         return result
 
+    def _apply(self, base: str, inode: int, parent_made: int = 0) -> Journal:
+        """Apply the plans to the trees: the base or the mounted parent, and filesystems below. Raises
+        UserError.
+        """
+        with ExitStack() as resources:
+            whole, *others = self._parts
+            keep = any(part.is_partial for part in self._parts)
+            values = {"made": self._record.created, "keep": keep, "parent_made": parent_made}
+            sites = [whole.site(resources, journal.new_id(), base, inode, values)]
+            entry = sites[0].entry
+            for part in others:
+                if not part.plan.is_empty:
+                    record = part.record
+                    sites.append(part.site(resources, entry.id, record.base, record.base_inode, values))
+            entry.joins([site.entry for site in sites[1:]])
+            try:
+                self._prepare(resources, entry, sites)
+            except OSError as error:
+                discard(self._store, sites)
+                raise UserError(
+                    f"branch {quoted(self._branch.name)} cannot be committed: {reason(error)}; nothing was "
+                    "changed. Free space, or check the permissions."
+                ) from error
+            except BaseException:
+                discard(self._store, sites)
+                raise
+            go_on(self._store, sites)
+            return entry
+
+    def _prepare(self, resources: ExitStack, entry: Journal, sites: Sequence[Site]) -> None:
+        """Prepare all new objects, and write the journal. Raises OSError."""
+        os.mkdir(journal.directory(self._store, entry.id), 0o700)
+        journal.write(self._store, entry)
+        step("begun")
+        for site in sites:
+            prepare(self._store, site, resources)
+            next(part for part in self._parts if part.key == site.entry.key).prepare(site)
+        entry.turns(journal.ON)
+        step("prepared")
+        journal.write(self._store, entry)
+
+
+class _Part:
+    """What is committed to one tree."""
+
+    def __init__(self, store: Store, found: Viewed, wish: Wish, base: str) -> None:
+        self._store = store
+        self._branch = found.branch
+        self._view = found.view
+        self._above = found.above
+        self._wish = wish
+        self._texts: dict[bytes, bytes] = {}
+        self._selection = Selection(
+            [relative(item, base) for item in wish.only], [relative(item, base) for item in wish.leave],
+            found.above,
+        )  # fmt: skip
+        self.record = self._branch.record()
+        self.key = self._branch.key if isinstance(self._branch, Part) else ""
+        self.plan = Plan()
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether something stays in the branch."""
+        return not self._selection.is_all or bool(self.plan.skipped)
+
+    def compare(self, result: Result) -> None:
+        """Find conflicts and make the plan, and add to the result. Raises UserError."""
+        wish, above = self._wish, self._above
+        _, conflicts = seen.look(self._branch, self._view)
+        conflicts = [item for item in conflicts if self._selection.has(item.path)]
+        if wish.conflicts == MERGE:
+            self._texts = merged(self._branch, self._view, conflicts)
+            result.merged += [above + path for path in sorted(self._texts)]
+            conflicts = [item for item in conflicts if item.path not in self._texts]
+        result.conflicts += [(item.what, above + item.path) for item in conflicts]
+        stay = [item.path for item in conflicts] if wish.conflicts == THEIRS else []
+        self.plan = self._plan(stay)
+        if self.record.parent is None:
+            self._fixed(self.plan)
+        result.skipped += [above + path for path in self.plan.skipped]
+        if self._view.root_differs and self._selection.has(b"/"):
+            result.changes.append(("C", above or b"/."))
+        result.changes += [
+            (change.kind, above + path)
+            for path, change in in_order(self._view.root) if self._selection.has(path)
+        ]  # fmt: skip
+        result.hazards += [*hazards(self._view, self.plan, above), *in_use(self._branch, self.record.base)]
+
     def _plan(self, stay: Sequence[bytes]) -> Plan:
         try:
             plan = Planner(self._view, self._selection, stay).plan()
-            is_whole = self._selection.is_all and not stay and self._record.parent is None
-            if is_whole and renames_directories(self._record.base):
+            is_whole = self._selection.is_all and not stay and self.record.parent is None
+            if is_whole and renames_directories(self.record.base):
                 return with_renames(self._view, plan)
             return plan
         except OSError as error:
@@ -169,17 +241,17 @@ class _Commit:
                 f"branch {quoted(self._branch.name)} cannot be read: {reason(error)}; nothing was changed."
             ) from error
 
-    def _owners(self, plan: Plan) -> list[str]:
+    def owners(self) -> list[str]:
         """A sentence if objects belong to ids which only root could give them. Raises OSError."""
         # A parent's layer may have any owner.
-        paths = with_subordinate_owners(self._view, plan) if self._record.parent is None else []
+        paths = with_subordinate_owners(self._view, self.plan) if self.record.parent is None else []
         if not paths:
             return []
         belong = f" and {len(paths) - 1} more belong" if len(paths) > 1 else " belongs"
         return [
-            f"{quoted(os.fsdecode(paths[0][1:]))}{belong} to other ids of the branch's user namespace, and a "
-            "user's commit can only make files of that user; leave out what has another owner by --except, "
-            "or change the owner in the branch."
+            f"{quoted(os.fsdecode((self._above + paths[0])[1:]))}{belong} to other ids of the branch's user "
+            "namespace, and a user's commit can only make files of that user; leave out what has another "
+            "owner by --except, or change the owner in the branch."
         ]
 
     def _fixed(self, plan: Plan) -> None:
@@ -188,54 +260,33 @@ class _Commit:
             step.source if isinstance(step, Rename) else step.path
             for step in plan.steps if step.old is not None
         ]  # fmt: skip
-        Fixed(self._record.base, self._store.root).refuse(gone)
+        Fixed(self.record.base, self._store.root, os.fsdecode(self._above)).refuse(gone)
 
-    def _apply(self, plan: Plan, base: str, inode: int, parent_made: int = 0) -> Journal:
-        """Apply a plan to a tree, the base or the mounted parent. Raises UserError."""
-        with ExitStack() as resources:
-            return self._apply_to(resources, plan, base, inode, parent_made)
-
-    def _apply_to(
-        self, resources: ExitStack, plan: Plan, base: str, inode: int, parent_made: int
-    ) -> Journal:
-        record, partial = self._record, not self._selection.is_all or bool(plan.skipped)
-        tree = resources.enter_context(beneath.opened(base, inode))
+    def site(
+        self, resources: ExitStack, id: str, base: str, inode: int, values: Mapping[str, Any]
+    ) -> Site:
+        """The tree at `base`, with an empty journal that has also `values`. Raises UserError."""
+        record = self.record
+        tree = resources.enter_context(beneath.opened(base, inode, record.filesystem))
         lowest = self._view.merge.roots[-1].layer.root_fd
         if record.parent is None and not os.path.sameopenfile(lowest, tree.fd):
             raise UserError(f"the base {quoted(base)} was replaced meanwhile; nothing was changed.")
-        inside = not _same_mount(self._store.commits, tree.fd)
+        inside = bool(self.plan.steps) and not _same_mount(self._store.commits, tree.fd)
+        place = _common(self.plan) if inside and not _may_write(tree.fd) else b""
         entry = Journal(
-            journal.new_id(), self._branch.name, record.created, record.parent, base, inode, inside,
-            keep=partial, parent_made=parent_made, command=list(record.command), ids=record.ids,
+            id=id, branch=self._branch.name, parent=record.parent, base=base, inode=inode, inside=inside,
+            command=list(record.command), ids=record.ids, key=self.key, filesystem=record.filesystem,
+            place=os.fsdecode(place), **values,
         )  # fmt: skip
-        try:
-            prepared = self._prepare(resources, entry, tree, plan)
-        except OSError as error:
-            discard(self._store, entry, tree)
-            raise UserError(
-                f"branch {quoted(self._branch.name)} cannot be committed: {reason(error)}; nothing was "
-                "changed. Free space, or check the permissions."
-            ) from error
-        except BaseException:
-            discard(self._store, entry, tree)
-            raise
-        go_on(self._store, entry, tree, prepared)
-        return entry
+        return Site(entry, tree)
 
-    def _prepare(
-        self, resources: ExitStack, entry: Journal, tree: beneath.Beneath, plan: Plan
-    ) -> tuple[int, int]:
-        """Prepare all new objects, and write the journal. Returns fds of `new` and `old`. Raises OSError."""
-        os.mkdir(journal.directory(self._store, entry.id), 0o700)
-        journal.write(self._store, entry)
-        step("begun")
-        new, old = make_stage(self._store, entry, tree)
-        resources.callback(os.close, new)
-        resources.callback(os.close, old)
-        base = self._view.merge.roots[-1].layer if self._record.parent is None else None
+    def prepare(self, site: Site) -> None:
+        """Prepare the new objects, and describe the operations in the journal. Raises OSError."""
+        entry, tree, new = site.entry, site.tree, site.new
+        base = self._view.merge.roots[-1].layer if self.record.parent is None else None
         sharing = Sharing(self._view, entry) if base is not None and self._may_share(entry, new) else None
         stager = Stager(self._view, new, self._selection.has, base, self._texts, sharing)
-        for number, item in enumerate(plan.steps):
+        for number, item in enumerate(self.plan.steps):
             step(f"prepare {os.fsdecode(item.path)}")
             if isinstance(item, Rename):
                 assert item.old.st is not None
@@ -253,15 +304,11 @@ class _Commit:
                 )
             else:
                 entry.moves.append(Move(os.fsdecode(item.path), number, None, inode, None, known))
-        for change in plan.sets:
+        for change in self.plan.sets:
             path = os.fsdecode(change.path)
             former = path if change.former is None else os.fsdecode(change.former)
             entry.settings.append(Setting(path, change.new, change.old, former))
         calls.syncfs(new)
-        entry.turns(journal.ON)
-        step("prepared")
-        journal.write(self._store, entry)
-        return new, old
 
     def _may_share(self, entry: Journal, new: int) -> bool:
         """Whether files of the layer may be moved to the base: no daemon may still write to them."""
@@ -272,10 +319,21 @@ class _Commit:
     def _before(self, item: Put | Drop, tree: beneath.Beneath) -> os.stat_result | None:
         """The attributes at a path before the commit. A mounted parent shows other inode numbers than its
         layers have."""
-        if self._record.parent is None or item.old is None:
+        if self.record.parent is None or item.old is None:
             return None if item.old is None else item.old.st
         at, name = tree.parent(item.path)
         return os.stat(name, dir_fd=at, follow_symlinks=False)
+
+
+def _may_write(fd: int) -> bool:
+    return os.access(".", os.W_OK | os.X_OK, dir_fd=fd, effective_ids=True)
+
+
+def _common(plan: Plan) -> bytes:
+    """The deepest directory that has all names that a plan changes; empty for the root."""
+    paths = [step.path for step in plan.steps]
+    paths += [step.source for step in plan.steps if isinstance(step, Rename)]
+    return os.path.commonpath([os.path.dirname(path) for path in paths]).rstrip(b"/")
 
 
 def _same_mount(directory: str, fd: int) -> bool:

@@ -1,4 +1,4 @@
-"""The parts of a base that a branch does not cover: mounts below it, and the store, if it is in the base.
+"""What is in a base but not in its filesystem's branch: mounts below it, and the store, if it is in the base.
 
 The store is hidden: the layer has an opaque directory in its place, which no diff shows and no commit
 applies.
@@ -7,11 +7,17 @@ applies.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from unionfs.errors import UserError, on_failure, quoted
-from unionfs.sys.mountinfo import read_mountinfo
+from unionfs.sys.mountinfo import MountEntry, mounted_at, read_mountinfo
 from unionfs.union.hiding import hide, parts_below
+
+_KINDS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "zfs", "jfs", "tmpfs")
+"""Filesystems that keep all attributes and belong to this host alone. An overlay is mostly a container's."""
+_FLAGS = ("noexec", "nosuid", "nodev")
 
 
 def store_in(base: str, root: str) -> tuple[str, ...] | None:
@@ -44,6 +50,67 @@ def hide_store(upper: str, base: str, root: str, *, userxattr: bool) -> None:
                 os.utime(below, ns=(st.st_atime_ns, st.st_mtime_ns))
 
 
+@dataclass(frozen=True, slots=True)
+class Below:
+    """A filesystem that is mounted below a base."""
+
+    path: str
+    """Its mountpoint."""
+    obstacle: str | None
+    """Why a branch cannot cover it, as the end of a sentence; None if it can."""
+    flags: tuple[str, ...] = ()
+    """Those of its mount flags that restrict programs."""
+
+
+def filesystems_below(base: str, without: Sequence[str]) -> list[Below]:
+    """The visible mounts below a base, sorted by path, but not those at or below the paths `without`."""
+    table = read_mountinfo()
+    found = []
+    for path in mounted_below(base):
+        entry = None if is_in(path, without) else mounted_at(path, table)
+        if entry is not None and not _is_gone(path):
+            found.append(entry)
+    # Of several mounts of one filesystem the branch covers the one that shows most.
+    found.sort(key=lambda entry: (entry.root.count("/") if entry.root != "/" else 0, entry.mountpoint))
+    shown, result = {os.stat(base).st_dev: base}, []
+    for entry in found:
+        flags = tuple(flag for flag in entry.options.split(",") if flag in _FLAGS)
+        result.append(Below(entry.mountpoint, _obstacle(entry, shown), flags))
+    return sorted(result, key=lambda one: one.path)
+
+
+def _is_gone(mountpoint: str) -> bool:
+    try:
+        os.lstat(mountpoint)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass  # it is in a directory that this user may not search
+    return False
+
+
+def _obstacle(entry: MountEntry, shown: dict[int, str]) -> str | None:
+    path = entry.mountpoint
+    if entry.fstype not in _KINDS:
+        return f"a branch cannot cover {quoted(entry.fstype)}"
+    if not os.access(path, os.R_OK):
+        return "you may not read it"
+    st = os.stat(path)
+    if not stat.S_ISDIR(st.st_mode):
+        return "a file is mounted there"
+    if os.statvfs(path).f_flag & os.ST_RDONLY:
+        return "it is mounted read-only"
+    if st.st_dev in shown:
+        return f"it is the filesystem that {quoted(shown[st.st_dev])} shows"
+    shown[st.st_dev] = path
+    return None
+
+
+def is_in(path: str, places: Sequence[str]) -> bool:
+    """Whether a path is one of the places, or below one."""
+    return any(path == place or path.startswith(place.rstrip("/") + "/") for place in places)
+
+
 def mounted_below(base: str) -> list[str]:
     """The mountpoints below a base, absolute."""
     above = base.rstrip("/") + "/"
@@ -54,7 +121,9 @@ def mounted_below(base: str) -> list[str]:
 class Fixed:
     """Paths below a base whose directories a commit neither replaces nor removes."""
 
-    def __init__(self, base: str, root: str) -> None:
+    def __init__(self, base: str, root: str, before: str = "") -> None:
+        """`before`: what belongs before the paths to make them those of the branch."""
+        self._before = before
         above = base.rstrip("/")
         self._found = {os.fsencode(path[len(above) :]): "is mounted there" for path in mounted_below(base)}
         parts = store_in(base, root)
@@ -68,7 +137,7 @@ class Fixed:
             above = fixed
             while above:
                 if above in touched:
-                    path, inner = (quoted(os.fsdecode(one)) for one in (above, fixed))
+                    path, inner = (quoted(self._before + os.fsdecode(one)) for one in (above, fixed))
                     raise UserError(
                         f"{path} of the base cannot be replaced or removed, since {inner} {what}; leave it "
                         f"out by --except {path}, or put it back in the branch."

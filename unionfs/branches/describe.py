@@ -64,6 +64,12 @@ class Difference:
     removed: Change | None = field(repr=False, default=None)
     """Of a rename, the change of the former name."""
 
+    def is_below(self, above: bytes) -> None:
+        """Make its paths those below the directory that has `above`."""
+        self.path = above if self.path == b"." else above + b"/" + self.path
+        if self.source is not None:
+            self.source = above + b"/" + self.source
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         values: dict[str, Any] = {"change": self.kind, "path": os.fsdecode(self.path)}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 
 from unionfs.branches import beneath, journal, seen, sharing
 from unionfs.branches.after import reached
@@ -13,6 +14,7 @@ from unionfs.branches.apply import Application, ChangedError, step
 from unionfs.branches.ids import entered
 from unionfs.branches.journal import Journal
 from unionfs.branches.mounts import mounted, parent_claimed
+from unionfs.branches.parts import Part, part_path
 from unionfs.branches.store import Branch, Store
 from unionfs.branches.view import viewed
 from unionfs.errors import UserError, on_failure, quoted, reason
@@ -22,6 +24,39 @@ from unionfs.sys.trees import remove, remove_path
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(slots=True)
+class Site:
+    """A tree that a commit changes."""
+
+    entry: Journal
+    """The journal, or one of the others in it."""
+    tree: beneath.Beneath
+    new: int = -1
+    """An fd of the directory of the new objects."""
+    old: int = -1
+    """An fd of the directory of the replaced ones."""
+
+
+@contextmanager
+def sites(store: Store, entry: Journal, *, make: bool) -> Iterator[list[Site]]:
+    """The trees of a commit; with `make` also the directories `new` and `old`. Raises UserError, OSError."""
+    with ExitStack() as resources:
+        found = []
+        for one in entry.all:
+            site = Site(one, resources.enter_context(beneath.opened(one.base, one.inode, one.filesystem)))
+            found.append(site)
+            if make:
+                prepare(store, site, resources)
+        yield found
+
+
+def prepare(store: Store, site: Site, resources: ExitStack) -> None:
+    """Make the directories of a commit for one tree. Raises OSError."""
+    site.new, site.old = make_stage(store, site.entry, site.tree)
+    resources.callback(os.close, site.new)
+    resources.callback(os.close, site.old)
 
 
 def make_stage(store: Store, entry: Journal, tree: beneath.Beneath) -> tuple[int, int]:
@@ -38,15 +73,20 @@ def make_stage(store: Store, entry: Journal, tree: beneath.Beneath) -> tuple[int
 def _stage(store: Store, entry: Journal, tree: beneath.Beneath, *, make: bool = False) -> Owned:
     if not entry.inside:
         return Owned(os.open(journal.directory(store, entry.id), _DIRECTORY))
-    if make:
-        with suppress(FileExistsError), _times_kept(tree.fd):
-            os.mkdir(entry.stage, 0o700, dir_fd=tree.fd)
-    found = Owned(os.open(entry.stage, _DIRECTORY, dir_fd=tree.fd))
+    with _place(entry, tree) as at:
+        if make:
+            with suppress(FileExistsError), _times_kept(at):
+                os.mkdir(entry.stage, 0o700, dir_fd=at)
+        found = Owned(os.open(entry.stage, _DIRECTORY, dir_fd=at))
     st = os.fstat(found.fd)
     if st.st_uid != os.geteuid() or st.st_mode & 0o077:
         found.close()
         raise PermissionError(1, "its directory there belongs to somebody else", os.fsdecode(entry.stage))
     return found
+
+
+def _place(entry: Journal, tree: beneath.Beneath) -> Owned:
+    return Owned(tree.directory(os.fsencode(entry.place)))
 
 
 @contextmanager
@@ -55,7 +95,7 @@ def _times_kept(fd: int) -> Iterator[None]:
     st = os.fstat(fd)
     yield
     with suppress(PermissionError):
-        os.utime(fd, ns=(st.st_atime_ns, st.st_mtime_ns))
+        os.utime(b"/proc/self/fd/%d/." % fd, ns=(st.st_atime_ns, st.st_mtime_ns))
 
 
 @contextmanager
@@ -68,12 +108,15 @@ def _uninterrupted() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def discard(store: Store, entry: Journal, tree: beneath.Beneath) -> None:
-    """Remove the prepared objects, none of which is in place yet. Raises OSError."""
-    if entry.inside:
-        with _times_kept(tree.fd):
-            remove(tree.fd, entry.stage, unlock=True)
-    else:
+def discard(store: Store, found: Sequence[Site]) -> None:
+    """Remove the prepared objects, none of which is in place yet. The first site is the journal's. Raises
+    OSError.
+    """
+    entry = found[0].entry
+    for site in found:
+        if site.entry.inside:
+            _remove_stage(site)
+    if not all(site.entry.inside for site in found):
         # The journal last: without it a killed undo would be repeated as one of an earlier commit.
         for name in ("new", "old"):
             remove_path(f"{journal.directory(store, entry.id)}/{name}", unlock=True)
@@ -82,24 +125,31 @@ def discard(store: Store, entry: Journal, tree: beneath.Beneath) -> None:
         journal.forget(store, entry.id)
 
 
-def go_on(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple[int, int]) -> None:
+def _remove_stage(site: Site) -> None:
+    with suppress(FileNotFoundError), _place(site.entry, site.tree) as at, _times_kept(at):
+        remove(at, site.entry.stage, unlock=True)
+
+
+def go_on(store: Store, found: Sequence[Site]) -> None:
     """Apply a journal and complete the commit; revert everything after an error. Raises UserError.
 
     A commit to a parent needs `end_in_parent` in addition, after the parent was unmounted.
     """
     with _uninterrupted():
-        _go_on(store, entry, tree, prepared)
+        _go_on(store, found)
 
 
-def _go_on(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple[int, int]) -> None:
+def _go_on(store: Store, found: Sequence[Site]) -> None:
+    entry = found[0].entry
     try:
-        with sharing.opened(layer_of(store, entry)) as layer:
-            Application(entry, tree, *prepared, layer).forward()
+        for site in found:
+            with sharing.opened(layer_of(store, site.entry)) as layer:
+                Application(site.entry, site.tree, site.new, site.old, layer).forward()
     except (OSError, ChangedError) as error:
         entry.turns(journal.BACK)
         with suppress(OSError):  # on a full disk; killed now it goes forward
             journal.mark(store, entry)
-        go_back(store, entry, tree, prepared)
+        go_back(store, found)
         if isinstance(error, ChangedError):
             raise
         at = f"{quoted(os.fsdecode(error.filename))}: " if error.filename else ""
@@ -112,15 +162,18 @@ def _go_on(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple[
         "the next `unionfs branch commit` ends it; free space, or check the permissions",
     ):
         step("applied")
-        with sharing.opened(layer_of(store, entry)) as layer:
-            sharing.let_go(entry, layer)
+        for site in found:
+            with sharing.opened(layer_of(store, site.entry)) as layer:
+                sharing.let_go(site.entry, layer)
         step("let go")
-        calls.syncfs(tree.fd)
-        entry.is_applied(reached(entry, tree) if entry.can_undo else {})
+        for site in found:
+            calls.syncfs(site.tree.fd)
+            site.entry.has_reached(reached(site.entry, site.tree) if entry.can_undo else {})
+        entry.is_applied()
         journal.write_after(store, entry)
         step("ending")
         if entry.parent is None:
-            _end(store, entry, tree)
+            _end(store, found)
 
 
 def end_in_parent(store: Store, entry: Journal, parent: Branch) -> None:
@@ -139,17 +192,18 @@ def _kept_stage(store: Store, entry: Journal) -> bytes:
     return os.fsencode(f"{journal.directory(store, entry.id)}/stage")
 
 
-def _end(store: Store, entry: Journal, tree: beneath.Beneath) -> None:
+def _end(store: Store, found: Sequence[Site]) -> None:
     """Keep the replaced objects for `undo`, or remove them, and remove the branch. All is in place."""
+    entry = found[0].entry
     branch = store.branch(entry.branch)
     is_there = branch.exists() and branch.record().created == entry.made
     if is_there and entry.keep:
         _accept(store, branch, entry)
-    if entry.inside:
+    if not entry.can_undo:
         if is_there and not entry.keep:
             branch.remove()
         step("branch removed")
-        discard(store, entry, tree)
+        discard(store, found)
         return
     _keep(store, entry)
 
@@ -170,22 +224,44 @@ def _keep(store: Store, entry: Journal) -> None:
         is_former = other.id < entry.id and other.base == entry.base
         # Without its parent it cannot be undone.
         if is_former or (other.parent is not None and other.parent_made not in branches):
-            journal.forget(store, other.id)
+            _forget(store, other)
+
+
+def _forget(store: Store, other: Journal) -> None:
+    """Remove what a former commit keeps. Raises OSError."""
+    if any(one.stays for one in other.all):
+        try:
+            with sites(store, other, make=False) as found:
+                for site in found:
+                    if site.entry.stays:
+                        _remove_stage(site)
+        except UserError:
+            return  # its filesystem is not mounted: the next commit tries again
+    journal.forget(store, other.id)
 
 
 def layer_of(store: Store, entry: Journal) -> str | None:
     """The layer of a journal's branch, in the commit's or in the branch's directory; None if it is gone."""
     kept = f"{journal.directory(store, entry.id)}/branch"
     if os.path.isdir(kept):
-        return f"{kept}/upper"
+        return os.path.join(kept, part_path(entry.key), "upper")
     branch = store.branch(entry.branch)
-    return branch.upper if branch.exists() and branch.record().created == entry.made else None
+    if not branch.exists() or branch.record().created != entry.made:
+        return None
+    return _committed(branch, entry).upper
+
+
+def _committed(branch: Branch, entry: Journal) -> Branch:
+    """What of a branch is committed: itself, or a part of it."""
+    return Part(branch, entry.key) if entry.key else branch
 
 
 def _accept(store: Store, branch: Branch, entry: Journal) -> None:
     """Record the present state of the committed paths as the state that the branch was made from."""
-    with viewed(branch) as view:
-        seen.accept(branch, view, *_accepted(entry), _former_states(store, entry))
+    for one in entry.all:
+        part = _committed(branch, one)
+        with viewed(part) as view:
+            seen.accept(part, view, *_accepted(one), journal.former_states(store, one))
 
 
 def _accepted(entry: Journal) -> tuple[list[str], list[str]]:
@@ -195,16 +271,14 @@ def _accepted(entry: Journal) -> tuple[list[str], list[str]]:
     return paths, [setting.former for setting in entry.settings]
 
 
-def _former_states(store: Store, entry: Journal) -> str:
-    return f"{journal.directory(store, entry.id)}/seen.json"
-
-
 def _accept_returned(store: Store, branch: Branch, entry: Journal) -> None:
     """Record the states before the commit, and the new ctimes of the objects that its revert has renamed."""
-    seen.restore(branch, *_accepted(entry), _former_states(store, entry))
-    sources = {move.path: move.source for move in entry.moves if move.source is not None}
-    with viewed(branch) as view:
-        seen.returned(branch, view, [_former(move.path, sources) for move in entry.moves])
+    for one in entry.all:
+        part = _committed(branch, one)
+        seen.restore(part, *_accepted(one), journal.former_states(store, one))
+        sources = {move.path: move.source for move in one.moves if move.source is not None}
+        with viewed(part) as view:
+            seen.returned(part, view, [_former(move.path, sources) for move in one.moves])
 
 
 def _former(path: str, sources: Mapping[str, str]) -> str:
@@ -217,17 +291,19 @@ def _former(path: str, sources: Mapping[str, str]) -> str:
     return path
 
 
-def go_back(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple[int, int]) -> None:
+def go_back(store: Store, found: Sequence[Site]) -> None:
     """Revert a commit, and forget it. Raises UserError if that fails; the next command continues then."""
     with _uninterrupted():
-        _go_back(store, entry, tree, prepared)
+        _go_back(store, found)
 
 
-def _go_back(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tuple[int, int]) -> None:
+def _go_back(store: Store, found: Sequence[Site]) -> None:
+    entry = found[0].entry
     try:
-        with sharing.opened(layer_of(store, entry)) as layer:
-            Application(entry, tree, *prepared, layer).backward()
-            sharing.give_back(entry, layer, prepared[0])
+        for site in reversed(found):
+            with sharing.opened(layer_of(store, site.entry)) as layer:
+                Application(site.entry, site.tree, site.new, site.old, layer).backward()
+                sharing.give_back(site.entry, layer, site.new)
         step("given back")
     except OSError as error:
         raise UserError(
@@ -246,7 +322,7 @@ def _go_back(store: Store, entry: Journal, tree: beneath.Beneath, prepared: tupl
         else:
             # Nothing else changes it meanwhile, and what is in its layer now has other inode numbers.
             _accept(store, branch, entry)
-    discard(store, entry, tree)
+    discard(store, found)
 
 
 def free_name(store: Store, name: str) -> Branch:
@@ -313,20 +389,17 @@ def finish(store: Store, entry: Journal) -> bool:
 
 
 def _settle(store: Store, entry: Journal) -> bool:
-    """Complete or revert a commit to the tree at its base. Returns whether it was completed."""
-    with ExitStack() as resources:
-        tree = resources.enter_context(beneath.opened(entry.base, entry.inode))
+    """Complete or revert a commit to the trees at its bases. Returns whether it was completed."""
+    goes = entry.state in (journal.ON, journal.BACK)
+    with sites(store, entry, make=goes) as found:
         if entry.state == journal.NEW:
-            discard(store, entry, tree)
+            discard(store, found)
             return False
         if entry.state == journal.ENDING:
-            _end(store, entry, tree)
+            _end(store, found)
             return True
-        prepared = make_stage(store, entry, tree)
-        for fd in prepared:
-            resources.callback(os.close, fd)
         if entry.state == journal.ON:
-            go_on(store, entry, tree, prepared)
+            go_on(store, found)
             return True
-        go_back(store, entry, tree, prepared)
+        go_back(store, found)
         return False

@@ -9,6 +9,9 @@
     ROOT/commits/ID/stage           after a commit to a parent: that directory, taken from the parent's layer
     ROOT/commits/ID/branch          the branch, after its commit, for `undo`
 
+A commit that changes filesystems below the base has a journal in the journal for each (`others`), whose files
+are `after-K.json` and `seen-K.json`. It keeps its directories on them for `undo`.
+
 Before the state is `on` nothing has changed in the base; then the commit is applied, or, in the state `back`,
 reverted. Each operation names its objects by inode numbers, which show whether it was applied.
 """
@@ -30,7 +33,8 @@ from unionfs.sys.attributes import FileAttributes
 from unionfs.sys.trees import remove_path
 
 _FILE = "journal.json"
-_AFTER = "after.json"
+_AFTER = "after"
+_SEEN = "seen"
 VERSION = 2
 PREFIX = b".unionfs-"
 NEW, ON, BACK, ENDING, DONE = "new", "on", "back", "ending", "done"
@@ -99,19 +103,45 @@ class Journal:
     """Of the layer's directories whose files are shared: atime and mtime, to be set when these come back."""
     ids: Ids | None = None
     """As of the branch; owners are those of its user namespace."""
+    key: str = ""
+    """Of the part of the branch that is committed; empty for the branch itself."""
+    filesystem: str | None = None
+    """Of a part: as of its record."""
+    stays: bool = False
+    """Whether its directory in the base is kept for `undo`."""
+    place: str = ""
+    """The path of the directory of the base that has its directory; empty for the base itself."""
+    others: list[Journal] = field(default_factory=list)
+    """The operations on the filesystems below the base. Their states are that of this one."""
+
+    @property
+    def all(self) -> list[Journal]:
+        """This one and the others."""
+        return [self, *self.others]
 
     def turns(self, state: str) -> None:
         """It goes into another state."""
         self.state = state
 
-    def is_applied(self, after: dict[str, list[int]]) -> None:
-        """Enter the state in which all is in place; `after`: the states of the paths, if it can be undone."""
-        self.state, self.after, self.ended = ENDING, after, time.time_ns()
+    def joins(self, others: list[Journal]) -> None:
+        """Commit others with it. If there are any, all can be undone."""
+        self.others = others
+        for one in self.all:
+            # Only the filesystem itself has a place for the replaced objects.
+            one.stays = one.inside and bool(others)
+
+    def has_reached(self, after: dict[str, list[int]]) -> None:
+        """Remember the states of the paths after the commit, if it can be undone."""
+        self.after = after
+
+    def is_applied(self) -> None:
+        """Enter the state in which all is in place."""
+        self.state, self.ended = ENDING, time.time_ns()
 
     @property
     def can_undo(self) -> bool:
         """Whether the replaced objects are kept."""
-        return self.parent is not None or not self.inside
+        return self.parent is not None or all(one.stays or not one.inside for one in self.all)
 
     @property
     def target(self) -> str:
@@ -141,22 +171,28 @@ def directory(store: Store, id: str) -> str:
 
 def write(store: Store, journal: Journal) -> None:
     """Write all but the state, and then the state. Raises OSError."""
+    values = {**_values(journal), "version": VERSION}
+    jsonfiles.write(f"{directory(store, journal.id)}/{_FILE}", values)
+    mark(store, journal)
+
+
+def _values(journal: Journal) -> dict[str, Any]:
     # Not `asdict`, which copies each of many thousand moves deeply.
     values = {name: getattr(journal, name) for name in _KEPT}
-    values["version"] = VERSION
     values["ids"] = None if journal.ids is None else asdict(journal.ids)
     values["moves"] = [_MOVE(move) for move in journal.moves]
     values["settings"] = [
         (setting.path, _plain(setting.new), _plain(setting.old), setting.former)
         for setting in journal.settings
     ]
-    jsonfiles.write(f"{directory(store, journal.id)}/{_FILE}", values)
-    mark(store, journal)
+    values["others"] = [_values(other) for other in journal.others]
+    return values
 
 
 def write_after(store: Store, journal: Journal) -> None:
     """Write the states of the paths after the commit, and then its own state. Raises OSError."""
-    jsonfiles.write(f"{directory(store, journal.id)}/{_AFTER}", journal.after)
+    for one in journal.all:
+        jsonfiles.write(_own_file(store, one, _AFTER), one.after)
     mark(store, journal)
 
 
@@ -173,18 +209,13 @@ def read(store: Store, id: str) -> Journal | None:
         values = jsonfiles.read(path)
         if values.pop("version") != VERSION:
             raise ValueError("it is of another version")
-        values["moves"] = [Move(*item) for item in values["moves"]]
-        values["settings"] = [
-            Setting(path, _attributes(new), _attributes(old), former)
-            for path, new, old, former in values["settings"]
-        ]
-        if values.get("ids") is not None:
-            values["ids"] = Ids.from_json(values["ids"])
+        entry = _journal(values)
         state = jsonfiles.read(f"{directory(store, id)}/{STATE_FILE}")
-        values |= {"state": state["state"], "ended": state["ended"]}
-        with suppress(FileNotFoundError):
-            values["after"] = jsonfiles.read(f"{directory(store, id)}/{_AFTER}")
-        return Journal(**values)
+        entry.state, entry.ended = state["state"], state["ended"]
+        for one in entry.all:
+            with suppress(FileNotFoundError):
+                one.after = jsonfiles.read(_own_file(store, one, _AFTER))
+        return entry
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -192,6 +223,28 @@ def read(store: Store, id: str) -> Journal | None:
             f"the journal {quoted(path)} cannot be read ({error}), so its commit can neither go on nor back; "
             "the replaced files are beside it in `old`. Move its directory away."
         ) from error
+
+
+def _journal(values: dict[str, Any]) -> Journal:
+    values["moves"] = [Move(*item) for item in values["moves"]]
+    values["settings"] = [
+        Setting(path, _attributes(new), _attributes(old), former)
+        for path, new, old, former in values["settings"]
+    ]
+    if values.get("ids") is not None:
+        values["ids"] = Ids.from_json(values["ids"])
+    values["others"] = [_journal(other) for other in values.get("others", ())]
+    return Journal(**values)
+
+
+def former_states(store: Store, journal: Journal) -> str:
+    """The file with what a branch that stays remembered of the base before the commit."""
+    return _own_file(store, journal, _SEEN)
+
+
+def _own_file(store: Store, journal: Journal, name: str) -> str:
+    """A file of a commit, or of one of the others in it."""
+    return f"{directory(store, journal.id)}/{name}{f'-{journal.key}' if journal.key else ''}.json"
 
 
 def ids_of(store: Store, name: str | None = None) -> Ids | None:

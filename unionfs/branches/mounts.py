@@ -12,6 +12,7 @@ from dataclasses import replace
 from unionfs.branches import seen
 from unionfs.branches.beneath import opened
 from unionfs.branches.ids import entered
+from unionfs.branches.parts import parts_of
 from unionfs.branches.record import WHOLE, Record
 from unionfs.branches.store import Branch, Store
 from unionfs.branches.view import viewed
@@ -57,7 +58,7 @@ def _mount(branch: Branch, mountpoint: str, *, lives_with: int | None) -> MountS
             f"cannot use a mount of it; run them by `unionfs branch shell {quoted(branch.name)}`."
         )
     # A base that was replaced has nothing to do with the branch.
-    with opened(record.base, record.base_inode):
+    with opened(record.base, record.base_inode, record.filesystem):
         pass
     if record.session:
         with viewed(branch) as view:
@@ -75,10 +76,10 @@ def _mount(branch: Branch, mountpoint: str, *, lives_with: int | None) -> MountS
 
 
 def _options(record: Record) -> list[str]:
-    options = ["userxattr"] if record.userxattr else []
+    options = [*record.flags, *(["userxattr"] if record.userxattr else [])]
     if record.ids is not None:
         options += record.ids.options()
-    elif record.base == WHOLE and os.geteuid() != 0:
+    elif (record.whole or record.base) == WHOLE and os.geteuid() != 0:
         # The command is uid 0 of a user namespace, in which this user's id is the only one.
         options += [f"squash_to_uid={os.geteuid()}", f"squash_to_gid={os.getegid()}"]
     return options
@@ -89,6 +90,12 @@ def create(store: Store, name: str, base: str, parent: str | None = None) -> Bra
     if parent is not None:
         below = store.existing(parent)
         with below.claimed("made the base of another"):
+            if parts := parts_of(below):
+                places = ", ".join(quoted(part.record().base) for part in parts)
+                raise UserError(
+                    f"branch {quoted(parent)} changes {places}, too, which a branch over it would not show; "
+                    f"commit that first, by `unionfs branch commit --only PATH {quoted(parent)}`."
+                )
             unmounted(below)
             _complete_links(below)
     return store.create(name, base, parent)
@@ -155,7 +162,7 @@ def mounted(branch: Branch) -> Iterator[str]:
 
 
 def in_use(branch: Branch, base: str) -> list[str]:
-    """Sentences about mounts that would see the base change."""
+    """Sentences about mounts that would see a base change."""
     found = []
     for entry in live.entries():
         if base in entry.settings.lowers and entry.settings.upper != branch.upper:

@@ -179,18 +179,21 @@ def _all(view: View, path: bytes, *objects: Object) -> Iterator[tuple[bytes, Obj
                 waiting.append((above + b"/" + name, child))
 
 
-def hazards(view: View, plan: Plan) -> list[str]:
-    """Sentences about hazards that a list of names does not show. Raises OSError."""
+def hazards(view: View, plan: Plan, above: bytes) -> list[str]:
+    """Sentences about hazards that a list of names does not show; `above`: what belongs before the paths.
+
+    Raises OSError.
+    """
     found = []
     for step in plan.steps:
         old = step.old
         if old is not None and old.st is not None and view.is_anothers(old):
             owner = f"uid {old.st.st_uid}" if view.has_shown_owner(old.st) else "another user"
-            found.append(f"{_shown(step.path)} belongs to {owner}, not to you.")
+            found.append(f"{_shown(above + step.path)} belongs to {owner}, not to you.")
         if isinstance(step, Put):
             for path, item in _all(view, step.path, step.new):
                 if (what := _danger(view, path, item)) is not None:
-                    found.append(f"{_shown(path)} is {what}.")
+                    found.append(f"{_shown(above + path)} is {what}.")
     return found
 
 

@@ -37,6 +37,12 @@ class Record:
     """Whether markers are `user.overlay.*`."""
     ids: Ids | None = None
     """Those of the user namespace in which it is used; None: it is used in its user's own."""
+    whole: str | None = None
+    """The base of the branch of which this is a part: see `parts`."""
+    filesystem: str | None = None
+    """Of a part: as of `filesystem_identity`."""
+    flags: tuple[str, ...] = ()
+    """Of a part: mount flags of its filesystem that its mount has, too."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, for `from_json`."""
@@ -48,7 +54,8 @@ class Record:
         if values["version"] != VERSION:
             raise ValueError(f"its version is {values['version']!r}, and this program reads {VERSION}")
         known = {item.name: values[item.name] for item in fields(cls) if item.name in values}
-        known["command"] = tuple(known.get("command", ()))
+        for name in ("command", "flags"):
+            known[name] = tuple(known.get(name, ()))
         if known.get("ids") is not None:
             known["ids"] = Ids.from_json(known["ids"])
         record = cls(**known)

@@ -24,6 +24,8 @@ class Selection:
 
     only: Sequence[str] = ()
     leave: Sequence[str] = ()
+    above: bytes = b""
+    """What belongs before a path to make it one of the branch: see `parts`."""
 
     @property
     def is_all(self) -> bool:
@@ -33,7 +35,7 @@ class Selection:
         """Whether a path, which begins with a slash, is selected."""
         if self.is_all:
             return True
-        text = os.fsdecode(path)
+        text = os.fsdecode(self.above + path)
         if self.only and not _covered(text, self.only):
             return False
         return not _covered(text, self.leave)

@@ -4,6 +4,7 @@
     ROOT/branches/NAME/seen.json      what the base had where the branch changes it; see `seen`
     ROOT/branches/NAME/upper, work    its layer
     ROOT/branches/NAME/merged         where it is mounted if no other place is given
+    ROOT/branches/NAME/below/K/       the same of a filesystem that is mounted below the base; see `parts`
     ROOT/commits/ID/                  a commit that goes on, or the last one, for `undo`; see `journal`
     ROOT/commits/lock                 held while something is committed
 
@@ -127,12 +128,15 @@ class Store:
                 if below is not None:
                     locks.enter_context(below.claimed("made the base of another"))
                     fd = locks.enter_context(Owned(os.open(below.upper, os.O_RDONLY | os.O_DIRECTORY)))
-                self._put(branch, record, fd)
+                self.put(branch, record, fd)
         return branch
 
-    def _put(self, branch: Branch, record: Record, below: int) -> None:
-        """Make the directory of a branch, and rename it to its name; `below`: an fd of the root below."""
-        new = f"{self.path}/.new-{os.urandom(8).hex()}"
+    def put(self, branch: Branch, record: Record, below: int) -> None:
+        """Make the directory of a branch, and rename it to its name; `below`: an fd of the root below.
+
+        Raises UserError if there is one, OSError.
+        """
+        new = f"{os.path.dirname(branch.path)}/.new-{os.urandom(8).hex()}"
         os.mkdir(new, 0o700)
         try:
             for part in ("work", "merged"):
@@ -165,10 +169,11 @@ class Store:
 class Branch:
     """One branch. The record and the layer on disk are the only state."""
 
-    def __init__(self, store: Store, name: str) -> None:
+    def __init__(self, store: Store, name: str, path: str | None = None) -> None:
+        """`path`: its directory, by default the one of that name."""
         self.store = store
         self.name = name
-        self.path = f"{store.path}/{name}"
+        self.path = path or f"{store.path}/{name}"
         self.upper, self.work, self.merged = (f"{self.path}/{part}" for part in ("upper", "work", "merged"))
 
     def exists(self) -> bool:

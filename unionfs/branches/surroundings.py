@@ -1,16 +1,18 @@
 """The tree that a command on a branch sees: the branch in the host's tree, or instead of it.
 
 A base other than `/` is covered by the branch at its path; all around it is the host's, read-only. If the
-base is `/`, the branch is the root, and the filesystems that are mounted on it are read-only. In both cases
-/proc, /sys, /dev, /tmp, /var/tmp and /run are the command's own.
+base is `/`, the branch is the root. In both cases filesystems that are mounted below the base are covered by
+parts of the branch, or read-only, and /proc, /sys, /dev, /tmp, /var/tmp and /run are the command's own (below
+another base than `/` only the first three).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from unionfs.branches.covered import mounted_below, store_in
+from unionfs.branches.covered import Below, filesystems_below, is_in, store_in
 from unionfs.branches.record import WHOLE
 from unionfs.containers import bubblewrap
 from unionfs.containers.description import protection
@@ -27,8 +29,12 @@ _WAY = RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
 class Surroundings:
     """The surroundings of a branch over `base`, of a store at `root`."""
 
-    def __init__(self, base: str, root: str, hide: Sequence[str], writable: Sequence[str]) -> None:
-        """`hide`, `writable`: paths that are empty, or can be changed for good. Raises UserError."""
+    def __init__(
+        self, base: str, root: str, hide: Sequence[str], writable: Sequence[str], *, is_nested: bool = False
+    ) -> None:
+        """`hide`, `writable`: paths that are empty, or can be changed for good. `is_nested`: whether it lies
+        over another branch. Raises UserError.
+        """
         for path in (*hide, *writable):
             if not os.path.lexists(path):
                 raise UserError(f"{quoted(path)} does not exist, so it cannot be hidden or writable.")
@@ -40,15 +46,26 @@ class Surroundings:
         parts = store_in(base, root)
         if parts is not None:
             own.append(os.path.join(base, *parts))
-        #: The outermost filesystems mounted below the base; they are not part of the branch.
-        self.below = _outermost([path for path in mounted_below(base) if not is_in(path, own)])
+        #: The filesystems mounted below the base, but those that are hidden or writable as a whole.
+        self.below = filesystems_below(base, [*own, *self._hide, *self._writable])
+        if is_nested:
+            reason = "a branch over another branch covers one filesystem only"
+            self.below = [replace(one, obstacle=one.obstacle or reason) for one in self.below]
+        #: Those of them that parts of the branch cover.
+        self.covered = [one for one in self.below if one.obstacle is None]
 
-    def inside(self, path: str) -> str | None:
-        """A path relative to the base, empty for the base itself, if the branch has it; else None."""
-        covered = is_in(path, [self.base]) and not is_in(path, self.below)
-        if not covered or (self.is_whole and is_in(path, _OWN)):
+    def inside(self, path: str) -> tuple[str, str] | None:
+        """The base or the mountpoint of the part that has a path, and the path relative to that, empty for
+        itself; None if it is not in the branch.
+        """
+        if not is_in(path, [self.base]):
             return None
-        return path[len(self.base.rstrip("/")) :].strip("/")
+        points = [one.path for one in self.below] + [*self._hide, *self._writable]
+        others = [*points, *(_OWN if self.is_whole else [])]
+        place = max((one for one in [self.base, *others] if is_in(path, [one])), key=len)
+        if place != self.base and place not in [one.path for one in self.covered]:
+            return None
+        return place, path[len(place.rstrip("/")) :].strip("/")
 
     def hides(self, path: str) -> bool:
         """Whether the command sees something else at a path than what the host or the branch has there."""
@@ -61,28 +78,39 @@ class Surroundings:
             return self.base
         return here
 
-    def check(self, root: int) -> None:
+    def check(self, roots: Mapping[str, int]) -> None:
         """Refuse a branch in which a former command has put something else where mounts belong.
 
-        `root`: an fd of the branch's root. Raises UserError.
+        `roots`: fds of the root of the branch and its parts, by base and mountpoints. Raises UserError.
         """
-        if not self.is_whole:
-            return
-        exceptions = [*self._hide, *self._writable]
-        for path in [*(path for path in _OWN if _is_directory(path)), *self.below, *exceptions]:
-            if self.inside(os.path.dirname(path)) is None:
+        points = []
+        if self.is_whole:
+            points += [*(path for path in _OWN if _is_directory(path)), *self._hide, *self._writable]
+        points += [one.path for one in self.below if self._is_bound(one)]
+        for path in points:
+            place = self.inside(os.path.dirname(path))
+            if place is None:
                 continue
+            name = os.path.join(place[1], os.path.basename(path))
             try:
-                os.close(openat2(root, os.fsencode(path.lstrip("/")), os.O_PATH, _WAY))
+                os.close(openat2(roots[place[0]], os.fsencode(name), os.O_PATH, _WAY))
             except OSError as error:
                 raise UserError(
                     f"{quoted(path)} is a mountpoint for the command, but the branch has something else "
                     "there; put it back there by `unionfs branch mount`, or discard the branch."
                 ) from error
 
-    def arguments(self, merged: str) -> list[str]:
-        """The arguments of bubblewrap that make the tree; `merged`: where the branch is mounted."""
-        words = ["--bind", merged, "/"] if self.is_whole else ["--ro-bind", "/", "/"]
+    def _is_bound(self, one: Below) -> bool:
+        """Whether a filesystem gets a mount of its own: a read-only one brings those in it along."""
+        around = [other for other in self.below if other is not one and is_in(one.path, [other.path])]
+        return one.obstacle is None or not around or around[-1].obstacle is None
+
+    def arguments(self, merged: Mapping[str, str]) -> list[str]:
+        """The arguments of bubblewrap that make the tree.
+
+        `merged`: where the branch and its parts are mounted, by base and mountpoints.
+        """
+        words = ["--bind", merged[self.base], "/"] if self.is_whole else ["--ro-bind", "/", "/"]
         words += ["--proc", "/proc", "--dev", "/dev", "--ro-bind-try", "/sys", "/sys"]
         words += bubblewrap.mount_words(protection(by_root=os.geteuid() == 0))
         for path in _PRIVATE:
@@ -93,9 +121,12 @@ class Surroundings:
         for path in around:
             words += ["--bind", path, path]
         if not self.is_whole:
-            words += ["--bind", merged, self.base]
-        for path in self.below:
-            words += ["--ro-bind", path, path] if os.access(path, os.R_OK) else _empty(path)
+            words += ["--bind", merged[self.base], self.base]
+        for one in filter(self._is_bound, self.below):
+            if one.obstacle is None:
+                words += ["--bind", merged[one.path], one.path]
+            else:
+                words += _read_only(one.path)
         for path in self._writable:
             if path not in around:
                 words += ["--bind", path, path]
@@ -104,17 +135,8 @@ class Surroundings:
         return words
 
 
-def is_in(path: str, places: Sequence[str]) -> bool:
-    """Whether a path is one of the places, or below one."""
-    return any(path == place or path.startswith(place.rstrip("/") + "/") for place in places)
-
-
-def _outermost(paths: Sequence[str]) -> list[str]:
-    found: list[str] = []
-    for path in sorted(paths):
-        if not is_in(path, found):
-            found.append(path)
-    return found
+def _read_only(path: str) -> list[str]:
+    return ["--ro-bind", path, path] if os.access(path, os.R_OK) else _empty(path)
 
 
 def _empty(path: str) -> list[str]:

@@ -11,11 +11,13 @@ import os
 import signal
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 from unionfs.branches.attaching import attach
+from unionfs.branches.covered import Below
+from unionfs.branches.parts import clear, prepare
 from unionfs.branches.store import Branch, Store
 from unionfs.branches.surroundings import Surroundings
 from unionfs.containers import bubblewrap
@@ -45,7 +47,7 @@ class Wish:
     hide: Sequence[str] = ()
     """Paths that are empty for the command."""
     writable: Sequence[str] = ()
-    """Paths outside the base that the command may change for good."""
+    """Paths that the command may change for good."""
 
 
 def try_on(store: Store, branch: Branch, wish: Wish, complain: Callable[[str], object]) -> int:
@@ -67,26 +69,34 @@ class _Try:
         self._wish = wish
         self._program = program
         self._complain = complain
-        base = branch.record().base
-        self._around = Surroundings(base, branch.store.root, wish.hide, wish.writable)
+        record = branch.record()
+        self._around = Surroundings(
+            record.base, branch.store.root, wish.hide, wish.writable, is_nested=record.parent is not None
+        )
         self._workdir = self._around.start(wish.here)
+        self._merged: dict[str, str] = {}
         self._confinement = settle_confinement((), (), (), privileged=False)
 
     def run(self) -> int:
-        branch = self._branch
-        for path in self._around.below:
-            self._complain(f"{quoted(path)} is another filesystem below the base; it is read-only here.")
+        branch, base = self._branch, self._around.base
+        for sentence in _sentences(self._around.below):
+            self._complain(sentence)
+        parts = prepare(branch, self._around.below)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        merged = attach(branch)
-        hold_signals()
+        mounted = {base: branch, **parts}
+        self._merged = {path: one.merged for path, one in mounted.items()}
         try:
-            self._check(merged)
+            attach([branch, *parts.values()])
+            hold_signals()
+            self._check()
             branch.save(branch.record().started(tuple(self._wish.command)))
-            code = self._waited(self._started(merged))
+            code = self._waited(self._started())
             branch.save(branch.record().finished(code, time.time_ns()))
             return code
         finally:
-            self._end(merged)
+            for merged in self._merged.values():
+                self._end(merged)
+            clear(branch)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _waited(self, command: Command) -> int:
@@ -123,22 +133,28 @@ class _Try:
             with suppress(UserError):
                 umount(merged, lazy=True)
 
-    def _check(self, merged: str) -> None:
+    def _check(self) -> None:
         """Refuse a missing directory or command before anything is started. Raises UserError."""
-        inside = self._around.inside(self._workdir)
+        place = self._around.inside(self._workdir)
         way = RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
-        with Owned(os.open(merged, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as root:
-            self._around.check(root)
-            if inside is not None:
+        with ExitStack() as stack:
+            flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+            roots = {
+                path: stack.enter_context(Owned(os.open(merged, flags)))
+                for path, merged in self._merged.items()
+            }
+            self._around.check(roots)
+            if place is not None:
                 # A former command may have put a symlink there, which would be followed outside.
                 with on_failure(
                     f"the directory {quoted(self._workdir)} cannot be used in branch "
                     f"{quoted(self._branch.name)}", "start from another one",
                 ):  # fmt: skip
-                    os.close(openat2(root, os.fsencode(inside or "."), os.O_PATH | os.O_DIRECTORY, way))
-            _find_command(self._wish.command[0], self._workdir, merged, self._around)
+                    name = os.fsencode(place[1] or ".")
+                    os.close(openat2(roots[place[0]], name, os.O_PATH | os.O_DIRECTORY, way))
+            _find_command(self._wish.command[0], self._workdir, self._merged, self._around)
 
-    def _started(self, merged: str) -> Command:
+    def _started(self) -> Command:
         confinement = self._confinement
         with ExitStack() as stack:
             data = [bubblewrap.environment_arguments(dict(os.environ))]
@@ -147,14 +163,15 @@ class _Try:
             return Command(
                 lambda info, _: Call(
                     "bubblewrap", self._program,
-                    [self._program, "--info-fd", str(info), *self._arguments(merged, fds)], [info, *fds],
+                    [self._program, "--info-fd", str(info), *self._arguments(fds)], [info, *fds],
                 ),
                 bounding=confinement.capabilities,
                 small_root=None,
             )
 
-    def _arguments(self, merged: str, fds: Sequence[int]) -> list[str]:
-        words = [*self._around.arguments(merged), "--unshare-pid", "--unshare-ipc", "--unshare-cgroup-try"]
+    def _arguments(self, fds: Sequence[int]) -> list[str]:
+        words = self._around.arguments(self._merged)
+        words += ["--unshare-pid", "--unshare-ipc", "--unshare-cgroup-try"]
         if self._wish.own_network:
             words.append("--unshare-net")
         if os.geteuid() == 0:
@@ -169,7 +186,22 @@ class _Try:
         return [*words, *self._wish.command]
 
 
-def _find_command(name: str, workdir: str, merged: str, around: Surroundings) -> None:
+def _sentences(below: Sequence[Below]) -> list[str]:
+    """What a command may do with the filesystems below the base."""
+    found: dict[str, list[str]] = {}
+    for one in below:
+        found.setdefault(one.obstacle or "", []).append(quoted(one.path))
+    result = []
+    for obstacle, paths in sorted(found.items()):
+        text, are = ", ".join(paths), "is" if len(paths) == 1 else "are"
+        if obstacle:
+            result.append(f"{text} below the base {are} read-only here: {obstacle}.")
+        else:
+            result.append(f"{text} below the base {are} covered by the branch, too.")
+    return result
+
+
+def _find_command(name: str, workdir: str, merged: Mapping[str, str], around: Surroundings) -> None:
     """Raise CommandError for a command that is not found in the branch or its surroundings, or cannot be
     executed."""
     directories = [workdir] if "/" in name else os.environ.get("PATH", bubblewrap.PATH).split(":")
@@ -179,7 +211,7 @@ def _find_command(name: str, workdir: str, merged: str, around: Surroundings) ->
         if around.hides(path):
             continue
         inside = around.inside(path)
-        where = path if inside is None else os.path.join(merged, inside)
+        where = path if inside is None else os.path.join(merged[inside[0]], inside[1])
         try:
             # Whether a symlink in the branch leads to something is left to the command.
             mode = os.lstat(where).st_mode if inside is not None else os.stat(where).st_mode

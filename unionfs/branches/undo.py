@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from unionfs.branches import beneath, journal
 from unionfs.branches.after import states
 from unionfs.branches.apply import step
-from unionfs.branches.ending import finish, recover
+from unionfs.branches.ending import finish, recover, sites
 from unionfs.branches.journal import Journal
 from unionfs.branches.mounts import mounted, parent_claimed
 from unionfs.branches.store import Store
@@ -38,7 +38,8 @@ def undo(store: Store) -> Journal:
             if last.parent is not None:
                 _refuse_changed_parent(store, last)
             else:
-                _refuse_changed(last, resources.enter_context(beneath.opened(last.base, last.inode)))
+                for site in resources.enter_context(sites(store, last, make=False)):
+                    _refuse_changed(site.entry, site.tree)
             last.turns(journal.BACK)
             step("undo")
             journal.mark(store, last)

@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from unionfs.errors import UserError
+from unionfs.sys.fds import Owned
 
 NAME = "fuse-unionfs"
 _SETTING = "UNIONFS_RESIDENT_SECONDS"
@@ -33,29 +35,38 @@ def find() -> str | None:
     return None
 
 
-def hand_over(launcher: str, arguments: Sequence[str]) -> None:
-    """Run `unionfs ARGUMENT...` by the launcher, whose answer is the mount or one sentence.
+def hand_over(launcher: str, calls: Sequence[Sequence[str]]) -> None:
+    """Run `unionfs ARGUMENT...` for each call at once by the launcher, which answers with the mount or one
+    sentence.
 
-    Signals that come meanwhile interrupt it, and are blocked afterwards. Raises UserError.
+    Signals that come meanwhile interrupt them, and are blocked afterwards. Raises UserError.
     """
-    errors = os.memfd_create("stderr", os.MFD_CLOEXEC)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
     try:
-        with subprocess.Popen(
-            ["unionfs", *arguments], executable=launcher, stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=errors,
-        ) as process:  # fmt: skip
-            _wait(process)
-        text = os.fsdecode(os.pread(errors, 1 << 16, 0)).strip()
-        if process.returncode != 0:
-            raise UserError(text.removeprefix("unionfs: ") or "the mount failed without a word; try again.")
-        if text:
-            print(text, file=sys.stderr)
+        with ExitStack() as stack:
+            running = []
+            for arguments in calls:
+                errors = stack.enter_context(Owned(os.memfd_create("stderr", os.MFD_CLOEXEC)))
+                process = subprocess.Popen(
+                    ["unionfs", *arguments], executable=launcher, stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL, stderr=errors,
+                )  # fmt: skip
+                running.append((stack.enter_context(process), errors))
+            for process, _ in running:
+                _wait(process)
+            for process, errors in running:
+                process.wait()
+                _answer(process, os.fsdecode(os.pread(errors, 1 << 16, 0)).strip())
     except BaseException:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         raise
-    finally:
-        os.close(errors)
+
+
+def _answer(process: subprocess.Popen[bytes], text: str) -> None:
+    if process.returncode != 0:
+        raise UserError(text.removeprefix("unionfs: ") or "the mount failed without a word; try again.")
+    if text:
+        print(text, file=sys.stderr)
 
 
 def _wait(process: subprocess.Popen[bytes]) -> None:

@@ -38,6 +38,19 @@ def filesystem_uuid(dir_fd: int) -> bytes | None:
         return None
 
 
+def filesystem_identity(dir_fd: int) -> str:
+    """What tells a directory's filesystem, or subvolume, from others, also after it was mounted again.
+
+    Raises OSError.
+    """
+    with Owned(open_for_listing(dir_fd)) as fd:
+        value = _ioctl(fd, _GETFSUUID, 1 + _UUID)
+        if value is not None and any(value[1:]):
+            return value[1:].hex()
+        # Of a btrfs made of uuid and subvolume (fs/btrfs/super.c, btrfs_statfs).
+        return f"{os.fstatvfs(fd).f_fsid:x}"
+
+
 def _ioctl(fd: int, request: int, size: int) -> bytes | None:
     """The answer to an ioctl(2), None if the filesystem does not know it."""
     value = bytearray(size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import click
 
@@ -17,9 +17,16 @@ from unionfs.sys.calls import syncfs
 from unionfs.sys.fds import directory
 
 if TYPE_CHECKING:
-    from unionfs.branches.describe import Describer, Difference, Side
+    from unionfs.branches.describe import Difference, Side
 
 _COLOURS = {"A": "green", "C": "yellow", "D": "red", "R": "cyan"}
+
+
+class Contents(Protocol):
+    """Describes the contents of differences: `Describer`, `Describers`."""
+
+    def unified(self, item: Difference) -> list[str] | None: ...
+    def digest(self, item: Difference, *, new: bool) -> str: ...
 
 
 @click.command(
@@ -50,25 +57,24 @@ def diff(
     branch, else with each name.
     """
     # For start-up time: --help and completion do not need it.
-    from unionfs.branches.describe import Describer
     from unionfs.branches.ids import enter
     from unionfs.branches.mounts import mount_of
+    from unionfs.branches.parts import all_of
     from unionfs.branches.selection import NOISE, Selection, relative
     from unionfs.branches.store import Store
-    from unionfs.branches.view import viewed
+    from unionfs.branches.together import Describers, all_viewed
 
     branch = Store(root).existing(name)
     enter(branch.record().ids)
-    entry = mount_of(branch)
-    if entry is not None:
+    for entry in filter(None, map(mount_of, all_of(branch))):
         # What programs have written may be in the page cache of the mount.
         with directory(entry.settings.mountpoint) as fd:
             syncfs(fd)
     base = branch.record().base
     chosen = Selection([relative(item, base) for item in only], [relative(item, base) for item in leave])
     noise = Selection((), () if everything else NOISE)
-    with viewed(branch) as view:
-        describer = Describer(view)
+    with all_viewed(branch) as views:
+        describer = Describers(views)
         found = [item for item in describer.differences() if chosen.has(b"/" + item.path)]
         shown = [item for item in found if noise.has(b"/" + item.path)]
         if as_json:
@@ -78,7 +84,7 @@ def diff(
     show(lines)
 
 
-def values_of(describer: Describer, item: Difference, form: str | None) -> dict[str, object]:
+def values_of(describer: Contents, item: Difference, form: str | None) -> dict[str, object]:
     """A difference as plain values."""
     values = item.to_json()
     if form == "content":
@@ -106,7 +112,7 @@ def hidden(count: int) -> Iterator[str]:
         yield f"and {count} in caches and temporary directories; --all lists them"
 
 
-def rendered(describer: Describer, found: Sequence[Difference], form: str | None) -> Iterator[str]:
+def rendered(describer: Contents, found: Sequence[Difference], form: str | None) -> Iterator[str]:
     """The lines about differences: names, with `form` also `stat` or `content`."""
     if form == "stat":
         yield from _stat(describer, found)
@@ -150,7 +156,7 @@ def _detail(word: str, old: Side | None, new: Side | None) -> str:
     return word
 
 
-def _content(describer: Describer, item: Difference) -> Iterator[str]:
+def _content(describer: Contents, item: Difference) -> Iterator[str]:
     if item.kind == "C" and not {"content", "type"} & {*item.what}:
         return
     lines = describer.unified(item)
@@ -165,7 +171,7 @@ def _content(describer: Describer, item: Difference) -> Iterator[str]:
             yield f"  {name}: {side.size} bytes, sha256 {describer.digest(item, new=new)}"
 
 
-def _stat(describer: Describer, found: Sequence[Difference]) -> Iterator[str]:
+def _stat(describer: Contents, found: Sequence[Difference]) -> Iterator[str]:
     added = removed = 0
     rows = []
     for item in found:

@@ -64,21 +64,24 @@ def create(
 @click.command(epilog="Example: unionfs branch mount fix /mnt")
 @click.option("--lives-with", type=int, metavar="PID", hidden=True,
               help="The process that has claimed the branch, whose end ends the mount.")  # fmt: skip
+@click.option("--part", metavar="K", hidden=True, help="A part of it, with --lives-with.")
 @root_option
 @json_option
 @click.argument("name", shell_complete=complete_branches)
 @click.argument("mountpoint", required=False)
 def mount(
-    lives_with: int | None, root: str | None, as_json: bool, name: str, mountpoint: str | None
-) -> None:
+    lives_with: int | None, part: str | None, root: str | None, as_json: bool, name: str,
+    mountpoint: str | None,
+) -> None:  # fmt: skip
     """Mount the branch NAME at MOUNTPOINT, by default below the store, and print where."""
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.mounts import mount_branch
+    from unionfs.branches.parts import Part
     from unionfs.branches.store import Store
 
     branch = Store(root).existing(name)
     if lives_with is not None:
-        mount_branch(branch, mountpoint, lives_with=lives_with)
+        mount_branch(branch if part is None else Part(branch, part), mountpoint, lives_with=lives_with)
         return
     with branch.claimed("mounted"):
         _show(name, branch.upper, mount_branch(branch, mountpoint).mountpoint, as_json)
@@ -146,15 +149,17 @@ def _ids(branch: Branch) -> Ids | None:
 def _remove_here(branch: Branch, *, with_changes: bool) -> None:
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.mounts import unmounted
-    from unionfs.branches.view import viewed
+    from unionfs.branches.parts import all_of
+    from unionfs.branches.together import all_viewed
 
     name = branch.name
     with branch.claimed("removed"):
         branch.refuse_frozen("be removed")
-        unmounted(branch)
+        for one in all_of(branch):
+            unmounted(one)
         if not with_changes and os.path.isdir(branch.record().base):
-            with viewed(branch) as view:
-                if not view.is_empty:
+            with all_viewed(branch) as found:
+                if not all(one.view.is_empty for one in found):
                     raise UserError(
                         f"branch {quoted(name)} has changes; commit it, or remove it with them by `unionfs "
                         f"branch discard {quoted(name)}`."

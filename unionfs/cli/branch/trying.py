@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from unionfs.branches.describe import Difference
     from unionfs.branches.ids import Ids
     from unionfs.branches.store import Branch, Store
-    from unionfs.branches.view import View
+    from unionfs.branches.together import Viewed
 
 _NOT_STARTED = (126, 127)
 _MOST_LINES = 20
@@ -44,7 +44,7 @@ Examples:
               help="The host's network, or none but loopback.")  # fmt: skip
 @click.option("--hide", multiple=True, metavar="PATH", help="Hide PATH from the command.")
 @click.option("--rw", "writable", multiple=True, metavar="PATH",
-              help="Let the command change this outside DIR, for good; may be repeated.")  # fmt: skip
+              help="Let the command change this for good, not on the branch; may be repeated.")  # fmt: skip
 @click.option("--commit", "then", flag_value="commit", help="Then commit, if the exit code is 0; else keep.")
 @click.option("--keep", "then", flag_value="keep", help="Then keep the branch.")
 @click.option("--look", "then", flag_value="look", help="Then show the diff, and keep the branch.")
@@ -61,9 +61,9 @@ def try_(
 
     The branch is at DIR's own path, so all paths mean the same. The rest of the system is read-only for the
     command, except private /tmp, /var/tmp, /run and /dev; it has the capabilities and the system call
-    filter of `unionfs run`. With -D / the branch is the whole system; what is mounted below DIR is listed,
-    and read-only. Without a terminal, or with --keep, the branch stays, and how to go on is
-    printed. A new branch without changes is removed.
+    filter of `unionfs run`. With -D / the branch is the whole system. Filesystems that are mounted below DIR
+    are listed: the branch covers most of them, too, and the others are read-only. Without a terminal, or
+    with --keep, the branch stays, and how to go on is printed. A new branch without changes is removed.
 
     The exit code is the command's; 128 plus the signal's number if a signal ended it; 126 or 127 if it
     cannot be executed or found; 1 if the branch cannot be used, or not be committed by --commit; 3 if that
@@ -159,13 +159,16 @@ def _run(store: Store, branch: Branch, fresh: bool, wish: dict[str, Any]) -> int
 
 def _is_empty(branch: Branch) -> bool:
     """Whether a branch changes nothing; its layer hides a store that is in the base. Raises UserError."""
-    if not os.listdir(branch.upper):
+    # For start-up time: --help and completion do not need it.
+    from unionfs.branches.parts import all_of
+
+    if not any(os.listdir(one.upper) for one in all_of(branch)):
         return True
     # For start-up time: only a store in the base needs it.
-    from unionfs.branches.view import viewed
+    from unionfs.branches.together import all_viewed
 
-    with viewed(branch) as view:
-        return view.is_empty
+    with all_viewed(branch) as found:
+        return all(one.view.is_empty for one in found)
 
 
 def _afterwards(
@@ -183,36 +186,42 @@ def _afterwards(
 
 def _described(branch: Branch, code: int, report: str | None) -> tuple[list[Difference], list[str]]:
     """The changes, and the lines about them; writes the report."""
-    if branch.is_untouched():
+    # For start-up time: --help and completion do not need it.
+    from unionfs.branches.parts import is_untouched
+
+    if is_untouched(branch):
         if report is not None:
             _write(report, {"name": branch.name, "exit_code": code, "changes": []})
         return [], []
     # For start-up time: commands that change nothing do not need it.
-    from unionfs.branches.view import viewed
+    from unionfs.branches.together import all_viewed
 
-    with viewed(branch) as view:
-        found, lines = _changes(branch, view)
+    with all_viewed(branch) as views:
+        found, lines = _changes(branch, views)
     if report is not None:
         values = [item.to_json() for item in found]
         _write(report, {"name": branch.name, "exit_code": code, "changes": values})
     return found, lines
 
 
-def _changes(branch: Branch, view: View) -> tuple[list[Difference], list[str]]:
+def _changes(branch: Branch, views: list[Viewed]) -> tuple[list[Difference], list[str]]:
     """The changes, which are remembered, and the lines about them."""
     # For start-up time: commands that change nothing do not need it.
     from unionfs.branches import seen
-    from unionfs.branches.describe import Describer
     from unionfs.branches.merging import keep_originals
     from unionfs.branches.selection import NOISE, Selection
+    from unionfs.branches.together import Describers
     from unionfs.cli.branch.differences import hidden, rendered, total
 
-    describer, noise = Describer(view), Selection((), NOISE)
-    found = describer.differences()
-    known, _ = seen.look(branch, view)
-    keep_originals(branch, describer, found, known)
+    describers, noise, all_found = Describers(views), Selection((), NOISE), []
+    for one, describer in describers.each:
+        items = describer.differences()
+        known, _ = seen.look(one.branch, one.view)
+        keep_originals(one.branch, describer, items, known)
+        all_found.append(items)
+    found = describers.together(all_found)
     shown = [item for item in found if noise.has(b"/" + item.path)]
-    lines = [*rendered(describer, shown[:_MOST_LINES], None)]
+    lines = [*rendered(describers, shown[:_MOST_LINES], None)]
     if len(shown) > _MOST_LINES:
         lines.append(f"and {len(shown) - _MOST_LINES} more")
     return found, [*lines, *hidden(len(found) - len(shown)), f"branch {branch.name}: {total(found)}"]
