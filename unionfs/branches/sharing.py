@@ -54,7 +54,7 @@ class Sharing:
             self._above, self._directory = above, os.stat(directory)
         if os.geteuid() != 0 and self._directory.st_mode & _CHANGEABLE != _CHANGEABLE:
             return None
-        # One open file serves all calls: paths in /proc take almost twice the time.
+        # One open file serves all calls, of which each would look up a path in /proc.
         try:
             fd = os.open(name, _READ, dir_fd=directory)
         except OSError:
