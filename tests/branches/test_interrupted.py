@@ -189,6 +189,17 @@ class TestToAParent:
         nested.commit("other")
         assert len(nested.stored()) == 1
 
+    def test_a_ctime_is_no_change(self, nested: Branching) -> None:
+        """The kernel and the layer may have different ones; what sets it otherwise is seen."""
+        nested.commit("child")
+        file = Path(nested.store.branch("parent").upper, "repl/n")
+        file.chmod(file.stat().st_mode)
+        assert undo(nested.store).branch == "child"
+        nested.commit("child")
+        nested.tries("setfattr -n user.late -v x repl/n", "parent")
+        with pytest.raises(UserError, match="repl/n was changed in branch parent since"):
+            undo(nested.store)
+
     @pytest.mark.slow
     def test_an_undo_killed_at_every_step(self, nested: Branching) -> None:
         shown = nested.shown("child")

@@ -1,9 +1,14 @@
-"""The state of the base after a commit, to detect later changes."""
+"""The state of the base after a commit, to detect later changes.
+
+A branch's ctime tells nothing: the kernel has one of its own for what it writes back by itself, and another
+mount shows the one on disk. So there xattrs are compared.
+"""
 
 from __future__ import annotations
 
 import os
 import stat
+import zlib
 from contextlib import suppress
 
 from unionfs.branches.beneath import Beneath, status
@@ -29,7 +34,7 @@ def states(entry: Journal, tree: Beneath) -> dict[str, list[int]]:
             continue
         with suppress(FileNotFoundError):
             at, name = tree.parent(os.fsencode(move.path))
-            _look(found, move.path, at, name)
+            _look(found, move.path, at, name, in_branch=entry.parent is not None)
     return found
 
 
@@ -48,15 +53,26 @@ def _numbers(st: os.stat_result | None) -> list[int]:
     return [] if st is None else [st.st_ino, st.st_mode, st.st_uid, st.st_gid]
 
 
-def _look(found: dict[str, list[int]], path: str, at: int, name: bytes) -> None:
+def _look(found: dict[str, list[int]], path: str, at: int, name: bytes, *, in_branch: bool) -> None:
     st = os.stat(name, dir_fd=at, follow_symlinks=False)
     if not stat.S_ISDIR(st.st_mode):
         numbers = [st.st_ino, st.st_mode, st.st_uid, st.st_gid]
-        found[path] = [*numbers, st.st_size, st.st_mtime_ns, st.st_ctime_ns]
+        last = _xattrs(at, name) if in_branch else st.st_ctime_ns
+        found[path] = [*numbers, st.st_size, st.st_mtime_ns, last]
         return
     found[path] = _numbers(st)
     with Owned(os.open(name, os.O_PATH | _DIRECTORY, dir_fd=at)) as fd:
         with Owned(open_for_listing(fd)) as listing:
             names = sorted(os.listdir(listing))
         for below in names:
-            _look(found, f"{path}/{below}", fd, os.fsencode(below))
+            _look(found, f"{path}/{below}", fd, os.fsencode(below), in_branch=in_branch)
+
+
+def _xattrs(at: int, name: bytes) -> int:
+    """A checksum."""
+    where = b"/proc/self/fd/%d/%b" % (at, name)
+    found = 0
+    for one in sorted(os.listxattr(where, follow_symlinks=False)):
+        value = os.getxattr(where, one, follow_symlinks=False)
+        found = zlib.crc32(b"%b\0%d\0%b" % (os.fsencode(one), len(value), value), found)
+    return found
