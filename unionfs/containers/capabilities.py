@@ -56,7 +56,7 @@ def _read(option: str, given: Sequence[str]) -> set[str]:
             name = f"CAP_{name.removeprefix('CAP_')}"
             if name not in _NAMES:
                 near = difflib.get_close_matches(name, _NAMES, n=1, cutoff=0.7)
-                cure = f"did you mean {near[0].removeprefix('CAP_')}?" if near else "see capabilities(7)."
-                raise UserError(f"{option} {quoted(text)}: unknown capability; {cure}")
+                cure = f"the nearest one is {near[0].removeprefix('CAP_')}" if near else "see capabilities(7)"
+                raise UserError(f"{option} {quoted(text)}: unknown capability; {cure}.")
         found.add(name)
     return found
