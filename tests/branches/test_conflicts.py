@@ -144,6 +144,17 @@ def test_merged_texts(filled: Branching) -> None:
     assert differing(before, tree(filled.base)).keys() <= {b"d", b"d/f1"}
 
 
+def test_a_part_without_changes(filled: Branching) -> None:
+    """It is not said to be committed."""
+    filled.tries("echo x >> d/f1")
+    before = tree(filled.base)
+    with pytest.raises(UserError, match="has no changes in keep, nosuch"):
+        filled.commit(only=["keep", "nosuch"])
+    assert differing(before, tree(filled.base)) == {}
+    filled.commit(only=["d"])
+    assert (filled.base / "d/f1").read_text() == "1\nx\n"
+
+
 def test_a_part(filled: Branching) -> None:
     filled.tries("echo x >> d/f1; echo x >> keep/k; rm d/f2; rm -r d/sub")
     filled.tries("mkdir -p n/a n/b; echo > n/a/f; echo > n/b/f")

@@ -31,7 +31,8 @@ class ConflictError(BranchError):
     """A commit was stopped, and nothing changed: the same paths were changed below the branch, too."""
 
     def __init__(self, conflicts: Sequence[tuple[str, str]]) -> None:
-        super().__init__(f"{len(conflicts)} paths were changed below the branch, too; nothing was committed.")
+        paths = "one path was" if len(conflicts) == 1 else f"{len(conflicts)} paths were"
+        super().__init__(f"{paths} changed below the branch, too; nothing was committed.")
         self.conflicts = conflicts
         """The change below (`changed`, `added`, `removed`), and the path."""
 

@@ -124,6 +124,12 @@ class _Commit:
         result = Result(record.base if record.parent is None else f"branch {record.parent}")
         for part in self._parts:
             part.compare(result)
+        if wish.only and not (result.changes or result.conflicts or result.skipped):
+            name = quoted(self._branch.name)
+            raise UserError(
+                f"branch {name} has no changes in {', '.join(map(quoted, wish.only))}; `unionfs branch diff "
+                f"{name}` lists them, with paths below the base."
+            )
         if wish.dry_run or (result.conflicts and wish.conflicts in (STOP, MERGE)):
             for part in self._parts:
                 result.hazards += part.owners()

@@ -46,7 +46,7 @@ def relative(pattern: str, base: str) -> str:
     below = base.rstrip("/") + "/"
     if pattern.startswith(below):
         pattern = "/" + pattern.removeprefix(below)
-    elif pattern.startswith("./"):
+    elif pattern == "." or pattern.startswith("./"):
         pattern = pattern[1:]
     return pattern.rstrip("/") or "/"
 

@@ -94,11 +94,11 @@ def report(name: str, result: Result, *, dry_run: bool = False) -> None:
         for kind, path in result.changes:
             print(f"{kind} {shell_word(path[1:])}")
     elif result.stopped:
+        count = len(result.conflicts)
         complain(
             "unionfs",
-            f"branch {name} was not committed: {len(result.conflicts)} paths were changed below, too; "
-            "decide by "
-            "--ours, --theirs or --merge, or choose paths by --only.",
+            f"branch {name} was not committed: {count} {'path was' if count == 1 else 'paths were'} changed "
+            "below, too; decide by --ours, --theirs or --merge, or choose paths by --only.",
         )
     else:
         went_on = "an interrupted commit was finished: " if result.went_on else ""
