@@ -128,13 +128,18 @@ def storm(mount: Outliving, kills: int, seed: int) -> None:
         entry = mount.entry()
         time.sleep(chosen.random() * 0.2)
         os.kill(entry.pid, signal.SIGKILL)
-        assert wait_for(lambda pid=entry.pid: gone(pid))
-        if chosen.random() < 0.3 and entry.holder is not None:
-            time.sleep(chosen.random() * 0.4)
-            for pid in children(entry.holder[0]):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        kill_next(entry, chosen)
     mount.last = mount.entry()
+
+
+def kill_next(entry: live.LiveMount, chosen: random.Random) -> None:
+    """Wait for the end of a daemon that was killed; sometimes, kill the one that is just taking over, too."""
+    assert wait_for(lambda: gone(entry.pid))
+    if chosen.random() < 0.3 and entry.holder is not None:
+        time.sleep(chosen.random() * 0.4)
+        for pid in children(entry.holder[0]):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def children(pid: int) -> list[int]:

@@ -7,12 +7,12 @@ import random
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import pytest
 
-from tests.mount.cli_calls import Place, gone, succeed, unionfs, wait_for
-from tests.mount.outliving_calls import MODES, RESENDS, Outliving, children, fill, load, tree
+from tests.mount.cli_calls import Place, succeed, unionfs
+from tests.mount.outliving_calls import MODES, RESENDS, Outliving, fill, kill_next, load, tree
 from tests.mount.test_hung_layers import Server
 from tests.support import areas
 
@@ -50,12 +50,7 @@ def storm(mount: Outliving, server: Server, kills: int, seed: int) -> None:
         if stops:
             time.sleep(chosen.random() * 0.2)
             server.go_on()
-        assert wait_for(lambda pid=entry.pid: gone(pid))
-        if chosen.random() < 0.3 and entry.holder is not None:
-            time.sleep(chosen.random() * 0.4)
-            for pid in children(entry.holder[0]):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        kill_next(entry, chosen)
     mount.last = mount.entry()
 
 

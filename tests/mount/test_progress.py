@@ -13,6 +13,7 @@ import pytest
 from tests.mount.cli_calls import Place, succeed, unionfs
 from tests.mount.run_calls import Containers
 from tests.support import mounting
+from tests.support.terminals import read_to_end
 from tests.support.worker import REPOSITORY
 
 _SIZE = 300 << 20
@@ -61,12 +62,6 @@ def _on_terminal(words: list[str | Path], environment: dict[str, str]) -> str:
         env={**os.environ, **environment}, cwd=REPOSITORY,
     )  # fmt: skip
     os.close(terminal)
-    text = b""
-    while True:
-        try:
-            text += os.read(controller, 65536)
-        except OSError:
-            break
-    os.close(controller)
+    text = read_to_end(controller)
     assert command.wait() == 0, text
     return text.decode()

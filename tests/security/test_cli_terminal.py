@@ -12,6 +12,7 @@ import pytest
 from tests.mount.cli_calls import REPOSITORY, UNIONFS, refused
 from tests.security.test_plugin_answers import Hostile, says
 from tests.security.test_plugin_answers import hostile as hostile
+from tests.support.terminals import read_to_end
 from tests.volumes.conftest import Store
 
 NAMES = [
@@ -30,13 +31,7 @@ def _on_terminal(*arguments: str | Path, env: dict[str, str] | None = None) -> s
         stdout=terminal, stderr=terminal, cwd=REPOSITORY, env={**os.environ, **(env or {})},
     )  # fmt: skip
     os.close(terminal)
-    text = b""
-    try:
-        while chunk := os.read(controller, 65536):
-            text += chunk
-    except OSError:
-        pass
-    os.close(controller)
+    text = read_to_end(controller)
     assert done.wait(20) == 0, text
     return text.decode("utf-8", "surrogateescape").replace("\r\n", "\n")
 

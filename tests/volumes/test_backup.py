@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.cli_calls import REPOSITORY, UNIONFS, refused, wait_for
+from tests.support.terminals import read_to_end
 from tests.volumes import trees
 from tests.volumes.conftest import Store
 from unionfs.storage.archive.walk import data_segments
@@ -138,11 +138,7 @@ class TestEverything:
         assert backup.returncode == 0
         assert len(archive) > 64 << 20
         os.close(terminal)
-        text = b""
-        with contextlib.suppress(OSError):  # EIO: read to its end, in several pieces
-            while piece := os.read(controller, 1 << 16):
-                text += piece
-        os.close(controller)
+        text = read_to_end(controller)
         assert b"backup of data" in text
         assert b"entries" in text
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.cli_calls import UNIONFS, refused
+from tests.support.terminals import read_to_end
 from tests.volumes.conftest import Store
 
 COMMANDS = ("create", "ls", "inspect", "rm", "prune", "backup", "restore", "clone", "verify", "resize")
@@ -178,17 +179,8 @@ class TestLs:
         environment = {**os.environ, "UNIONFS_ROOT": str(some.root), "COLUMNS": "60", "TERM": "xterm"}
         done = subprocess.Popen([*UNIONFS, "volume", "ls"], stdout=terminal, env=environment)
         os.close(terminal)
-        text = b""
-        while True:
-            try:
-                chunk = os.read(controller, 65536)
-            except OSError:
-                break
-            if not chunk:
-                break
-            text += chunk
+        text = read_to_end(controller)
         assert done.wait() == 0
-        os.close(controller)
         lines = re.sub(r"\x1b\[[0-9;]*m|\r", "", text.decode()).split("\n")
         assert max(map(len, lines)) <= 60
         assert "".join("".join(lines).split()).count("n" * 200) == 1  # nothing is truncated

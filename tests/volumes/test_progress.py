@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.cli_calls import REPOSITORY, UNIONFS, wait_for
+from tests.support.terminals import read_to_end
 from tests.volumes.conftest import Store
 from unionfs.cli import progress as shown
 from unionfs.storage.archive.progress import Progress
@@ -117,13 +118,7 @@ def test_a_bar_on_a_terminal(store: Store, area: Path) -> None:
         stdout=subprocess.DEVNULL, cwd=REPOSITORY,
     )  # fmt: skip
     os.close(terminal)
-    text = b""
-    while True:
-        try:
-            text += os.read(controller, 65536)
-        except OSError:
-            break
+    text = read_to_end(controller)
     assert done.wait() == 0
-    os.close(controller)
     assert b"backup of data" in text
     assert b"backed up volume data: 2 entries" in text

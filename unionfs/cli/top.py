@@ -74,7 +74,8 @@ def top(sort: str, seconds: float, once: bool, as_json: bool) -> None:
             print(json.dumps([one.facts() for one in found], indent=2))
         else:
             print_table(_HEADINGS, [_row(one.facts()) for one in found])
-            print(*_copying_up(found), sep="\n", end="\n" if _copying_up(found) else "")
+            for line in _copying_up(found):
+                print(line)
         return
     with _single_keys():
         _Screen(overview, sort, seconds).run()

@@ -37,7 +37,7 @@ def web(address: str, port: int, path: str | None, seconds: float, root: str | N
     volumes, containers and branches of the storage root. They change nothing. Figures are kept in memory
     for the last 360 looks, while it runs.
 
-    The printed address contains a token, which every page requires; anyone who has it can see all pages.
+    Every page requires the token in the printed address: anyone who has that address can see all pages.
     The connection is not encrypted: from elsewhere use ssh, as below.
 
     Needs the extra `web` of the package: pip install 'unionfs[web]'.

@@ -33,8 +33,8 @@ _AT_ONCE: Final = 8
 _PATIENCE_SECONDS: Final = 0.0003
 #: A layer that has not answered for so long is reported.
 _HANGS_SECONDS: Final = 1.0
-#: How often a session without interrupts asks whether a caller is being killed.
-_KILLED_SECONDS: Final = 0.1
+#: How often it is asked whether a caller is being killed, where the kernel does not tell.
+KILLED_SECONDS: Final = 0.1
 
 
 class Asides:
@@ -113,7 +113,7 @@ class Asides:
             async def watch() -> None:
                 nonlocal killed
                 while not is_being_killed(pid, gone=is_caller):  # noqa: ASYNC110 - nothing tells it
-                    await trio.sleep(_KILLED_SECONDS)
+                    await trio.sleep(KILLED_SECONDS)
                 killed = True
                 nursery.cancel_scope.cancel()
 

@@ -272,7 +272,7 @@ class CopyUps:
         self._ended(copy, done)
 
     def _left(self, copy: FileCopy | DataCopy, done: trio.Event) -> None:
-        """The thread of a copy has ended, and its request before it."""
+        """The thread of a copy has ended, and its request before it. Both may find that out."""
         if not done.is_set():
             try:
                 copy.settle()
@@ -283,10 +283,9 @@ class CopyUps:
 
     def _ended(self, copy: FileCopy | DataCopy, done: trio.Event) -> None:
         """The thread of a copy has ended."""
-        if not done.is_set():
-            del self.running[copy.node]
-            done.set()
-            copy.ends()
+        del self.running[copy.node]
+        done.set()
+        copy.ends()
 
 
 def _lent(node: Node) -> OpenFile | None:

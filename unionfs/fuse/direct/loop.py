@@ -25,7 +25,7 @@ import trio
 
 from unionfs.core.loop import FAIR, WAIT, Channel, new_buffer
 from unionfs.core.memo import Memo, Wanted
-from unionfs.fuse.asides import Asides
+from unionfs.fuse.asides import KILLED_SECONDS, Asides
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.nodelimit import NodeLimit
 from unionfs.fuse.inline import PENDING, begin, finish
@@ -58,8 +58,6 @@ _RESIZED_SECONDS: Final = 0.05
 _HELD_SECONDS: Final = 0.0005
 _HELD_BY_SERVER_SECONDS: Final = 2.0
 """With slow layers, how long the whole mount may wait for requests in progress."""
-_KILLED_SECONDS: Final = 0.1
-"""How often a caller that got a signal is looked at."""
 _OPCODE_UNIQUE: Final = struct.Struct("=4xIQ")  # of struct fuse_in_header
 _NO_ANSWER: Final = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT)
 
@@ -414,7 +412,7 @@ class Loop:
             if is_being_killed(pid):
                 scope.cancel()
                 return
-            await trio.sleep(_KILLED_SECONDS)
+            await trio.sleep(KILLED_SECONDS)
 
 
 def _present_buffer(size: int) -> mmap.mmap:
