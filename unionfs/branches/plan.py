@@ -19,11 +19,11 @@ from unionfs.branches.selection import Selection
 from unionfs.branches.view import View
 from unionfs.errors import UserError, quoted
 from unionfs.sys.attributes import FileAttributes
+from unionfs.union.attributes import SET_IDS
 from unionfs.union.diff import Change, Object
 from unionfs.union.xattrs import CAPABILITY
 
 _EXECUTABLE = stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH
-_SET_IDS = stat.S_ISUID | stat.S_ISGID
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +220,7 @@ def _danger(view: View, path: bytes, item: Object) -> str | None:
     mode = item.st.st_mode
     if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
         return f"the device {os.major(item.st.st_rdev)}:{os.minor(item.st.st_rdev)}"
-    if stat.S_ISREG(mode) and mode & _SET_IDS:
+    if stat.S_ISREG(mode) and mode & SET_IDS:
         return f"a set-id program (mode {stat.S_IMODE(mode):04o})"
     if stat.S_ISREG(mode) and mode & _EXECUTABLE:
         with view.entry(path.rpartition(b"/")[2], item) as entry:

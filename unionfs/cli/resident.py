@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 
-from unionfs.cli.start import run_program
+from unionfs.cli.programs import run_program
 from unionfs.daemon.resident import reside
 
 _NEEDED = (

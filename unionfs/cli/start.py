@@ -21,16 +21,6 @@ def _launch(program: str, arguments: Sequence[str]) -> None:
         return
 
 
-def run_program(program: str, arguments: Sequence[str]) -> int:
-    """Run `unionfs`, `mount.TYPE` or, by any other name, `fuse-unionfs` here. Returns the exit code."""
-    # For start-up time: most of it is only needed here.
-    from unionfs.cli import fuse_unionfs, main
-
-    if program == "unionfs" or program.startswith("mount."):
-        return main.run_here(arguments, program)
-    return fuse_unionfs.run_here(arguments, program)
-
-
 def main() -> None:
     """The console script `unionfs`."""
     match sys.argv[1:]:
@@ -41,6 +31,7 @@ def main() -> None:
             reside(name, identity)
         case ["--launched-as", program, *arguments]:
             # For start-up time: not for the others.
+            from unionfs.cli.programs import run_program
             from unionfs.cli.run import leave
 
             leave(run_program(program, arguments))

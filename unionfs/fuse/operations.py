@@ -36,11 +36,12 @@ from unionfs.sys import calls
 from unionfs.sys.calls import os_error
 from unionfs.sys.fds import Owned, close_quietly
 from unionfs.sys.process import memory_figures
+from unionfs.union.attributes import SET_IDS
 from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
 from unionfs.union.copyup import CopyUp
 from unionfs.union.flags import APPEND, IMMUTABLE
 from unionfs.union.owners import ACL
-from unionfs.union.setids import SET_IDS, Who, is_outside, mode_after
+from unionfs.union.setids import Who, is_outside, mode_after
 from unionfs.union.tree import Union
 from unionfs.union.xattrs import CAPABILITY, existed_before
 

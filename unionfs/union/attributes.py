@@ -1,10 +1,13 @@
-"""Variants of the result of stat(2)."""
+"""Variants of the result of stat(2), and parts of a mode."""
 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping
-from typing import cast
+from typing import Final, cast
+
+SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
 
 
 def replaced(st: os.stat_result, values: Mapping[int, int], **named: int) -> os.stat_result:

@@ -20,13 +20,12 @@ from unionfs.core.node import Node
 from unionfs.core.nodes import Stored
 from unionfs.sys import attributes, calls
 from unionfs.sys.fds import Owned, close_quietly
-from unionfs.union.attributes import replaced
+from unionfs.union.attributes import SET_IDS, replaced
 from unionfs.union.copyup import CopyUp, Effects
 from unionfs.union.filedata import clone, copy_data
 from unionfs.union.files import open_backing, open_held
 from unionfs.union.flags import read_flags
 from unionfs.union.lowerdata import LowerData
-from unionfs.union.setids import SET_IDS
 from unionfs.union.tree import Union
 from unionfs.union.xattrs import CAPABILITY, copied_xattrs
 

@@ -23,8 +23,7 @@ from unionfs.settings.shown import Range, Shown
 from unionfs.sys import calls
 from unionfs.sys.calls import os_error
 from unionfs.sys.creds import Identity
-from unionfs.union.attributes import replaced
-from unionfs.union.setids import SET_IDS
+from unionfs.union.attributes import SET_IDS, replaced
 
 ACL: Final = b"system.posix_acl_"
 _NOT_PERMITTED: Final = (errno.EPERM, errno.EINVAL)

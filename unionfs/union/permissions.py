@@ -29,9 +29,8 @@ from unionfs.core.places import Layer
 from unionfs.errors import LayerError
 from unionfs.sys import attributes, calls
 from unionfs.sys.capabilities import in_initial_user_namespace
-from unionfs.union.attributes import replaced
+from unionfs.union.attributes import SET_IDS, replaced
 from unionfs.union.markers import Markers
-from unionfs.union.setids import SET_IDS
 
 PRIVILEGED: Final = b"security.fuseoverlayfs.override_stat"
 CONTAINERS: Final = b"user.containers.override_stat"

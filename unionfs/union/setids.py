@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from unionfs.sys.process import supplementary_groups
-
-if TYPE_CHECKING:
-    from unionfs.union.permissions import Permissions
-
-SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
+from unionfs.union.attributes import SET_IDS
+from unionfs.union.permissions import Permissions
 
 
 class Who(Protocol):

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 
 from unionfs.core.files import OpenFile, Use
 from unionfs.core.node import Node
-from unionfs.union.setids import SET_IDS
+from unionfs.union.attributes import SET_IDS
 from unionfs.union.shortcuts import Capabilities
 from unionfs.union.xattrs import CAPABILITY
 
