@@ -39,7 +39,7 @@ def test_a_package_is_installed(root: None, area: Path) -> None:
         words = ["try", "--keep", "-n", "sys", "-D", "/", *OPTIONS, "--", "sh", "-ec", SCRIPT + CHECKS]
         done = tried.call(sys.executable, "-m", "unionfs", *words)
         assert done.returncode == 0, (done.stdout, done.stderr)
-        assert "/srv/foreign below the base are covered by the branch, too" in done.stderr
+        assert "/srv/foreign below the base is covered by the branch, too" in done.stderr
         assert "/srv/fixed below the base is read-only here: it is mounted read-only" in done.stderr
         assert not (tried.root / "srv/foreign/x").exists()
         assert tried.changed() == before
