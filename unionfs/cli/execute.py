@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from unionfs.cli.completing import complete_containers
+from unionfs.cli.completing import complete_containers, complete_files
 from unionfs.cli.containers import CodedCommand, check_tty, parse_environment, variables_from_files
 from unionfs.cli.run import complain
 from unionfs.cli.volume.common import root_option
@@ -29,7 +29,7 @@ Examples:
 @click.option("-e", "--env", "environment", multiple=True, metavar="K=V",
               callback=lambda context, option, given: parse_environment(given, "-e"),
               help="Another variable; K alone takes the caller's value.")  # fmt: skip
-@click.option("--env-file", "env_files", multiple=True, metavar="FILE",
+@click.option("--env-file", "env_files", multiple=True, metavar="FILE", shell_complete=complete_files,
               help="Variables, one a line, as for -e; # begins a comment.")  # fmt: skip
 @root_option
 @click.argument("container", shell_complete=complete_containers)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from unionfs.cli.completing import complete_directories, complete_files, complete_mount_options
 from unionfs.cli.progress import progress_of, progress_option, shown_progress
 from unionfs.cli.rules import complete_images, tell
 from unionfs.cli.storage_options import HELP, storage_options
@@ -88,7 +89,7 @@ Examples:
 """,
 )
 @click.option(
-    "-l", "--lower", "lowers", multiple=True, metavar="DIR|IMAGE",
+    "-l", "--lower", "lowers", multiple=True, metavar="DIR|IMAGE", shell_complete=complete_files,
     help="A read-only layer; the first is on top. As root also an image file (squashfs, erofs, ext4, xfs).",
 )  # fmt: skip
 @click.option(
@@ -99,14 +100,16 @@ Examples:
 @click.option(
     "-u",
     "--upper",
-    metavar="DIR|tmpfs[:OPT,...]",
+    metavar="DIR|tmpfs[:OPT,...]", shell_complete=complete_directories,
     help="Where changes go: a directory, or memory. Without it the union is read-only.",
 )
 @click.option(
-    "-w", "--work", metavar="DIR", help="An empty directory on the upper's filesystem; required with --upper."
+    "-w", "--work", metavar="DIR", shell_complete=complete_directories,
+    help="An empty directory on the upper's filesystem; required with --upper."
 )
 @click.option(
-    "-o", "options", multiple=True, metavar="OPT,...", help="Mount options, see above; may be repeated."
+    "-o", "options", multiple=True, metavar="OPT,...", shell_complete=complete_mount_options,
+    help="Mount options, see above; may be repeated.",
 )
 @storage_options
 @click.option(
@@ -132,7 +135,7 @@ Examples:
          "$XDG_RUNTIME_DIR/unionfs/unionfs.log); `unionfs inspect` shows the place.  [default: info]",
 )
 @progress_option
-@click.argument("mountpoint")
+@click.argument("mountpoint", shell_complete=complete_directories)
 def mount(
     lowers: tuple[str, ...],
     image: str | None,

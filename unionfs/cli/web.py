@@ -9,6 +9,7 @@ from functools import partial
 
 import click
 
+from unionfs.cli.completing import complete_files
 from unionfs.cli.volume.common import root_option, tell
 from unionfs.errors import UserError, quoted
 
@@ -25,7 +26,7 @@ Examples:
               help="The address to listen at; without --address only this host can connect.")  # fmt: skip
 @click.option("--port", type=click.IntRange(0, 65535), default=8484, show_default=True,
               help="The port; 0: any free one.")  # fmt: skip
-@click.option("--socket", "path", metavar="PATH",
+@click.option("--socket", "path", metavar="PATH", shell_complete=complete_files,
               help="Listen at a unix socket instead, which only this user and root may use.")  # fmt: skip
 @click.option("--seconds", type=click.FloatRange(0.5, 600), default=5.0, show_default=True,
               help="How often to look at the mounts.")  # fmt: skip
