@@ -194,6 +194,28 @@ class TestBranches:
         assert filled.says("branch", "commit", "two").startswith("committed")
         assert (filled.base / "b").read_text() == "two\n"
 
+    def test_a_mounted_branch_is_refused_by_name(self, filled: Branching, area: Path) -> None:
+        place = area / "place"
+        place.mkdir()
+        filled.says("branch", "create", "--base", filled.base, "br", place)
+        for words in ("try -n br -- true", "branch shell br", "branch mount br"):
+            done = filled.unionfs(*words.split())
+            refused(done, f"branch br is mounted at {place}", f"`unionfs umount {place}`")
+        filled.says("umount", place)
+        assert filled.tries("true").returncode == 0
+
+    def test_a_second_commit_says_when_the_first_was(self, filled: Branching) -> None:
+        filled.tries("echo new > b")
+        filled.says("branch", "commit", "br")
+        told = filled.says("branch", "commit", "br")
+        assert told.startswith(f"nothing to commit: br was committed to {filled.base} at 2")
+        assert told.endswith("; `unionfs branch undo` takes that back\n")
+        again = json.loads(filled.says("branch", "commit", "--json", "br"))
+        assert (again["done"], again["went_on"]) == (True, False)
+        assert again["before"] in told
+        filled.says("branch", "undo")
+        assert json.loads(filled.says("branch", "commit", "--json", "br"))["before"] is None
+
     def test_many_names_take_no_time(self, filled: Branching) -> None:
         """A branch is made without a look at its base: no entry of it is opened or listed."""
         (filled.base / "sub").chmod(0)
