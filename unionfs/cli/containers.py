@@ -131,8 +131,10 @@ Examples:
 @click.option("--restart", metavar="WHEN", callback=lambda context, option, given: _policy(given),
               help="Start the command of -d again after its end: on-failure[:N], always or unless-stopped, "
                    "until `unionfs stop`. Not after a reboot.")  # fmt: skip
-@click.option("-i", "--interactive", is_flag=True, help="As always; accepted as for docker.")
-@click.option("-t", "--tty", is_flag=True, help="As always where stdin is a terminal; else an error.")
+@click.option("-i", "--interactive", is_flag=True,
+              help="No effect: stdin is passed on anyway; accepted as for docker.")  # fmt: skip
+@click.option("-t", "--tty", is_flag=True,
+              help="No effect where stdin is a terminal, else an error; accepted as for docker.")  # fmt: skip
 @click.option("--runtime", type=click.Choice(RUNTIMES),
               help="What makes the container; auto: the first that is installed.  [auto]")  # fmt: skip
 @click.option("--read-only", is_flag=True,

@@ -19,7 +19,7 @@ from unionfs.sys.override import override_modes
               required=True, help="The upper; it must not be mounted.")
 @click.option(
     "--to", "form", type=click.Choice(("overlay", "fuse-overlayfs", "oci")), required=True,
-    help="Whose form.",
+    help="The form to rewrite to.",
 )  # fmt: skip
 @click.option(
     "--userxattr", is_flag=True, help="overlayfs's markers are user.overlay.* xattrs (always without root)."

@@ -21,8 +21,10 @@ Examples:
 """,
 )
 @click.option("-d", "--detach", is_flag=True, help="Don't wait for its end; its output is dropped.")
-@click.option("-i", "--interactive", is_flag=True, help="As always; accepted as for docker.")
-@click.option("-t", "--tty", is_flag=True, help="As always where stdin is a terminal; else an error.")
+@click.option("-i", "--interactive", is_flag=True,
+              help="No effect: stdin is passed on anyway; accepted as for docker.")  # fmt: skip
+@click.option("-t", "--tty", is_flag=True,
+              help="No effect where stdin is a terminal, else an error; accepted as for docker.")  # fmt: skip
 @click.option("-u", "--user", metavar="USER[:GROUP]",
               help="Run as a user of the container, by name or number.  [as `run`]")  # fmt: skip
 @click.option("-w", "--workdir", metavar="DIR", help="The command's working directory.  [as `run`]")

@@ -37,9 +37,9 @@ _HELP = """\
       session=, io=, watch_lower          as --session and so on, for fstab
       volume=, tmpfs=  storage, for fstab; may be repeated; with colons for
                        commas: volume=db:/db:ro:nocopy, tmpfs=/run:size=9m
-      index=on|off     whether hard links of lowers outlive changes; by default
-                       if the upper is new, or was always used so, and the
-                       filesystems have file handles and different uuids
+      index=on|off     whether hard links of lowers outlive changes; default:
+                       on if the upper is new or was always used with it, and
+                       the filesystems have file handles and different uuids
       xino=auto|on|off off: the inode numbers of the files' own filesystems,
                        unique only within each
       context=, fscontext=, defcontext=, rootcontext=    SELinux contexts
@@ -49,8 +49,8 @@ _HELP = """\
                               as podman's force_mask
       outlive          start another daemon when this one dies: programs
                        and open files go on (docs/reliability.md)
-      cpu_idle         let CPUs idle between requests that come thick (the
-                       daemon of root keeps them awake)
+      cpu_idle         let CPUs idle between frequent requests (root's daemon
+                       keeps them awake)
       max_nodes=N      ask the kernel to forget files that nobody uses when it
                        knows more than N (Linux 6.18): each takes 261 bytes of
                        the daemon's memory

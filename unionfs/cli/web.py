@@ -35,8 +35,8 @@ def web(address: str, port: int, path: str | None, seconds: float, root: str | N
     """Serve pages for a browser, until Ctrl-C or SIGTERM, and print their address.
 
     They show this user's mounts with their figures over time and the changes in their uppers, and the
-    volumes, containers and branches of the storage root. They change nothing. Figures are kept in memory
-    for the last 360 looks, while it runs.
+    volumes, containers and branches of the storage root. They change nothing. While
+    the command runs, it keeps the figures of the last 360 looks in memory.
 
     Every page requires the token in the printed address: anyone who has that address can see all pages.
     The connection is not encrypted: from elsewhere use ssh, as below.

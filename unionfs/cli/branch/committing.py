@@ -34,7 +34,7 @@ Examples:
 @click.option("--theirs", "conflicts", flag_value="theirs", help="In conflicts keep the version below.")
 @click.option("--merge", "conflicts", flag_value="merge",
               help="In conflicts merge texts by git merge-file, if `try` has kept the original.")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Only say what would be done, and the conflicts.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be done, and the conflicts.")
 @root_option
 @json_option
 @click.argument("name", shell_complete=complete_branches)

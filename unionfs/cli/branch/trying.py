@@ -48,10 +48,11 @@ Examples:
               help="Hide PATH from the command.")
 @click.option("--rw", "writable", multiple=True, metavar="PATH", shell_complete=complete_files,
               help="Let the command change this for good, not on the branch; may be repeated.")  # fmt: skip
-@click.option("--commit", "then", flag_value="commit", help="Then commit, if the exit code is 0; else keep.")
-@click.option("--keep", "then", flag_value="keep", help="Then keep the branch.")
-@click.option("--look", "then", flag_value="look", help="Then show the diff, and keep the branch.")
-@click.option("--discard", "then", flag_value="discard", help="Then remove the branch.")
+@click.option("--commit", "then", flag_value="commit",
+              help="Commit afterwards if the exit code is 0, else keep.")
+@click.option("--keep", "then", flag_value="keep", help="Keep the branch afterwards.")
+@click.option("--look", "then", flag_value="look", help="Show the diff afterwards, and keep the branch.")
+@click.option("--discard", "then", flag_value="discard", help="Remove the branch afterwards.")
 @click.option("-q", "--quiet", is_flag=True, help="Do not print the changes.")
 @click.option("--report", metavar="FILE", shell_complete=complete_files,
               help="Write branch, exit code and changes there as JSON.")

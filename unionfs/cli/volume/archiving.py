@@ -135,7 +135,8 @@ Examples:
 )  # fmt: skip
 @click.option("--verify-only", is_flag=True, help="Only check the archive; change nothing.")
 @click.option(
-    "--create", is_flag=True, help="Create the volume if it is missing: the archive knows driver and options."
+    "--create", is_flag=True,
+    help="Create the volume if it is missing, with the driver and options in the archive."
 )
 @progress_option
 @_json_option
