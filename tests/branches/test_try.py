@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,19 @@ class TestBranches:
         assert again["before"] in told
         filled.says("branch", "undo")
         assert json.loads(filled.says("branch", "commit", "--json", "br"))["before"] is None
+
+    def test_a_commit_that_cannot_be_undone_says_so(
+        self, filled: Branching, filesystem: Callable[..., Path]
+    ) -> None:
+        """What it replaces is kept in the store, which cannot be renamed to from another filesystem."""
+        base = filesystem("ext4") / "base"
+        base.mkdir()
+        (base / "a").write_text("a")
+        filled.tries("echo more >> a", "br", "-D", base, cwd=base)
+        assert filled.says("branch", "commit", "br") == (
+            f"committed br to {base}; it cannot be undone: the store is on another filesystem\n"
+        )
+        assert "no commit to undo" in str(filled.unionfs("branch", "undo").stderr)
 
     def test_many_names_take_no_time(self, filled: Branching) -> None:
         """A branch is made without a look at its base: no entry of it is opened or listed."""

@@ -108,7 +108,8 @@ def report(name: str, result: Result, *, dry_run: bool = False) -> None:
               f"{moment(result.before / 1e9)}{taken_back}")  # fmt: skip
     else:
         went_on = "an interrupted commit was finished: " if result.went_on else ""
-        print(f"{went_on}committed {name} to {result.target}")
+        for_good = "" if result.undo else "; it cannot be undone: the store is on another filesystem"
+        print(f"{went_on}committed {name} to {result.target}{for_good}")
 
 
 @click.command(epilog="Example: unionfs branch undo")
