@@ -8,9 +8,6 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from unionfs.errors import UserError
-from unionfs.settings.drivers import STORAGE_DRIVERS
-from unionfs.settings.features import VALUES
-from unionfs.settings.mount import IO_MODES, SESSIONS
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -82,6 +79,9 @@ def complete_storage_drivers(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """Complete the names of storage drivers."""
+    # For start-up time: only completion needs it.
+    from unionfs.settings.drivers import STORAGE_DRIVERS
+
     return items(STORAGE_DRIVERS, incomplete)
 
 
@@ -105,22 +105,26 @@ _WORDS: Final = (
     "static_nlink", "noacl",
 )  # fmt: skip
 _KEYS: Final = (
-    "lowerdir", "upperdir", "workdir", "fsname", "subtype", "session", "io", "volume", "tmpfs", *VALUES,
-    "context", "fscontext", "defcontext", "rootcontext", "uidmapping", "gidmapping", "squash_to_uid",
+    "lowerdir", "upperdir", "workdir", "fsname", "subtype", "session", "io", "volume", "tmpfs", "context",
+    "fscontext", "defcontext", "rootcontext", "uidmapping", "gidmapping", "squash_to_uid",
     "squash_to_gid", "xattr_permissions", "max_nodes",
 )  # fmt: skip
-_VALUES: Final = {**VALUES, "session": SESSIONS, "io": IO_MODES}
 
 
 def complete_mount_options(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """Complete the last one of the options of `-o`, or its value."""
+    # For start-up time: only completion needs it.
+    from unionfs.settings.features import VALUES
+    from unionfs.settings.mount import IO_MODES, SESSIONS
+
+    values = {**VALUES, "session": SESSIONS, "io": IO_MODES}
     before, comma, option = incomplete.rpartition(",")
     key, equals, value = option.partition("=")
     if not equals:
-        known = (*(f"{name}=" for name in _KEYS), *_WORDS)
+        known = (*(f"{name}=" for name in (*_KEYS, *VALUES)), *_WORDS)
         return items([f"{before}{comma}{name}" for name in known], incomplete)
     if key in ("lowerdir", "upperdir", "workdir"):
         return _paths(value.rpartition(":")[2], "dir")
-    return items([f"{before}{comma}{key}={word}" for word in _VALUES.get(key, ())], incomplete)
+    return items([f"{before}{comma}{key}={word}" for word in values.get(key, ())], incomplete)
