@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,41 @@ class TestBranches:
         filled.says("umount", other)
         assert filled.says("branch", "commit", "two").startswith("committed")
         assert (filled.base / "b").read_text() == "two\n"
+
+    def test_a_mounted_branch_is_refused_by_name(self, filled: Branching, area: Path) -> None:
+        place = area / "place"
+        place.mkdir()
+        filled.says("branch", "create", "--base", filled.base, "br", place)
+        for words in ("try -n br -- true", "branch shell br", "branch mount br"):
+            done = filled.unionfs(*words.split())
+            refused(done, f"branch br is mounted at {place}", f"`unionfs umount {place}`")
+        filled.says("umount", place)
+        assert filled.tries("true").returncode == 0
+
+    def test_a_second_commit_says_when_the_first_was(self, filled: Branching) -> None:
+        filled.tries("echo new > b")
+        filled.says("branch", "commit", "br")
+        told = filled.says("branch", "commit", "br")
+        assert told.startswith(f"nothing to commit: br was committed to {filled.base} at 2")
+        assert told.endswith("; `unionfs branch undo` takes that back\n")
+        again = json.loads(filled.says("branch", "commit", "--json", "br"))
+        assert (again["done"], again["went_on"]) == (True, False)
+        assert again["before"] in told
+        filled.says("branch", "undo")
+        assert json.loads(filled.says("branch", "commit", "--json", "br"))["before"] is None
+
+    def test_a_commit_that_cannot_be_undone_says_so(
+        self, filled: Branching, filesystem: Callable[..., Path]
+    ) -> None:
+        """What it replaces is kept in the store, which cannot be renamed to from another filesystem."""
+        base = filesystem("ext4") / "base"
+        base.mkdir()
+        (base / "a").write_text("a")
+        filled.tries("echo more >> a", "br", "-D", base, cwd=base)
+        assert filled.says("branch", "commit", "br") == (
+            f"committed br to {base}; it cannot be undone: the store is on another filesystem\n"
+        )
+        assert "no commit to undo" in str(filled.unionfs("branch", "undo").stderr)
 
     def test_many_names_take_no_time(self, filled: Branching) -> None:
         """A branch is made without a look at its base: no entry of it is opened or listed."""

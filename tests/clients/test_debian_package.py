@@ -210,10 +210,10 @@ def _use(machine: Machine) -> None:
 
 def _read(machine: Machine) -> None:
     """The man pages, completions and units."""
-    pages = machine("man -w unionfs unionfs-mount unionfs-volume-backup mount.fuse.unionfs").splitlines()
-    assert pages == [f"/usr/share/man/man{page}.gz" for page in (
-        "1/unionfs.1", "1/unionfs-mount.1", "1/unionfs-volume-backup.1", "8/mount.fuse.unionfs.8"
-    )]  # fmt: skip
+    pages = ["1/unionfs.1", "1/unionfs-mount.1", "1/unionfs-run.1", "1/unionfs-volume-backup.1",
+             "8/mount.fuse.unionfs.8"]  # fmt: skip
+    names = " ".join(page[2:-2] for page in pages)
+    assert machine(f"man -w {names}").split() == [f"/usr/share/man/man{page}.gz" for page in pages]
     assert "SYNOPSIS" in machine("man unionfs-mount")
     assert machine(". /usr/share/bash-completion/bash_completion; _completion_loader unionfs || [ $? = 124 ];"
                    "complete -p unionfs").startswith("complete ")  # fmt: skip

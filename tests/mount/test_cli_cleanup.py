@@ -167,10 +167,13 @@ class TestAll:
         host.root("umount", "-l", "-a", "-t", "fuse.unionfs")
         host.root("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run/unionfs")
 
-    def as_root(self, host: Host, *arguments: str | Path, code: int = 0) -> str:
+    @staticmethod
+    def words() -> list[str | Path]:
         environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": os.environ["PATH"]}
-        words = [f"{name}={value}" for name, value in environment.items()]
-        done = host.root("env", *words, *UNIONFS, *arguments, check=False)
+        return ["env", *(f"{name}={value}" for name, value in environment.items()), *UNIONFS]
+
+    def as_root(self, host: Host, *arguments: str | Path, code: int = 0) -> str:
+        done = host.root(*self.words(), *arguments, check=False)
         assert done.returncode == code, done.stderr
         assert done.stderr == ""
         return done.stdout
@@ -258,3 +261,36 @@ class TestAll:
             f"removed the registry entry of {place.root}/once: its daemon (pid {pid}) has died\n"
         )
         assert host.root("ls", "/run/unionfs").stdout.split() in ([], ["unionfs.log"])
+
+    def test_daemons_of_other_pid_namespaces(self, host: Host, place: Place) -> None:
+        """They share the registry: no command takes daemons for dead that it cannot see."""
+        where, _ = self.roots(host, place, "here")
+        before = self.entries(host)
+        there = ("unshare", "-p", "-f", "--mount-proc", *self.words())
+        assert host.root(*there, "ls").stdout == ""
+        assert self.entries(host) == before
+        assert str(where) in self.as_root(host, "ls")
+
+        other = place.root / "other"
+        other.mkdir()
+        script = '"$0" "$@" && ls /run/unionfs'  # the daemon is killed with the namespace
+        words = [*there[:4], "sh", "-c", script, *self.words(), "mount", "-l", place.lower, other]
+        assert len(host.root(*words).stdout.split()) > len(before)
+        assert str(other) not in self.as_root(host, "ls")
+        assert self.entries(host) == before
+        self.as_root(host, "umount", where)
+
+    def test_a_registry_that_others_may_write(self, host: Host, place: Place) -> None:
+        """Another one is not taken instead: what the first one knows would be lost."""
+        where, _ = self.roots(host, place, "here")
+        host.root("chmod", "1777", "/run/unionfs")
+        for words in (["ls"], ["umount", where], ["cleanup"], ["mount", "-l", place.lower, place.merged]):
+            done = host.root(*self.words(), *words, check=False)
+            refused(done, "/run/unionfs cannot be used for runtime files", "chmod 700 /run/unionfs")
+        host.root("chmod", "700", "/run/unionfs")
+        assert str(where) in self.as_root(host, "ls")
+        self.as_root(host, "umount", where)
+
+    @staticmethod
+    def entries(host: Host) -> list[str]:
+        return sorted(name for name in host.root("ls", "/run/unionfs").stdout.split() if ".json" in name)

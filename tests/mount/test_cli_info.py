@@ -363,6 +363,10 @@ def test_completion_of_what_is_there(place: Place) -> None:
     assert complete("unionfs ls -f state=d") == ["plain,state=detached", "plain,state=dead"]
     assert complete("unionfs run --name f") == ["plain,first"]
     assert complete("unionfs mount -v /etc") == ["file,/etc"]
+    assert complete("unionfs mount -o ro,io=c") == ["plain,ro,io=cached"]
+    assert complete("unionfs mount -o lowerdir=/a:/b") == ["dir,/b"]
+    text = succeed(unionfs("mount", "--help"))
+    assert all(word.removeprefix("plain,") in text for word in complete("unionfs mount -o "))
     assert complete("unionfs volume ls --filter l") == ["plain,label=", "plain,label!="]
     assert complete("unionfs rm f") == ["plain,first"]
     assert complete("unionfs rm first ") == ["plain,second"]

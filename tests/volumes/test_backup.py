@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 
 from tests.mount.cli_calls import REPOSITORY, UNIONFS, refused, wait_for
-from tests.support.terminals import read_to_end
 from tests.volumes import trees
 from tests.volumes.conftest import Store
 from unionfs.storage.archive.walk import data_segments
@@ -121,26 +120,6 @@ class TestEverything:
         assert (area / name).stat().st_mode & 0o777 == 0o600  # private content of the volume stays private
         assert "\r" not in done.stderr  # progress is for terminals
         assert "\x1b" not in done.stderr
-
-    def test_progress_is_shown_on_a_terminal(self, store: Store) -> None:
-        (store.create("data") / "file").write_bytes(os.urandom(64 << 20))
-        controller, terminal = os.openpty()
-        with subprocess.Popen(
-            [*UNIONFS, "volume", "backup", "data", "-o", "-"],
-            env={**os.environ, "UNIONFS_ROOT": str(store.root), "TERM": "xterm"},
-            stdout=subprocess.PIPE,
-            stderr=terminal,
-        ) as backup:
-            assert backup.stdout is not None
-            archive = backup.stdout.read(1)
-            time.sleep(0.5)  # what ends sooner has no bar; it waits until the archive is read
-            archive += backup.stdout.read()
-        assert backup.returncode == 0
-        assert len(archive) > 64 << 20
-        os.close(terminal)
-        text = read_to_end(controller)
-        assert b"backup of data" in text
-        assert b"entries" in text
 
     def test_memory_does_not_grow_with_the_volume(self, store: Store, area: Path) -> None:
         data = store.create("data")

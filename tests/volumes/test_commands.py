@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -307,47 +306,6 @@ class TestCompletion:
             "restore",
         ]
         assert "sshfs" in complete("unionfs volume create -d s")
-
-    @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-    def test_the_real_shells(self, some: Store, area: Path, shell: str) -> None:
-        if shutil.which(shell) is None:
-            pytest.skip(f"{shell} is not installed")
-        tools = area / "bin"
-        tools.mkdir()
-        (tools / "unionfs").write_text(
-            f"#!/bin/sh\nPYTHONPATH={Path(__file__).resolve().parents[2]} exec {sys.executable} -c "
-            '\'import sys; sys.argv[0] = "unionfs"; from unionfs.cli.main import main; main()\' "$@"\n'
-        )
-        (tools / "unionfs").chmod(0o755)
-        environment = {
-            **os.environ,
-            "UNIONFS_ROOT": str(some.root),
-            "HOME": str(area),
-            "PATH": f"{tools}:{os.environ['PATH']}",
-        }
-        script = subprocess.run(
-            [tools / "unionfs", "completion", shell],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=environment,
-        ).stdout
-        (area / "script").write_text(script)
-        program = {
-            "bash": f". {area}/script; COMP_WORDS=(unionfs volume inspect al); COMP_CWORD=3; "
-            "_unionfs_completion unionfs; echo ${COMPREPLY[@]}",
-            # The words that zsh's completion system would receive
-            "zsh": "compdef() { :; }; compadd() { for one in $@; do [[ $one == completions* ]] && print "
-            "-rl -- ${(P)one}; done; }; _describe() { compadd $@; }; "
-            "words=(unionfs volume inspect al); CURRENT=4; "
-            f"source {area}/script; _unionfs_completion",
-            "fish": f"source {area}/script; complete -C 'unionfs volume inspect al'",
-        }[shell]
-        done = subprocess.run(
-            [shell, "-c", program], capture_output=True, text=True, check=False, env=environment
-        )
-        assert "alpha" in done.stdout, done.stderr
-        assert "beta" not in done.stdout
 
     def test_an_unreadable_registry_completes_nothing(self, store: Store, area: Path) -> None:
         (area / "root").write_text("no directory")

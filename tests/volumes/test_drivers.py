@@ -361,6 +361,17 @@ class TestUnion:
         assert _mounts_below(store.root) == []
         store.ok("rm", "data", "copy")
 
+    def test_its_size_and_the_space_it_takes(self, store: Store, lowers: str) -> None:
+        store.ok("create", "-d", "union", "-o", f"lower={lowers}", "-o", "shared", "data")
+        with store.volumes().used("data", "test") as path:
+            before = sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+            (Path(path) / "new").write_bytes(b"x" * 10_000)
+        (listed,) = json.loads(store.ok("ls", "--size", "--json"))
+        assert listed["Size"] == before + 10_000
+        told = succeed(unionfs("system", "df", "--json", env={"UNIONFS_ROOT": str(store.root)}))
+        (used,) = json.loads(told)["volumes"]
+        assert used["size"] == 10_000
+
     def test_it_is_unmounted_without_a_program_of_its_own(
         self, store: Store, lowers: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -6,11 +6,14 @@ import os
 import pty
 import re
 import subprocess
+import sys
+import termios
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.mount.cli_calls import REPOSITORY, UNIONFS, wait_for
+from tests.mount.cli_calls import REPOSITORY, wait_for
 from tests.support.terminals import read_to_end
 from tests.volumes.conftest import Store
 from unionfs.cli import progress as shown
@@ -108,17 +111,55 @@ def test_lines_of_one_large_file(store: Store, area: Path, monkeypatch: pytest.M
         assert within or "shares" in told, (words, told)
 
 
-def test_a_bar_on_a_terminal(store: Store, area: Path) -> None:
-    data = store.create("data")
-    (data / "file").write_bytes(os.urandom(40_000_000))
+@pytest.mark.parametrize("columns", [100, 40])
+def test_a_bar_on_a_terminal(store: Store, columns: int) -> None:
+    """It stays within one line, goes at the end, and leaves the cursor as it was."""
+    (store.create("data") / "file").write_bytes(os.urandom(64_000_000))
+    text, loaded = _backup_on_terminal(store, 0.5, columns)
+    *drawn, last = re.split(r"\r(?:\x1b\[1A)?\x1b\[2K", text)
+    drawn[-1] = drawn[-1].removesuffix("\r\n")  # of the last one, before the cursor goes up again
+    lines = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in drawn]
+    assert len(lines) > 1
+    for line in lines[1:]:
+        assert len(line) <= columns
+        if columns == 100:
+            assert re.fullmatch(
+                r"backup of data: [━╸╺ ]{20} 2 entries, \S+B(, \d+ %)?, \S+B/s(, [\d:]+ left)?", line
+            )
+    assert last == "unionfs: backed up volume data: 2 entries, 64MB.\r\n"
+    assert "\x1b[?25l" not in text
+    assert loaded
+
+
+def test_a_quick_operation_has_no_bar_and_does_not_load_rich(store: Store) -> None:
+    (store.create("data") / "file").write_bytes(b"x")
+    text, loaded = _backup_on_terminal(store, 0, 100)
+    assert text == "unionfs: backed up volume data: 2 entries, 1B.\r\n"
+    assert not loaded
+
+
+def _backup_on_terminal(store: Store, seconds: float, columns: int) -> tuple[str, bool]:
+    """What a backup shows whose archive nobody reads for a while, and whether it loaded rich."""
     controller, terminal = pty.openpty()
-    environment = {**os.environ, "UNIONFS_ROOT": str(store.root), "COLUMNS": "100", "TERM": "xterm"}
-    done = subprocess.Popen(
-        [*UNIONFS, "volume", "backup", "data", "-o", area / "x.tar.gz"], stderr=terminal, env=environment,
-        stdout=subprocess.DEVNULL, cwd=REPOSITORY,
-    )  # fmt: skip
+    termios.tcsetwinsize(terminal, (24, columns))
+    loaded = store.root.parent / "loaded"
+    loaded.unlink(missing_ok=True)
+    code = (
+        "import runpy, sys\n"
+        f"hook = lambda event, args: event == 'import' and args[0] == 'rich' and open({str(loaded)!r}, 'w')\n"
+        "sys.addaudithook(hook)\n"
+        "runpy.run_module('unionfs', run_name='__main__')\n"
+    )
+    environment = {**os.environ, "UNIONFS_ROOT": str(store.root), "TERM": "xterm"}
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "volume", "backup", "data", "-o", "-"], stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=terminal, env=environment, cwd=REPOSITORY,
+    ) as backup:  # fmt: skip
+        assert backup.stdout is not None
+        size = len(backup.stdout.read(1))
+        time.sleep(seconds)
+        size += len(backup.stdout.read())
     os.close(terminal)
-    text = read_to_end(controller)
-    assert done.wait() == 0
-    assert b"backup of data" in text
-    assert b"backed up volume data: 2 entries" in text
+    assert backup.returncode == 0
+    assert size > 0
+    return read_to_end(controller).decode(), loaded.exists()

@@ -70,6 +70,8 @@ class Result:
     """Whether it can be undone."""
     went_on: bool = False
     """Whether only an interrupted commit of the branch was completed."""
+    before: int = 0
+    """When the branch had been committed before, so that there was nothing to do, in ns; 0: it had not."""
 
     @property
     def stopped(self) -> bool:
@@ -82,9 +84,11 @@ def commit(store: Store, name: str, wish: Wish) -> Result:
     with store.committing():
         finished = recover(store, name)
         branch = store.branch(name)
-        done = finished.get(name) or (None if branch.exists() else _committed(store, name))
+        done = finished.get(name)
         if done is not None and not (branch.exists() and branch.record().created != done.made):
             return Result(done.target, done=True, went_on=True, undo=done.can_undo)
+        if not branch.exists() and (former := _committed(store, name)) is not None:
+            return Result(former.target, done=True, before=former.ended, undo=former.can_undo)
         branch = store.existing(name)
         with branch.claimed("committed"), ExitStack() as resources:
             branch.refuse_frozen("be committed")

@@ -47,6 +47,12 @@ def mount_branch(
     Signals are blocked afterwards. `lives_with`: a process, whose end ends the mount.
     """
     branch.refuse_frozen("be mounted")
+    if (entry := mount_of(branch)) is not None:
+        place = quoted(entry.settings.mountpoint)
+        raise UserError(
+            f"branch {quoted(branch.name)} is mounted at {place} (pid {entry.pid}); use it there, or unmount "
+            f"it by `unionfs umount {place}`."
+        )
     return _mount(branch, mountpoint or branch.merged, lives_with=lives_with)
 
 

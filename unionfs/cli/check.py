@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from unionfs.cli.completing import complete_directories, complete_files
 from unionfs.daemon.preflight import check_directory, check_lower, check_unused
 from unionfs.daemon.settle import absolute
 from unionfs.errors import quoted, reason
@@ -30,12 +31,14 @@ Examples:
   unionfs check -u changes -l top -l bottom --repair
 """,
 )
-@click.option("-u", "--upper", metavar="DIR", required=True, help="The upper; it must not be mounted.")
+@click.option("-u", "--upper", metavar="DIR", shell_complete=complete_directories,
+              required=True, help="The upper; it must not be mounted.")
 @click.option(
     "-l", "--lower", "lowers", multiple=True, required=True, metavar="DIR|IMAGE",
-    help="A lower; the first is on top.",
+    shell_complete=complete_files, help="A lower; the first is on top.",
 )  # fmt: skip
-@click.option("-w", "--work", metavar="DIR", help="The work directory, to examine it and its index, too.")
+@click.option("-w", "--work", metavar="DIR", shell_complete=complete_directories,
+              help="The work directory, to examine it and its index, too.")
 @click.option("--userxattr", is_flag=True, help="Markers are user.overlay.* xattrs (always without root).")
 @click.option("--repair", is_flag=True, help="Apply the cures.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")

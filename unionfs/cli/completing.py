@@ -1,14 +1,13 @@
-"""Shell completion of what exists: mountpoints, containers, and the keys of filters."""
+"""Shell completion of what exists: mountpoints, containers, paths, the keys of filters, options of mounts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from unionfs.errors import UserError
-from unionfs.settings.drivers import STORAGE_DRIVERS
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -41,6 +40,26 @@ def complete_mountpoints(
     return sorted(found, key=lambda item: str(item.value)) or [CompletionItem(incomplete, type="dir")]
 
 
+def complete_directories(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    return _paths(incomplete, "dir")
+
+
+def complete_files(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Complete the paths of files and directories."""
+    return _paths(incomplete, "file")
+
+
+def _paths(incomplete: str, kind: str) -> list[CompletionItem]:
+    # For start-up time: only completion needs it.
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type=kind)]
+
+
 def complete_containers(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
@@ -60,6 +79,9 @@ def complete_storage_drivers(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """Complete the names of storage drivers."""
+    # For start-up time: only completion needs it.
+    from unionfs.settings.drivers import STORAGE_DRIVERS
+
     return items(STORAGE_DRIVERS, incomplete)
 
 
@@ -75,3 +97,34 @@ def filter_completer(keys: Sequence[str], values: Mapping[str, Sequence[str]]) -
         return items([f"{key}=" for key in keys], incomplete)
 
     return complete
+
+
+_WORDS: Final = (
+    "ro", "volatile", "userxattr", "allow_other", "allow_root", "nodev", "nosuid", "noexec", "sync",
+    "dirsync", "noatime", "nodiratime", "strictatime", "watch_lower", "outlive", "cpu_idle",
+    "static_nlink", "noacl",
+)  # fmt: skip
+_KEYS: Final = (
+    "lowerdir", "upperdir", "workdir", "fsname", "subtype", "session", "io", "volume", "tmpfs", "context",
+    "fscontext", "defcontext", "rootcontext", "uidmapping", "gidmapping", "squash_to_uid",
+    "squash_to_gid", "xattr_permissions", "max_nodes",
+)  # fmt: skip
+
+
+def complete_mount_options(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Complete the last one of the options of `-o`, or its value."""
+    # For start-up time: only completion needs it.
+    from unionfs.settings.features import VALUES
+    from unionfs.settings.mount import IO_MODES, SESSIONS
+
+    values = {**VALUES, "session": SESSIONS, "io": IO_MODES}
+    before, comma, option = incomplete.rpartition(",")
+    key, equals, value = option.partition("=")
+    if not equals:
+        known = (*(f"{name}=" for name in (*_KEYS, *VALUES)), *_WORDS)
+        return items([f"{before}{comma}{name}" for name in known], incomplete)
+    if key in ("lowerdir", "upperdir", "workdir"):
+        return _paths(value.rpartition(":")[2], "dir")
+    return items([f"{before}{comma}{key}={word}" for word in values.get(key, ())], incomplete)

@@ -69,7 +69,7 @@ Examples:
   unionfs ps --format '{{.Names}}: {{.Status}}'
 """,
 )
-@click.option("-a", "--all", "every", is_flag=True, help="Also those that do not run.")
+@click.option("-a", "--all", "every", is_flag=True, help="Also list containers that do not run.")
 @list_options("Print names only.", _KEYS, _VALUES)
 @root_option
 def ps(

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from unionfs.cli.completing import complete_containers, complete_storage_drivers
+from unionfs.cli.completing import (
+    complete_containers,
+    complete_directories,
+    complete_files,
+    complete_storage_drivers,
+)
 from unionfs.cli.progress import progress_of, progress_option
 from unionfs.cli.rules import complete_images, tell
 from unionfs.cli.run import CodedError, complain, for_each
@@ -90,7 +95,7 @@ Examples:
 """,
 )
 @click.option(
-    "-l", "--lower", "lowers", multiple=True, metavar="DIR|IMAGE",
+    "-l", "--lower", "lowers", multiple=True, metavar="DIR|IMAGE", shell_complete=complete_files,
     help="A read-only layer; the first is on top. A kept container remembers its own.",
 )  # fmt: skip
 @click.option(
@@ -99,13 +104,14 @@ Examples:
          "mount.",
 )  # fmt: skip
 @click.option(
-    "-u", "--upper", metavar="DIR|tmpfs[:OPT,...]",
+    "-u", "--upper", metavar="DIR|tmpfs[:OPT,...]", shell_complete=complete_directories,
     help="Store changes in a directory or in memory instead of in the container.",
 )  # fmt: skip
 @click.option("--storage-driver", "driver", metavar="DRIVER", shell_complete=complete_storage_drivers,
               help="union, overlay2, btrfs, zfs, devicemapper or vfs. A kept container remembers its own.  "
                    "[the configuration's, or union]")  # fmt: skip
-@click.option("--work", metavar="DIR", help="The work directory of an upper of your own, as for mount.")
+@click.option("--work", metavar="DIR", shell_complete=complete_directories,
+              help="The work directory of an upper of your own, as for mount.")
 @storage_options
 @click.option("--name", metavar="NAME", shell_complete=complete_containers,
               help="The container's name: the same name finds its files again.")  # fmt: skip
@@ -118,15 +124,17 @@ Examples:
 @click.option("-e", "--env", "environment", multiple=True, metavar="K=V",
               callback=lambda context, option, given: parse_environment(given, "-e"),
               help="An environment variable; K alone takes the caller's value.")  # fmt: skip
-@click.option("--env-file", "env_files", multiple=True, metavar="FILE",
+@click.option("--env-file", "env_files", multiple=True, metavar="FILE", shell_complete=complete_files,
               help="Variables, one a line, as for -e; # begins a comment.")  # fmt: skip
 @click.option("-d", "--detach", is_flag=True,
               help="Run in the background, and print the name; `unionfs logs` shows the output.")  # fmt: skip
 @click.option("--restart", metavar="WHEN", callback=lambda context, option, given: _policy(given),
               help="Start the command of -d again after its end: on-failure[:N], always or unless-stopped, "
                    "until `unionfs stop`. Not after a reboot.")  # fmt: skip
-@click.option("-i", "--interactive", is_flag=True, help="As always; accepted as for docker.")
-@click.option("-t", "--tty", is_flag=True, help="As always where stdin is a terminal; else an error.")
+@click.option("-i", "--interactive", is_flag=True,
+              help="No effect: stdin is passed on anyway; accepted as for docker.")  # fmt: skip
+@click.option("-t", "--tty", is_flag=True,
+              help="No effect where stdin is a terminal, else an error; accepted as for docker.")  # fmt: skip
 @click.option("--runtime", type=click.Choice(RUNTIMES),
               help="What makes the container; auto: the first that is installed.  [auto]")  # fmt: skip
 @click.option("--read-only", is_flag=True,
@@ -288,7 +296,7 @@ def variables_from_files(paths: tuple[str, ...]) -> dict[str, str]:
 
 @click.command(epilog="Example: unionfs rm web")
 @click.option(
-    "--root", metavar="DIR",
+    "--root", metavar="DIR", shell_complete=complete_directories,
     help="The storage root. [UNIONFS_ROOT; /var/lib/unionfs, or ~/.local/share/unionfs]",
 )  # fmt: skip
 @click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete_containers)

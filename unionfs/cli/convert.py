@@ -6,6 +6,7 @@ import os
 
 import click
 
+from unionfs.cli.completing import complete_directories
 from unionfs.cli.run import print_table
 from unionfs.daemon.preflight import check_directory, check_unused
 from unionfs.daemon.settle import absolute
@@ -14,10 +15,11 @@ from unionfs.sys.override import override_modes
 
 
 @click.command(epilog="Example: unionfs convert --upper /srv/changes --to oci")
-@click.option("-u", "--upper", metavar="DIR", required=True, help="The upper; it must not be mounted.")
+@click.option("-u", "--upper", metavar="DIR", shell_complete=complete_directories,
+              required=True, help="The upper; it must not be mounted.")
 @click.option(
     "--to", "form", type=click.Choice(("overlay", "fuse-overlayfs", "oci")), required=True,
-    help="Whose form.",
+    help="The form to rewrite to.",
 )  # fmt: skip
 @click.option(
     "--userxattr", is_flag=True, help="overlayfs's markers are user.overlay.* xattrs (always without root)."

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import click
 
-from unionfs.cli.completing import complete_mountpoints
+from unionfs.cli.completing import complete_directories, complete_files, complete_mountpoints
 from unionfs.cli.finding import find_mount
 from unionfs.cli.listing import print_json
 from unionfs.cli.run import on_terminal
@@ -31,9 +31,11 @@ Examples:
   unionfs diff --json /mnt
 """,
 )
-@click.option("-u", "--upper", metavar="DIR", help="An upper, mounted or not.")
+@click.option("-u", "--upper", metavar="DIR", shell_complete=complete_directories,
+              help="An upper, mounted or not.")
 @click.option(
-    "-l", "--lower", "lowers", multiple=True, metavar="DIR|IMAGE", help="A lower; the first is on top."
+    "-l", "--lower", "lowers", multiple=True, metavar="DIR|IMAGE", shell_complete=complete_files,
+    help="A lower; the first is on top."
 )
 @click.option("--userxattr", is_flag=True, help="Markers are user.overlay.* xattrs (always without root).")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")

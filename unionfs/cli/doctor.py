@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from unionfs.cli.completing import complete_directories
 from unionfs.cli.run import on_terminal, print_table
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def _block(finding: Finding) -> str:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @click.option(
-    "--dir", "directory", metavar="DIR", help="The directory of the layers; default: TMPDIR or /tmp."
+    "--dir", "directory", metavar="DIR", shell_complete=complete_directories,
+    help="The directory of the layers; default: TMPDIR or /tmp."
 )
 def doctor(directory: str | None, as_json: bool) -> int:
     """Report what this host supports and what it lacks, with cures.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from unionfs.cli.completing import complete_containers
+from unionfs.cli.completing import complete_containers, complete_files
 from unionfs.cli.containers import CodedCommand, check_tty, parse_environment, variables_from_files
 from unionfs.cli.run import complain
 from unionfs.cli.volume.common import root_option
@@ -21,15 +21,17 @@ Examples:
 """,
 )
 @click.option("-d", "--detach", is_flag=True, help="Don't wait for its end; its output is dropped.")
-@click.option("-i", "--interactive", is_flag=True, help="As always; accepted as for docker.")
-@click.option("-t", "--tty", is_flag=True, help="As always where stdin is a terminal; else an error.")
+@click.option("-i", "--interactive", is_flag=True,
+              help="No effect: stdin is passed on anyway; accepted as for docker.")  # fmt: skip
+@click.option("-t", "--tty", is_flag=True,
+              help="No effect where stdin is a terminal, else an error; accepted as for docker.")  # fmt: skip
 @click.option("-u", "--user", metavar="USER[:GROUP]",
               help="Run as a user of the container, by name or number.  [as `run`]")  # fmt: skip
 @click.option("-w", "--workdir", metavar="DIR", help="The command's working directory.  [as `run`]")
 @click.option("-e", "--env", "environment", multiple=True, metavar="K=V",
               callback=lambda context, option, given: parse_environment(given, "-e"),
               help="Another variable; K alone takes the caller's value.")  # fmt: skip
-@click.option("--env-file", "env_files", multiple=True, metavar="FILE",
+@click.option("--env-file", "env_files", multiple=True, metavar="FILE", shell_complete=complete_files,
               help="Variables, one a line, as for -e; # begins a comment.")  # fmt: skip
 @root_option
 @click.argument("container", shell_complete=complete_containers)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from unionfs.cli.completing import complete_directories, complete_files
 from unionfs.cli.lazy import LazyGroup
 from unionfs.cli.progress import progress_option, shown_progress
 from unionfs.cli.rules import rules_options, tell
@@ -25,7 +26,7 @@ _COMMANDS = {
     "squash": ("unionfs.cli.layer:squash", "Make one layer of several."),
 }
 _OUTPUT = click.option(
-    "-o", "--output", metavar="FILE", required=True,
+    "-o", "--output", metavar="FILE", shell_complete=complete_files, required=True,
     help="The layer: a tar, compressed by gzip (.gz, .tgz) or zstd (.zst).",
 )  # fmt: skip
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
@@ -48,11 +49,14 @@ def layer() -> None:
 
 
 @click.command(epilog="Example: unionfs layer export -u /srv/changes -l /srv/base -o layer.tar.zst")
-@click.option("-u", "--upper", metavar="DIR", required=True, help="The upper; it must not be mounted.")
+@click.option("-u", "--upper", metavar="DIR", shell_complete=complete_directories,
+              required=True, help="The upper; it must not be mounted.")
 @click.option(
-    "-l", "--lower", "lowers", multiple=True, metavar="DIR|IMAGE", help="A lower; the first is on top."
+    "-l", "--lower", "lowers", multiple=True, metavar="DIR|IMAGE", shell_complete=complete_files,
+    help="A lower; the first is on top."
 )
-@click.option("-w", "--work", metavar="DIR", help="Its work directory, for changed hard links of lowers.")
+@click.option("-w", "--work", metavar="DIR", shell_complete=complete_directories,
+              help="Its work directory, for changed hard links of lowers.")
 @_OUTPUT
 @_USERXATTR
 @_JSON
@@ -106,8 +110,8 @@ def _print(written: Written, notes: list[str], *, as_json: bool) -> None:
 @_USERXATTR
 @progress_option
 @_JSON
-@click.argument("file", metavar="LAYER")
-@click.argument("directory", metavar="DIR")
+@click.argument("file", metavar="LAYER", shell_complete=complete_files)
+@click.argument("directory", metavar="DIR", shell_complete=complete_directories)
 def import_(
     rules: Rules, userxattr: bool, progress: str, as_json: bool, file: str, directory: str
 ) -> int:
@@ -138,7 +142,7 @@ def import_(
 @progress_option
 @_JSON
 @root_option
-@click.argument("files", metavar="LAYER...", nargs=-1, required=True)
+@click.argument("files", metavar="LAYER...", shell_complete=complete_files, nargs=-1, required=True)
 def squash(
     rules: Rules, output: str, progress: str, as_json: bool, root: str | None, files: tuple[str, ...]
 ) -> int:

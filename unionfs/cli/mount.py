@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from unionfs.cli.completing import complete_directories, complete_files, complete_mount_options
 from unionfs.cli.progress import progress_of, progress_option, shown_progress
 from unionfs.cli.rules import complete_images, tell
 from unionfs.cli.storage_options import HELP, storage_options
@@ -36,9 +37,9 @@ _HELP = """\
       session=, io=, watch_lower          as --session and so on, for fstab
       volume=, tmpfs=  storage, for fstab; may be repeated; with colons for
                        commas: volume=db:/db:ro:nocopy, tmpfs=/run:size=9m
-      index=on|off     whether hard links of lowers outlive changes; by default
-                       if the upper is new, or was always used so, and the
-                       filesystems have file handles and different uuids
+      index=on|off     whether hard links of lowers outlive changes; default:
+                       on if the upper is new or was always used with it, and
+                       the filesystems have file handles and different uuids
       xino=auto|on|off off: the inode numbers of the files' own filesystems,
                        unique only within each
       context=, fscontext=, defcontext=, rootcontext=    SELinux contexts
@@ -48,8 +49,8 @@ _HELP = """\
                               as podman's force_mask
       outlive          start another daemon when this one dies: programs
                        and open files go on (docs/reliability.md)
-      cpu_idle         let CPUs idle between requests that come thick (the
-                       daemon of root keeps them awake)
+      cpu_idle         let CPUs idle between frequent requests (root's daemon
+                       keeps them awake)
       max_nodes=N      ask the kernel to forget files that nobody uses when it
                        knows more than N (Linux 6.18): each takes 261 bytes of
                        the daemon's memory
@@ -88,7 +89,7 @@ Examples:
 """,
 )
 @click.option(
-    "-l", "--lower", "lowers", multiple=True, metavar="DIR|IMAGE",
+    "-l", "--lower", "lowers", multiple=True, metavar="DIR|IMAGE", shell_complete=complete_files,
     help="A read-only layer; the first is on top. As root also an image file (squashfs, erofs, ext4, xfs).",
 )  # fmt: skip
 @click.option(
@@ -99,14 +100,16 @@ Examples:
 @click.option(
     "-u",
     "--upper",
-    metavar="DIR|tmpfs[:OPT,...]",
+    metavar="DIR|tmpfs[:OPT,...]", shell_complete=complete_directories,
     help="Where changes go: a directory, or memory. Without it the union is read-only.",
 )
 @click.option(
-    "-w", "--work", metavar="DIR", help="An empty directory on the upper's filesystem; required with --upper."
+    "-w", "--work", metavar="DIR", shell_complete=complete_directories,
+    help="An empty directory on the upper's filesystem; required with --upper."
 )
 @click.option(
-    "-o", "options", multiple=True, metavar="OPT,...", help="Mount options, see above; may be repeated."
+    "-o", "options", multiple=True, metavar="OPT,...", shell_complete=complete_mount_options,
+    help="Mount options, see above; may be repeated.",
 )
 @storage_options
 @click.option(
@@ -132,7 +135,7 @@ Examples:
          "$XDG_RUNTIME_DIR/unionfs/unionfs.log); `unionfs inspect` shows the place.  [default: info]",
 )
 @progress_option
-@click.argument("mountpoint")
+@click.argument("mountpoint", shell_complete=complete_directories)
 def mount(
     lowers: tuple[str, ...],
     image: str | None,

@@ -41,10 +41,10 @@ def ls(quiet: bool, filters: tuple[str, ...], template: str | None, as_json: boo
     """List mounts: mountpoint, state, the daemon's pid, layers, session and start time.
 
     The state is active; dead if the daemon has died (`unionfs cleanup` unmounts those); detached if it is
-    unmounted here but still in use, and by what, or still mounted elsewhere (`unionfs umount --force` ends
-    those). Root sees the mounts of all users, others see their own. If a user's daemon does not answer root,
-    only the mountpoint is shown. A container with another storage driver than union has no such mount:
-    `unionfs ps` lists it.
+    unmounted here but still in use (its users are listed) or still mounted elsewhere (`unionfs umount
+    --force` ends those). Root sees the mounts of all users, others see their own. If a user's daemon does
+    not answer root, only the mountpoint is shown. A container with another storage driver than union has no
+    such mount: `unionfs ps` lists it.
 
     A template has the fields .Mountpoint .State .Pid .Layers .Session .Since .HeldBy; the filters layer and
     mountpoint take a path. `--format json` prints one object per line.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from unionfs.cli.completing import complete_files
 from unionfs.cli.lazy import LazyGroup
 from unionfs.cli.volume.common import root_option, tell
 
@@ -26,7 +27,7 @@ Examples:
 """,
 )
 @click.option(
-    "--socket", "path", metavar="PATH",
+    "--socket", "path", metavar="PATH", shell_complete=complete_files,
     help=f"The socket, whose name is the driver's name for docker. [{SYSTEM_SOCKET}; without root "
          "$XDG_RUNTIME_DIR/unionfs/plugin.sock]",
 )  # fmt: skip

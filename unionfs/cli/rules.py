@@ -41,11 +41,11 @@ def rules_options(command: Callable[..., int]) -> Callable[..., int]:
         click.option("--any-platform", is_flag=True, help="Accept images for other machines."),
         click.option("--skip-devices", is_flag=True,
                      help="Leave out device files, if this user cannot make them."),
-        click.option("--max-size", metavar="SIZE", help="Of a layer's content.  [default: 64g]"),
+        click.option("--max-size", metavar="SIZE", help="The largest content of a layer.  [default: 64g]"),
         click.option("--max-entries", type=click.IntRange(1), metavar="N",
-                     help="Of a layer.  [default: 4000000]"),
+                     help="The most entries of a layer.  [default: 4000000]"),
         click.option("--max-ratio", type=click.IntRange(1), metavar="N",
-                     help="Of content to compressed size, for large layers.  [default: 400]"),
+                     help="The largest ratio of content to compressed size of large layers.  [default: 400]"),
     )):  # fmt: skip
         added = option(added)
     return added

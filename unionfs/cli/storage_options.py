@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from unionfs.cli.completing import complete_directories
+
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
@@ -79,7 +81,7 @@ def storage_options(command: Callable[..., int]) -> Callable[..., int]:
             help="Mount an empty tmpfs into the union.",
         ),
         click.option(
-            "--root", metavar="DIR",
+            "--root", metavar="DIR", shell_complete=complete_directories,
             help="The storage root. [UNIONFS_ROOT; /var/lib/unionfs, or ~/.local/share/unionfs]",
         ),
     )):  # fmt: skip

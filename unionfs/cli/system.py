@@ -140,9 +140,11 @@ Examples:
 def df(verbose: bool, as_json: bool, template: str | None, root: str | None) -> None:
     """Show the space that images, containers and volumes take, and how much of it nothing uses.
 
-    A container's size is that of its changes. A base is a copy of lowers that storage drivers without layers
-    keep for new containers. Sizes count each file once, without holes. A template has the fields .Type
-    .TotalCount .Active .Size .Reclaimable.
+    A container's size is that of its changes. A volume's is what its removal would free on this host: its
+    files, the image of one with a filesystem of its own, the changes of one of the driver union, and nothing
+    for storage elsewhere; `unionfs volume ls --size` measures the content, wherever it is. A base is a copy
+    of lowers that storage drivers without layers keep for new containers. Sizes count each file once, without
+    holes. A template has the fields .Type .TotalCount .Active .Size .Reclaimable.
     """
     if verbose and wants_fields(template):
         raise UserError("--verbose and --format exclude each other; give one of them.")

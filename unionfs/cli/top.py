@@ -60,7 +60,8 @@ def top(sort: str, seconds: float, once: bool, as_json: bool) -> None:
 
     Below the table: large files that are being copied up, how far, and the time left.
 
-    A container with another storage driver than union has no daemon, and is not shown.
+    A container with another storage driver than union has no daemon and none of these figures: `unionfs ps`
+    lists it.
 
     Keys sort: n (name), r (requests), l (latency), i (read), o (written), c (copy-ups), m (memory), f (free).
     The arrows and Enter look into one mount, as `unionfs stats --watch`; Esc goes back, q ends.

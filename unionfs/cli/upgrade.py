@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import click
 
+from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount
 from unionfs.cli.run import complain
 from unionfs.daemon.live import live_mounts
@@ -15,7 +16,7 @@ from unionfs.errors import UserError, quoted
 
 @click.command(epilog="Example: unionfs upgrade --all")
 @click.option("--all", "every", is_flag=True, help="All mounts of this user that outlive their daemons.")
-@click.argument("mountpoints", nargs=-1, metavar="[MOUNTPOINT]...")
+@click.argument("mountpoints", nargs=-1, metavar="[MOUNTPOINT]...", shell_complete=complete_mountpoints)
 def upgrade(mountpoints: Sequence[str], every: bool) -> int:
     """Replace the daemons of mounts by the installed version, while the mounts are in use.
 

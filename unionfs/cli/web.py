@@ -9,6 +9,7 @@ from functools import partial
 
 import click
 
+from unionfs.cli.completing import complete_files
 from unionfs.cli.volume.common import root_option, tell
 from unionfs.errors import UserError, quoted
 
@@ -25,7 +26,7 @@ Examples:
               help="The address to listen at; without --address only this host can connect.")  # fmt: skip
 @click.option("--port", type=click.IntRange(0, 65535), default=8484, show_default=True,
               help="The port; 0: any free one.")  # fmt: skip
-@click.option("--socket", "path", metavar="PATH",
+@click.option("--socket", "path", metavar="PATH", shell_complete=complete_files,
               help="Listen at a unix socket instead, which only this user and root may use.")  # fmt: skip
 @click.option("--seconds", type=click.FloatRange(0.5, 600), default=5.0, show_default=True,
               help="How often to look at the mounts.")  # fmt: skip
@@ -34,8 +35,8 @@ def web(address: str, port: int, path: str | None, seconds: float, root: str | N
     """Serve pages for a browser, until Ctrl-C or SIGTERM, and print their address.
 
     They show this user's mounts with their figures over time and the changes in their uppers, and the
-    volumes, containers and branches of the storage root. They change nothing. Figures are kept in memory
-    for the last 360 looks, while it runs.
+    volumes, containers and branches of the storage root. They change nothing. While
+    the command runs, it keeps the figures of the last 360 looks in memory.
 
     Every page requires the token in the printed address: anyone who has that address can see all pages.
     The connection is not encrypted: from elsewhere use ssh, as below.

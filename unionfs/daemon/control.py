@@ -25,6 +25,19 @@ _LONGEST_OF_OTHERS: Final = 256 << 10
 _MOST_LEVELS: Final = 8
 
 
+def listens(address: str) -> bool:
+    """Return whether a daemon listens at a path, whatever PID namespace it is in."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.setblocking(False)
+        try:
+            connection.connect(address)
+        except BlockingIOError:  # its queue is full
+            return True
+        except OSError:
+            return False
+    return True
+
+
 def ask(
     address: str,
     timeout: float = ANSWER_SECONDS,

@@ -12,16 +12,16 @@ import os
 import time
 from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from unionfs.daemon.claiming import clear_orphans
-from unionfs.daemon.control import ANSWER_SECONDS, ask
+from unionfs.daemon.control import ANSWER_SECONDS, ask, listens
 from unionfs.daemon.runtime import RuntimeDirectory, runtime_directories
 from unionfs.errors import quoted
 from unionfs.settings.mount import MountSettings
 from unionfs.sys.mountinfo import MountEntry, mounts_of_device, read_mountinfo
-from unionfs.sys.process import is_alive, start_time, wait_gone
+from unionfs.sys.process import is_alive, pid_namespace, start_time, wait_gone
 
 _NOTICE_SECONDS = 2.0
 """How long a daemon may take to notice that its mount is gone."""
@@ -50,6 +50,8 @@ class LiveMount:
     """The process (pid, start time) that starts another daemon when this one dies."""
     directory: str = ""
     """The runtime directory of this entry; empty for a mount of another user."""
+    namespace: int = field(default_factory=pid_namespace)
+    """The daemon's PID namespace, its inode number: in others the pid is another process's, or nobody's."""
     uid: int | None = None
     """The uid of another user, from the kernel; None: this user."""
 
@@ -60,6 +62,17 @@ class LiveMount:
 
     def is_alive(self) -> bool:
         return is_alive(self.pid, self.started)
+
+    def is_elsewhere(self) -> bool:
+        """Return whether the daemon lives in another PID namespace, such as a container's.
+
+        Only there can it be looked at and ended.
+        """
+        if self.namespace == pid_namespace():
+            return False
+        with suppress(OSError), RuntimeDirectory(self.directory) as directory:
+            return listens(directory.address(f"{self.name}.sock"))
+        return False
 
     def is_given_up(self) -> bool:
         """Return whether its daemons died too often, so that its holder answers all requests with EIO;
@@ -89,7 +102,7 @@ class LiveMount:
             return None
 
     def to_json(self) -> dict[str, Any]:
-        names = ("pid", "started", "device", "since", "claims", "ending", "holder")
+        names = ("pid", "started", "device", "since", "claims", "ending", "holder", "namespace")
         return {"settings": self.settings.to_json(), **{name: getattr(self, name) for name in names}}
 
     @classmethod
@@ -105,6 +118,7 @@ class LiveMount:
             ending=bool(values["ending"]),
             holder=_process(values.get("holder")),
             directory=directory,
+            namespace=int(values.get("namespace") or pid_namespace()),
         )
 
     def save(self) -> None:
@@ -168,23 +182,30 @@ def _all() -> list[LiveMount]:
     found: list[LiveMount] = []
     for directory in runtime_directories():
         with directory:
-            found += (entry for _, entry in _stored(directory) if entry is not None)
+            stored = (entry for _, entry in _stored(directory))
+            found += (entry for entry in stored if entry is not None and not entry.is_elsewhere())
     return found
 
 
 def entries() -> list[LiveMount]:
-    """Return this user's entries with a live daemon or a dead mount; remove all others."""
+    """Return this user's entries with a live daemon or a dead mount; remove all others.
+
+    Those of live daemons in other PID namespaces stay, but are not returned.
+    """
     found: list[LiveMount] = []
+    others: set[str] = set()
     for directory in runtime_directories():
         with directory:
             for name, entry in _stored(directory):
                 if entry is None:
                     _remove_unreadable(directory, name)
+                elif entry.is_elsewhere():
+                    others.add(name)
                 elif _is_abandoned(entry):
                     directory.remove(f"{name}.json", f"{name}.sock")
                 else:
                     found.append(entry)
-            _remove_orphans(directory, {entry.name for entry in found})
+            _remove_orphans(directory, {entry.name for entry in found} | others)
             clear_orphans(directory)
     return found
 

@@ -112,7 +112,7 @@ def runtime_directory() -> RuntimeDirectory:
         with suppress(OSError):
             os.mkdir(path, 0o700)
         with suppress(OSError):
-            directory = RuntimeDirectory(path)
+            directory = _opened(path)
             with Returned(directory.fd) as fd:  # on a read-only filesystem it fails
                 os.fchmod(fd, 0o700)
             return directory
@@ -123,9 +123,26 @@ def runtime_directory() -> RuntimeDirectory:
 
 
 def runtime_directories() -> list[RuntimeDirectory]:
-    """Return all existing directories of this user; the caller closes them."""
+    """Return all existing directories of this user; the caller closes them. Raises UserError."""
     found = []
     for path in candidates():
         with suppress(OSError):
-            found.append(RuntimeDirectory(path))
+            found.append(_opened(path))
     return found
+
+
+def _opened(path: str) -> RuntimeDirectory:
+    """Open a directory. Raises OSError; UserError if it is the host's own, and others may write it.
+
+    Any user can be in the way in /tmp, but only root in /run: with another directory instead, what runs would
+    not be found any more.
+    """
+    try:
+        return RuntimeDirectory(path)
+    except PermissionError as error:
+        if path != _SYSTEM:
+            raise
+        raise UserError(
+            f"{path} cannot be used for runtime files: {error.strerror}; check what is in it, and run "
+            f"`chown root {path} && chmod 700 {path}`."
+        ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 
 from unionfs.storage.drivers import image
 from unionfs.storage.model import Volume
@@ -50,12 +51,22 @@ def size_of_tree(path: str) -> int:
 
 
 def reclaimable(volume: Volume) -> int:
-    """The bytes that removing an unused volume frees on this host; 0 for storage elsewhere."""
+    """The bytes that removing an unused volume frees on this host; 0 for storage elsewhere.
+
+    `size_of_tree` of a volume's data is another size: that of its content, wherever it is, without what the
+    filesystem of an image takes itself, and with the lowers of a union.
+    """
     if image.exists(volume):
         return os.stat(image.path_of(volume)).st_blocks * 512
-    if volume.driver != "local" or "type" in volume.options:
-        return 0
-    try:
-        return size_of_tree(f"{volume.directory}/_data")
-    except OSError:
-        return 0
+    match volume.driver:
+        case "local" if "type" not in volume.options:
+            own = ["_data"]
+        case "union":
+            own = ["upper", "views"]
+        case _:
+            own = []
+    total = 0
+    for name in own:
+        with suppress(OSError):
+            total += size_of_tree(f"{volume.directory}/{name}")
+    return total

@@ -25,6 +25,14 @@ def start_time(pid: int) -> int | None:
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
+def pid_namespace() -> int:
+    """Return the inode number of this process's PID namespace; 0 without /proc."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
 def is_alive(pid: int, started: int) -> bool:
     return start_time(pid) == started
 

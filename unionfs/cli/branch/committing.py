@@ -11,6 +11,7 @@ import click
 from unionfs.cli.branch.common import CONFLICTS, complete_branches, json_option, print_json, root_option, tell
 from unionfs.cli.run import complain
 from unionfs.cli.terminal import shell_word
+from unionfs.settings.words import moment
 
 if TYPE_CHECKING:
     from unionfs.branches.commit import Result
@@ -33,7 +34,7 @@ Examples:
 @click.option("--theirs", "conflicts", flag_value="theirs", help="In conflicts keep the version below.")
 @click.option("--merge", "conflicts", flag_value="merge",
               help="In conflicts merge texts by git merge-file, if `try` has kept the original.")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Only say what would be done, and the conflicts.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be done, and the conflicts.")
 @root_option
 @json_option
 @click.argument("name", shell_complete=complete_branches)
@@ -72,7 +73,8 @@ def commit(
 def values(result: Result) -> dict[str, Any]:
     """A result for JSON."""
     return {
-        "target": result.target, "done": result.done, "went_on": result.went_on, "undo": result.undo,
+        "target": result.target, "done": result.done, "went_on": result.went_on,
+        "before": moment(result.before / 1e9) if result.before else None, "undo": result.undo,
         "changes": [[kind, os.fsdecode(path[1:])] for kind, path in result.changes],
         "conflicts": [[what, os.fsdecode(path[1:])] for what, path in result.conflicts],
         "skipped": [os.fsdecode(path[1:]) for path in result.skipped],
@@ -100,9 +102,14 @@ def report(name: str, result: Result, *, dry_run: bool = False) -> None:
             f"branch {name} was not committed: {count} {'path was' if count == 1 else 'paths were'} changed "
             "below, too; decide by --ours, --theirs or --merge, or choose paths by --only.",
         )
+    elif result.before:
+        taken_back = "; `unionfs branch undo` takes that back" if result.undo else ""
+        print(f"nothing to commit: {name} was committed to {result.target} at "
+              f"{moment(result.before / 1e9)}{taken_back}")  # fmt: skip
     else:
         went_on = "an interrupted commit was finished: " if result.went_on else ""
-        print(f"{went_on}committed {name} to {result.target}")
+        for_good = "" if result.undo else "; it cannot be undone: the store is on another filesystem"
+        print(f"{went_on}committed {name} to {result.target}{for_good}")
 
 
 @click.command(epilog="Example: unionfs branch undo")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from unionfs.cli.completing import complete_directories
 from unionfs.cli.run import on_terminal
 from unionfs.cli.terminal import all_printable
 from unionfs.errors import UserError
@@ -24,7 +25,8 @@ CONFLICTS = 3
 def root_option(command: _F) -> _F:
     """Add `--root`, the same for every command."""
     return click.option(
-        "--root", metavar="DIR", help="The storage root (default: $UNIONFS_ROOT, see `unionfs branch "
+        "--root", metavar="DIR", shell_complete=complete_directories,
+        help="The storage root (default: $UNIONFS_ROOT, see `unionfs branch "
         "--help`)."
     )(command)
 

@@ -38,7 +38,7 @@ Examples:
 )
 @click.option("--stat", "form", flag_value="stat", help="Lines added and removed in each file, and a total.")
 @click.option("--content", "form", flag_value="content",
-              help="A unified diff of text files; of others size and SHA-256.")  # fmt: skip
+              help="A unified diff of text files; size and SHA-256 of others.")  # fmt: skip
 @click.option("--only", multiple=True, metavar="PATTERN", help="Only these paths; may be repeated.")
 @click.option("--except", "leave", multiple=True, metavar="PATTERN", help="Not these paths; may be repeated.")
 @click.option("--all", "everything", is_flag=True,

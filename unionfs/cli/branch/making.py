@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from unionfs.cli.branch.common import complete_branches, json_option, print_json, root_option
+from unionfs.cli.completing import complete_directories
 from unionfs.cli.run import for_each
 from unionfs.errors import UserError, quoted
 
@@ -23,14 +24,15 @@ Examples:
   unionfs branch create --from fix fix-more /mnt
 """,
 )
-@click.option("--base", metavar="DIR", help="The directory that it lies over.")
+@click.option("--base", metavar="DIR", shell_complete=complete_directories,
+              help="The directory that it lies over.")
 @click.option("--from", "parent", metavar="BRANCH", shell_complete=complete_branches,
               help="The branch that it lies over; that one is frozen meanwhile.")  # fmt: skip
 @click.option("--no-mount", is_flag=True, help="Do not mount it.")
 @root_option
 @json_option
 @click.argument("name")
-@click.argument("mountpoint", required=False)
+@click.argument("mountpoint", shell_complete=complete_directories, required=False)
 def create(
     base: str | None, parent: str | None, no_mount: bool, root: str | None, as_json: bool, name: str,
     mountpoint: str | None,
@@ -68,7 +70,7 @@ def create(
 @root_option
 @json_option
 @click.argument("name", shell_complete=complete_branches)
-@click.argument("mountpoint", required=False)
+@click.argument("mountpoint", shell_complete=complete_directories, required=False)
 def mount(
     lives_with: int | None, part: str | None, root: str | None, as_json: bool, name: str,
     mountpoint: str | None,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from unionfs.cli.branch.common import complete_branches, root_option, tell
+from unionfs.cli.completing import complete_directories, complete_files
 from unionfs.cli.run import complain
 from unionfs.errors import UserError, quoted
 
@@ -36,23 +37,27 @@ Examples:
 """,
 )
 @click.option("-n", "--name", metavar="NAME", help="The branch's name; an existing branch is continued.")
-@click.option("-D", "--dir", "base", metavar="DIR", help="The directory that the branch lies over.  [.]")
+@click.option("-D", "--dir", "base", metavar="DIR", shell_complete=complete_directories,
+              help="The directory that the branch lies over.  [.]")
 @click.option("--from", "parent", metavar="BRANCH", shell_complete=complete_branches,
               help="Lie over another branch instead.")  # fmt: skip
 @click.option("--net", "own_network", type=click.Choice(["host", "none"]), default="host", show_default=True,
               callback=lambda context, parameter, net: net == "none",
               help="The host's network, or none but loopback.")  # fmt: skip
-@click.option("--hide", multiple=True, metavar="PATH", help="Hide PATH from the command.")
-@click.option("--rw", "writable", multiple=True, metavar="PATH",
+@click.option("--hide", multiple=True, metavar="PATH", shell_complete=complete_files,
+              help="Hide PATH from the command.")
+@click.option("--rw", "writable", multiple=True, metavar="PATH", shell_complete=complete_files,
               help="Let the command change this for good, not on the branch; may be repeated.")  # fmt: skip
-@click.option("--commit", "then", flag_value="commit", help="Then commit, if the exit code is 0; else keep.")
-@click.option("--keep", "then", flag_value="keep", help="Then keep the branch.")
-@click.option("--look", "then", flag_value="look", help="Then show the diff, and keep the branch.")
-@click.option("--discard", "then", flag_value="discard", help="Then remove the branch.")
+@click.option("--commit", "then", flag_value="commit",
+              help="Commit afterwards if the exit code is 0, else keep.")
+@click.option("--keep", "then", flag_value="keep", help="Keep the branch afterwards.")
+@click.option("--look", "then", flag_value="look", help="Show the diff afterwards, and keep the branch.")
+@click.option("--discard", "then", flag_value="discard", help="Remove the branch afterwards.")
 @click.option("-q", "--quiet", is_flag=True, help="Do not print the changes.")
-@click.option("--report", metavar="FILE", help="Write branch, exit code and changes there as JSON.")
+@click.option("--report", metavar="FILE", shell_complete=complete_files,
+              help="Write branch, exit code and changes there as JSON.")
 @root_option
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, shell_complete=complete_files)
 def try_(
     name: str | None, base: str | None, parent: str | None, then: str | None, quiet: bool,
     report: str | None, root: str | None, **wish: Any,

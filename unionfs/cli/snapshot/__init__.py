@@ -24,6 +24,7 @@ def snapshot() -> None:
     """Take and restore snapshots of a mount, while programs use it.
 
     The upper becomes a lower, and a new upper lies on top; nothing is copied but the files that are open for
-    writing. The layers are in UPPER.snapshots. A mount of the upper has them by itself.
+    writing. The layers are in UPPER.snapshots. A later mount of the upper includes
+    them.
     A container with another storage driver than union has no such mount.
     """

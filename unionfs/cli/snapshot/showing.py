@@ -43,7 +43,7 @@ def ls(as_json: bool, mountpoint: str) -> None:
 @click.command(epilog="Example: unionfs snapshot diff --stat /mnt before-upgrade")
 @click.option("--stat", "form", flag_value="stat", help="Lines added and removed in each file, and a total.")
 @click.option("--content", "form", flag_value="content",
-              help="A unified diff of text files; of others size and SHA-256.")  # fmt: skip
+              help="A unified diff of text files; size and SHA-256 of others.")  # fmt: skip
 @json_option
 @click.argument("mountpoint", shell_complete=complete_mountpoints)
 @click.argument("name", shell_complete=complete_snapshots)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from unionfs.cli.completing import complete_files
 from unionfs.cli.listing import print_json
 from unionfs.cli.progress import progress_option, shown_progress
 from unionfs.cli.run import complain, on_terminal
@@ -69,7 +70,8 @@ Examples:
   unionfs volume backup orders -o - | ssh host 'cat > orders.tar.zst'
 """,
 )
-@click.option("-o", "--output", metavar="FILE|-", help="The archive; default NAME-TIME.tar.zst here.")
+@click.option("-o", "--output", metavar="FILE|-", shell_complete=complete_files,
+              help="The archive; default NAME-TIME.tar.zst here.")
 @click.option(
     "--compress", type=click.Choice(COMPRESS), help="Default: by the name of FILE, else zstd."
 )
@@ -125,14 +127,16 @@ Examples:
   unionfs volume restore orders -i mon.tar.zst --base sun.tar.zst
 """,
 )
-@click.option("-i", "--input", "source", metavar="FILE|-", default="-", help="The archive (default: stdin).")
+@click.option("-i", "--input", "source", metavar="FILE|-", shell_complete=complete_files,
+              default="-", help="The archive (default: stdin).")
 @click.option(
-    "--base", "bases", multiple=True, metavar="FILE",
+    "--base", "bases", multiple=True, metavar="FILE", shell_complete=complete_files,
     help="The base of an incremental archive, if it is not beside it.",
 )  # fmt: skip
 @click.option("--verify-only", is_flag=True, help="Only check the archive; change nothing.")
 @click.option(
-    "--create", is_flag=True, help="Create the volume if it is missing: the archive knows driver and options."
+    "--create", is_flag=True,
+    help="Create the volume if it is missing, with the driver and options in the archive."
 )
 @progress_option
 @_json_option

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from unionfs.cli.completing import complete_directories
 from unionfs.errors import UserError, quoted
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def root_option(command: _F) -> _F:
     """Add `--root`, the same for every command."""
     return click.option(
         "--root",
-        metavar="DIR",
+        metavar="DIR", shell_complete=complete_directories,
         help="The storage root (default: $UNIONFS_ROOT, see `unionfs volume --help`).",
     )(command)
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from unionfs.cli.completing import complete_files
 from unionfs.cli.listing import print_json
 from unionfs.cli.progress import progress_option, shown_progress
 from unionfs.cli.volume.archiving import COMPRESS, check_output, report_json, report_told
@@ -54,7 +55,8 @@ Examples:
   unionfs volume export orders | ssh host unionfs volume import orders
 """,
 )
-@click.option("-o", "--output", metavar="FILE|-", default="-", help="The tar (default: standard output).")
+@click.option("-o", "--output", metavar="FILE|-", shell_complete=complete_files,
+              default="-", help="The tar (default: standard output).")
 @click.option("--compress", type=click.Choice(COMPRESS), help="Default: by the name of FILE, else none.")
 @_owner_options
 @progress_option
@@ -102,7 +104,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @root_option
 @click.argument("name", shell_complete=complete_volumes)
-@click.argument("source", metavar="FILE|-", default="-")
+@click.argument("source", metavar="FILE|-", shell_complete=complete_files, default="-")
 def import_(
     uid: int | None, gid: int | None, progress: str, as_json: bool, root: str | None, name: str, source: str
 ) -> None:

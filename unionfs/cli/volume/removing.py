@@ -34,7 +34,7 @@ def rm(force: bool, root: str | None, names: tuple[str, ...]) -> int:
 @click.option("-a", "--all", "every", is_flag=True, help="Also remove named volumes.")
 @click.option(
     "--filter", "filters", multiple=True, metavar="KEY=VALUE",
-    help="label, label!, name, driver, until, or all=true as -a; may be repeated, and all must hold.",
+    help="label, label!, name, driver, until, or all=true (as -a); may be repeated, and all must hold.",
 )  # fmt: skip
 @click.option("-f", "--force", is_flag=True, help="Don't ask.")
 @click.option("--dry-run", is_flag=True, help="Only print what would be removed.")
