@@ -81,10 +81,11 @@ class Keeper:
 
     def _run(self) -> None:
         runs = self._lease.owner.seconds
+        ok = self.passes or self._renew()
         while not self._ended and not self.lost:
+            self._wake.wait(runs * _EVERY * (1 if ok else 0.2))
             self._wake.clear()
             ok = self._renew()
-            self._wake.wait(runs * _EVERY * (1 if ok else 0.2))
 
     def _renew(self) -> bool:
         """Returns False if the server could not tell."""
