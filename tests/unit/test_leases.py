@@ -205,7 +205,7 @@ while time.monotonic() < deadline:
 
 def test_one_at_a_time(upper: Path) -> None:
     """Processes that take it, keep it, come back too late, end and die at random never have it together."""
-    words = [sys.executable, "-c", CONTENDER, upper]
+    words = [sys.executable, "-c", CONTENDER, str(upper)]
     environment = {**os.environ, "UNIONFS_LEASE_SECONDS": str(patient(1.5))}
     processes = [
         subprocess.Popen(
