@@ -189,17 +189,18 @@ while time.monotonic() < deadline:
         lease = leases.claim(fd, upper, parent, alone=False)
     except LayerError:
         continue
-    for _ in range(chosen.randrange(6)):
+    print("had it", flush=True)
+    for _ in range(chosen.randrange(1, 3)):
         while leases.clock() < lease.until and not lease.lost and chosen.random() < 0.9:
             mine = os.open(upper + "/held", os.O_CREAT | os.O_EXCL)  # fails if another one has it, too
             os.close(mine)
             os.unlink(upper + "/held")
-            print("had it", flush=True)
         time.sleep(chosen.random() * leases.seconds())
         lease.renew()
     if chosen.random() < 0.7:
         lease.end()  # else it dies
     os.close(lease.fd)
+    time.sleep(leases.seconds() / 2)  # the next one is another's
 """
 
 
