@@ -12,7 +12,7 @@ packages_for() {
     case $1 in
         run) printf '%s\n' fuse3 libseccomp2 ;;
         test)
-            printf '%s\n' "${build_packages[@]}" acl attr btrfs-progs bubblewrap busybox-static debootstrap \
+            printf '%s\n' "${build_packages[@]}" acl attr bindfs btrfs-progs bubblewrap busybox-static debootstrap \
                 dosfstools e2fsprogs erofs-utils fio fish fuse-overlayfs git glusterfs-client glusterfs-server \
                 keyutils libseccomp2 make mergerfs mount nginx-light openssh-sftp-server openssl procps rclone rsync \
                 passt slirp4netns sqlite3 squashfs-tools sshfs strace tar util-linux xfsprogs zsh

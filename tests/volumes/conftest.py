@@ -13,6 +13,7 @@ import pytest
 
 from tests.mount.cli_calls import Done, succeed, unionfs
 from tests.support import areas
+from tests.volumes.bricks import Brick, served
 from unionfs.storage.volumes import Volumes
 
 
@@ -80,3 +81,10 @@ def as_root() -> None:
     """Skip without root."""
     if os.geteuid() != 0:
         pytest.skip("needs root")
+
+
+@pytest.fixture
+def brick(area: Path) -> Iterator[Brick]:
+    """A GlusterFS volume."""
+    with served(area) as found:
+        yield found

@@ -5,18 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.mount.cli_calls import refused, succeed, unionfs, wait_for
-from tests.support.patience import patient
 from tests.volumes import trees
+from tests.volumes.bricks import Brick, need
 from tests.volumes.conftest import Store
 from unionfs.errors import UserError
 from unionfs.storage import mounts
@@ -471,12 +470,6 @@ def _seen(root: Path) -> dict[str, tuple[str, bytes, int]]:
     }
 
 
-def _need(*programs: str) -> None:
-    for program in programs:
-        if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/usr/lib/openssh") is None:
-            pytest.skip(f"{program} is not installed")
-
-
 def _sshfs(area: Path) -> tuple[str, ...]:
     """The options of a volume in `far`, whose server runs here without ssh."""
     script = area / "ssh"
@@ -502,7 +495,7 @@ class TestElsewhere:
         _tutorial(store, area, "-o", "type=none", "-o", "o=bind", "-o", f"device={area}/host")
 
     def test_sshfs(self, store: Store, area: Path) -> None:
-        _need("sshfs", "sftp-server")
+        need("sshfs", "sftp-server")
         (area / "far").mkdir()
         outside = _outside(area)
         before = outside.stat()
@@ -537,7 +530,7 @@ class TestElsewhere:
 
     def test_sshfs_is_filled(self, store: Store, area: Path) -> None:
         """With the union's content at the target. It has no xattrs; targets of symlinks are unchanged."""
-        _need("sshfs", "sftp-server")
+        need("sshfs", "sftp-server")
         for name in ("far", "lower/x/dir", "upper", "work", "merged"):
             (area / name).mkdir(parents=True)
         outside = _outside(area)
@@ -560,7 +553,7 @@ class TestElsewhere:
         assert os.readlink(area / "far/out") == str(outside)
 
     def test_rclone(self, store: Store, area: Path) -> None:
-        _need("rclone")
+        need("rclone")
         (area / "far").mkdir()
         (area / "rclone.conf").write_text(f"[far]\ntype = alias\nremote = {area}/far\n")
         words = (
@@ -583,8 +576,8 @@ class TestElsewhere:
         refused(store("restore", "data", "-i", area / "links.tar"), "link cannot be made here")
         assert sorted(os.listdir(area / "far")) == ["dir", "large"]
 
-    def test_glusterfs(self, store: Store, area: Path, brick: str) -> None:
-        _tutorial(store, area, "-d", "glusterfs", "-o", "servers=127.0.0.1", "-o", f"volname={brick}")
+    def test_glusterfs(self, store: Store, area: Path, brick: Brick) -> None:
+        _tutorial(store, area, "-d", "glusterfs", "-o", "servers=127.0.0.1", "-o", f"volname={brick.name}")
         store.ok("create", "-d", "glusterfs", "-o", "servers=127.0.0.1", "-o", "volname=none", "bad")
         with pytest.raises(UserError, match="bad cannot be mounted"):
             store.volumes().attach("bad", "user")
@@ -610,61 +603,6 @@ class TestElsewhere:
                 check=False,
             )
             refused(done, "is not installed; install the package")
-
-
-@pytest.fixture
-def brick(area: Path) -> Iterator[str]:
-    """A GlusterFS volume of one brick, served from this machine."""
-    _need("glusterd", "gluster", "glusterfs")
-    if Path("/var/lib/glusterd").is_dir() and any(Path("/var/lib/glusterd/vols").glob("*")):
-        pytest.skip("this machine has GlusterFS volumes of its own")
-    home = area / "glusterd"
-    for name in ("state", "log", "run", "brick"):
-        (home / name).mkdir(parents=True)
-    # glusterd's state in fixed places is on private mounts of a separate namespace.
-    hide = " && ".join(
-        f"mkdir -p {there} && mount --bind {home}/{here} {there}"
-        for here, there in (
-            ("state", "/var/lib/glusterd"),
-            ("log", "/var/log/glusterfs"),
-            ("run", "/var/run/gluster"),
-        )
-    )
-    inside = ["unshare", "-m", "--propagation", "private", "sh", "-c"]
-    daemon = subprocess.Popen(
-        [*inside, f"{hide} && exec glusterd -N --log-level WARNING --log-file {home}/log/glusterd.log"],
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-    def gluster(*words: str) -> bool:
-        command = ["nsenter", "-t", str(daemon.pid), "-m", "gluster", "--mode=script", *words]
-        return subprocess.run(command, capture_output=True, timeout=patient(60), check=False).returncode == 0
-
-    try:
-        if not wait_for(lambda: gluster("volume", "list"), 20):
-            pytest.skip("glusterd does not come up here")
-        # gluster refuses a brick on localhost.
-        addresses = subprocess.run(
-            ["hostname", "-I"], capture_output=True, text=True, check=False
-        ).stdout.split()
-        if not any(gluster("volume", "create", "gv0", f"{one}:{home}/brick", "force") for one in addresses):
-            pytest.skip("gluster makes no volume here: this machine has no address but localhost")
-        assert gluster("volume", "start", "gv0")
-        yield "gv0"
-        gluster("volume", "stop", "gv0", "force")
-    finally:
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                words = path.read_bytes()
-            except OSError:
-                continue
-            # Bricks are separate daemons; their command lines contain this test's directory.
-            if os.fsencode(home) in words and words.startswith((b"/usr/sbin/gluster", b"glusterfsd")):
-                os.kill(int(path.parent.name), 9)
-        daemon.kill()
-        daemon.wait()
 
 
 def test_a_driver_of_another_package(store: Store, area: Path) -> None:

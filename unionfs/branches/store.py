@@ -33,6 +33,7 @@ from unionfs.sys import attributes, filelocks
 from unionfs.sys.capabilities import may_use_trusted_xattrs, uid_outside
 from unionfs.sys.fds import Owned
 from unionfs.sys.trees import remove_path
+from unionfs.union import leases
 
 _RECORD = "branch.json"
 STATE_FILE = "state.json"
@@ -253,6 +254,8 @@ class Branch:
                     "for that to end."
                 ) from error
             self._refuse_pending(what)
+            with on_failure(f"branch {quoted(self.name)} cannot be {what}", "check its directory"):
+                leases.refuse_if_led(self.upper)
             yield
 
     def _refuse_pending(self, what: str) -> None:

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
 
 NOT_THERE: Final[tuple[int, ...]]
 NO_KEY: Final[int]
+SHARED: Final[dict[int, str]]
 
 class Layer:
     @property

@@ -44,10 +44,19 @@ cdef object KEEP_NUMBERS = frozenset({
     0xCA451A4E, 0x2FC12FC1,
 })
 
-#: Of network filesystems and FUSE, whose calls wait for a server: NFS, SMB1 to 3 (fs/smb/client), Ceph, AFS (the
-#: kernel's client), FUSE and with it sshfs, rclone and glusterfs; and Lustre (coreutils, src/stat.c; its llite/file.c).
-#: Only of those that answer statx(2) with AT_STATX_DONT_SYNC without their server, which `marks` needs: so not 9p, Coda
-#: and OpenAFS, cluster filesystems on shared disks (OCFS2, GFS2), and others whose sources are not in the kernel.
+#: The filesystems that other hosts may change, or another kernel through the server, by their magic numbers: the kernel's
+#: include/uapi/linux/magic.h, fs/gfs2, fs/ocfs2, fs/vboxsf; those of Lustre, GPFS, BeeGFS, PanFS, StorNext, VxFS and
+#: VMware from coreutils, src/stat.c. FUSE is also sshfs, rclone, glusterfs, and virtiofs.
+SHARED = {
+    NFS: "NFS", FUSE: "FUSE", 0x517B: "SMB", 0xFE534D42: "SMB", 0xFF534D42: "SMB", 0x00C36400: "Ceph", 0x6B414653: "AFS",
+    0x0BD00BD0: "Lustre", 0x01021997: "9p", 0x5346414F: "AFS", 0x73757245: "Coda", 0x01161970: "GFS2",
+    0x7461636F: "OCFS2", 0x786F4256: "a VirtualBox share", 0x47504653: "GPFS", 0x19830326: "BeeGFS",
+    0xAAD7AAEA: "PanFS", 0xBEEFDEAD: "StorNext", 0xA501FCF5: "VxFS", 0xBACBACBC: "a VMware share",
+}
+
+#: Those of them whose calls wait for a server and which answer statx(2) with AT_STATX_DONT_SYNC without it, which `marks`
+#: needs: so not 9p, Coda and OpenAFS, cluster filesystems on shared disks, and others whose sources are not in the
+#: kernel, but for Lustre (its llite/file.c).
 cdef object REMOTE = frozenset({
     NFS, 0x517B, 0xFF534D42, 0xFE534D42, 0x00C36400, 0x6B414653, FUSE, 0x0BD00BD0,
 })

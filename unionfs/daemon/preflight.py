@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
+from unionfs.core.places import SHARED
 from unionfs.daemon import live, others
 from unionfs.daemon.fuse import (
     FUSE_CONF,
@@ -24,7 +25,7 @@ from unionfs.daemon.fuse import (
 from unionfs.errors import DeadMountError, UserError, quoted, reason
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.options import unescape_option
-from unionfs.sys.calls import FUSE_MAGIC, NFS_MAGIC, filesystem_magic
+from unionfs.sys.calls import filesystem_magic
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.fds import Owned
 from unionfs.sys.fusermount import find_fusermount
@@ -39,13 +40,6 @@ from unionfs.sys.mountinfo import (
 )
 from unionfs.union.hiding import is_hidden, parts_below
 from unionfs.union.leftovers import check_work
-
-#: Magic numbers of statfs(2): include/uapi/linux/magic.h, and fs/gfs2, fs/ocfs2, fs/vboxsf.
-_REPORTS_NOTHING: Final = {
-    NFS_MAGIC: "NFS", FUSE_MAGIC: "FUSE", 0x517B: "SMB", 0xFE534D42: "SMB", 0xFF534D42: "SMB",
-    0x01021997: "9p", 0x00C36400: "Ceph", 0x5346414F: "AFS", 0x6B414653: "AFS", 0x73757245: "Coda",
-    0x0BD00BD0: "Lustre", 0x01161970: "GFS2", 0x7461636F: "OCFS2", 0x786F4256: "a VirtualBox share",
-}  # fmt: skip
 
 _MAKE: Final = "make it with mkdir"
 
@@ -125,7 +119,7 @@ def check_lower(path: str) -> None:
 def _check_watched(path: str) -> None:
     """Raises UserError if others can change the lower without a report by the kernel."""
     with Owned(os.open(path, os.O_PATH | os.O_CLOEXEC)) as fd:
-        kind = _REPORTS_NOTHING.get(filesystem_magic(fd))
+        kind = SHARED.get(filesystem_magic(fd))
     if kind is not None:
         raise UserError(
             f"lower {quoted(path)} is on {kind}, whose changes by other hosts or by its daemon the kernel "

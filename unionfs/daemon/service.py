@@ -102,6 +102,8 @@ class Service:
             # Before the union notes the capabilities to restore after it acted as a caller: capset(2) of
             # more than are left fails, and the caller's own rights would count in work.
             confine(settings)
+            if self._stack.lease is not None:  # its thread has no more rights then
+                (self._stack.lease.begin if former is None else self._stack.lease.go_on)()
             self._operations = Operations(_union(self._stack, settings, self._outliving.state))
             undo.pop_all()
         self._serving = Serving(self._operations, settings)
@@ -220,8 +222,15 @@ class Service:
             **more_for(question, self._operations.latencies),
         }
 
+    @property
+    def _lost(self) -> str:
+        """Why the upper must not be changed any more, as a clause; else empty."""
+        return "" if self._stack.lease is None else self._stack.lease.lost
+
     async def _obey(self, order: str, question: dict[str, Any]) -> dict[str, Any]:
         try:
+            if self._lost and order != END:
+                return failed(self._lost)
             if order in ("snapshot", "restore"):
                 return await self._snapshotting.obey(order, question)
             if order == "sync":
@@ -258,7 +267,8 @@ class Service:
         if self._storage is not None:
             self._storage.give_back()
         self._announcement.mark_ending()
-        self._operations.union.work.close()
+        if not self._lost:  # else work is another host's
+            self._operations.union.work.close()
         if not settings.volatile:
             try:
                 self._stack.sync_upper()

@@ -26,6 +26,7 @@ from unionfs.core.setting import Change, set_attributes
 from unionfs.fuse.asides import Asides
 from unionfs.fuse.copying import CopyUps
 from unionfs.fuse.directories import Directories
+from unionfs.fuse.fence import Fence
 from unionfs.fuse.files import Files, truncate
 from unionfs.fuse.inline import in_thread
 from unionfs.fuse.invalidations import Invalidations
@@ -87,6 +88,7 @@ class Operations:
         self.asides = Asides(union.stack.layers)
         self.refreshing = Refreshing(union, self.directories, self.copy_ups)
         self.files = Files(union, self.copy_ups)
+        self.fence = None if union.stack.lease is None else Fence(union.stack.lease)
         self.snapshots = Snapshots(union, copy_up, self.files.handles, self.refreshing)
         #: The number of requests by kind, counted by the session.
         self.requests: Counter[str] = Counter()
@@ -114,6 +116,7 @@ class Operations:
             "written_bytes": self.files.bytes_written,
             **({} if self.union.watches is None else self.union.watches.figures()),
             **self.asides.figures(),
+            **({} if self.union.stack.lease is None else {"lease": self.union.stack.lease.figures()}),
             **memory_figures(),
             **self._more_figures(),
         }

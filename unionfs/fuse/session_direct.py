@@ -210,6 +210,7 @@ def make_loop(
         operations.invalidations,
         operations.asides,
         limit,
+        operations.fence,
     )
     operations.snapshots.serve(loop)
     return loop
@@ -287,6 +288,7 @@ def _settings(operations: Operations, io: IoMode, spliceable: int) -> Settings:
         live=operations.union.watches is not None,
         acl=stack.acl,
         permissions=stack.keeps_permissions,
+        leased=stack.lease is not None,
         upper_stack_depth=max(map(_stack_depth, uppers), default=0),
         lower_stack_depth=max(map(_stack_depth, lowers), default=0),
         max_readahead=READAHEAD,

@@ -101,7 +101,9 @@ def _request(handler: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Cor
         adapter = args[0]
         assert isinstance(adapter, PyfuseOperations)
         adapter.operations.requests[kind] += 1
-        latencies = adapter.operations.latencies
+        fence, latencies = adapter.operations.fence, adapter.operations.latencies
+        if fence is not None and not fence.passes and not await fence.passed():
+            raise pyfuse3.FUSEError(errno.EIO)
         began = latencies.clock() if latencies.watched else 0
         try:
             try:

@@ -25,7 +25,8 @@ from unionfs.sys.fds import Owned, open_for_listing
 from unionfs.sys.filelocks import may_be_a_mounts
 from unionfs.sys.mountinfo import mount_id_of_path, read_mountinfo
 from unionfs.sys.trees import remove
-from unionfs.union import opening, permissions
+from unionfs.union import leases, opening, permissions
+from unionfs.union.leasekeeper import Keeper
 from unionfs.union.leftovers import remove_leftovers
 from unionfs.union.markers import Markers
 from unionfs.union.owners import Owners
@@ -67,6 +68,7 @@ class LayerStack:
         markers: Markers,
         resources: _Files,
         shown: Shown = AS_STORED,
+        lease: Keeper | None = None,
     ) -> None:
         self.layers = layers
         self.upper = layers[0] if layers[0].is_upper else None
@@ -82,6 +84,8 @@ class LayerStack:
         self.owners = None if replace(shown, acl=True, permissions=0) == AS_STORED else Owners(shown)
         #: Whether owner, mode and type of objects are in xattrs; see `permissions`.
         self.keeps_permissions = bool(shown.permissions)
+        #: Keeps other hosts from mounting the upper, if they can reach it.
+        self.lease = lease
         #: Devices whose files cannot share blocks with the upper's.
         self.never_clones: set[int] = set()
         self._resources = resources
@@ -111,15 +115,16 @@ class LayerStack:
         privileged = has_capability(CAP_SYS_ADMIN)
         with _Files() as resources:
             layers: list[Layer] = []
-            work_root = work_fd = -1
+            lease, work_root, work_fd = None, -1, -1
             if upper is not None:
                 if work is None:
                     raise LayerError(
                         f"upper {upper} needs a work directory on the same filesystem; give one with --work."
                     )
                 upper_fd, work_root = opening.open_upper_and_work(upper, work, privileged, resources, atime)
-                lock(upper_fd, upper, "upper", resources)
+                alone = lock(upper_fd, upper, "upper", resources)
                 lock(work_root, work, "work", resources)
+                lease = _lease(upper_fd, upper, resources, alone=alone)
                 work_fd = opening.prepare_work(work_root, work, upper_fd, resources)
                 if volatile:
                     opening.mark_volatile(work_fd, resources)
@@ -141,7 +146,7 @@ class LayerStack:
                 _find_idmapped(layers)
             if shown.permissions:
                 permissions.find(layers, shown.permissions)
-            stack = cls(layers, work_root, work_fd, markers, resources.pop_all(), shown)
+            stack = cls(layers, work_root, work_fd, markers, resources.pop_all(), shown, lease)
             stack.volatile, stack.features = volatile, chosen
             return stack
 
@@ -165,7 +170,11 @@ class LayerStack:
             for fd in kept["files"]:
                 resources.callback(os.close, fd)
             work_root, work_fd = kept["work_root"], kept["work"]
-            if work_fd >= 0:
+            lease = None
+            if kept["lease"] is not None:
+                lease = Keeper(leases.Lease.resume(upper or "", **kept["lease"]))
+                resources.callback(lease.end)
+            if work_fd >= 0 and (lease is None or not lease.lost):
                 remove_leftovers(kept["layers"][0], work_fd)
                 if volatile:
                     resources.callback(remove, work_fd, b"incompat")
@@ -182,7 +191,7 @@ class LayerStack:
             for layer, mapped in zip(layers, kept["mapped"], strict=True):
                 if mapped:
                     layer.has_mapped_ids()
-            stack = cls(layers, work_root, work_fd, markers, resources.pop_all(), shown)
+            stack = cls(layers, work_root, work_fd, markers, resources.pop_all(), shown, lease)
             stack.volatile, stack.features = volatile, chosen
             return stack
 
@@ -194,6 +203,7 @@ class LayerStack:
             "mapped": [layer.is_idmapped for layer in self.layers],
             "work_root": self._work_root,
             "work": self.work_fd,
+            "lease": None if self.lease is None else self.lease.kept(),
         }
 
     @property
@@ -333,8 +343,31 @@ def _replace_by_nothing(fd: int) -> None:
     os.close(null)
 
 
-def lock(fd: int, path: str, role: str, resources: ExitStack) -> None:
-    """Hold flock(2) on the directory for the life of the mount, so that other mounts refuse it.
+def _lease(upper_fd: int, upper: str, resources: ExitStack, *, alone: bool) -> Keeper | None:
+    """A lease on an upper that other hosts may see; see `leases.claim`. It ends with `resources`."""
+    if leases.filesystem(upper_fd) is None:
+        return None
+    # By the upper's own mount: the filesystem can be unmounted elsewhere.
+    parent = os.open(b"..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=upper_fd)
+    resources.callback(os.close, parent)
+    return leased(upper_fd, upper, parent, resources, alone=alone)
+
+
+def leased(upper_fd: int, upper: str, parent: int, resources: ExitStack, *, alone: bool) -> Keeper:
+    """The same by the O_PATH fd of the directory above it."""
+    found = os.stat(os.path.basename(upper), dir_fd=parent, follow_symlinks=False)
+    if not os.path.samestat(found, os.fstat(upper_fd)):
+        raise LayerError(f"upper {upper} was replaced while it was mounted; try again.")
+    lease = leases.claim(upper_fd, upper, parent, alone=alone)
+    resources.callback(os.close, lease.fd)
+    keeper = Keeper(lease)
+    resources.callback(keeper.end)
+    return keeper
+
+
+def lock(fd: int, path: str, role: str, resources: ExitStack) -> bool:
+    """Hold flock(2) on the directory for the life of the mount, so that other mounts refuse it. Returns
+    whether it is held.
 
     Any user who can read a directory can lock it; a lock of a user who may not write it is not a mount's.
     """
@@ -342,12 +375,14 @@ def lock(fd: int, path: str, role: str, resources: ExitStack) -> None:
     resources.callback(os.close, lock)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
     except BlockingIOError as error:
         if not may_be_a_mounts(lock):
-            return
+            return False
         raise LayerError(
             f"{role} {path} is already in use by another mount; unmount that first or give another {role}."
         ) from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+        return False

@@ -12,8 +12,8 @@ from typing import Final
 from unionfs.core.places import Layer, Place
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.fds import Owned, open_for_listing
-from unionfs.union import opening
-from unionfs.union.layers import lock
+from unionfs.union import leases, opening
+from unionfs.union.layers import leased, lock
 from unionfs.union.markers import Markers
 from unionfs.union.merge import Merge
 
@@ -57,7 +57,9 @@ def resting(
     with ExitStack() as resources:
         fd = opening.open_lower(upper, privileged and not writable)
         resources.callback(os.close, fd)
-        lock(fd, upper, "upper", resources)
+        alone = lock(fd, upper, "upper", resources)
+        if leases.filesystem(fd) is not None:
+            _lease(fd, upper, resources, alone=alone, writable=writable)
         layers = [Layer(0, upper, fd, is_upper=True)]
         opened = None
         if work is not None:
@@ -74,6 +76,18 @@ def resting(
         merge = Merge(layers, markers, directory_fds=256)
         resources.callback(merge.close)
         yield Resting(merge, layers[0], opened)
+
+
+def _lease(fd: int, upper: str, resources: ExitStack, *, alone: bool, writable: bool) -> None:
+    """Hold the upper's lease. Who may not make one only looks whether another host has it. Raises LayerError,
+    OSError."""
+    above = os.path.dirname(upper)
+    if not writable and not os.access(above, os.W_OK, effective_ids=True):
+        leases.refuse_if_led(upper)
+        return
+    parent = opening.open_lower(above, False)
+    resources.callback(os.close, parent)
+    leased(fd, upper, parent, resources, alone=alone).begin()
 
 
 def object_path(dir_fd: int, name: bytes) -> bytes:

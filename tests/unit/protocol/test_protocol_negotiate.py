@@ -85,7 +85,7 @@ def check(decision: Decision, offered: InitRequest, settings: Settings, privileg
     else:
         assert reply.max_stack_depth == 0
         assert decision.passthrough_open_flags == 0
-    assert decision.passthrough_upper == (passthrough and not settings.read_only)
+    assert decision.passthrough_upper == (passthrough and not settings.read_only and not settings.leased)
     if decision.io is IoMode.HYBRID:
         flat = settings.lower_stack_depth <= (0 if settings.read_only else settings.upper_stack_depth)
         assert decision.passthrough_lower == (flat and (settings.read_only or not settings.live))
@@ -127,8 +127,9 @@ def possible(mode: IoMode, offered: InitRequest, privileges: Privileges) -> bool
 
 
 SWITCHES = [
-    {"bound": bound, "live": live, "acl": acl, "read_only": read_only}
-    for bound, live, acl, read_only in itertools.product((False, True), repeat=4)
+    {"bound": bound, "live": live, "acl": acl, "read_only": read_only, "leased": leased}
+    for bound, live, acl, read_only, leased in itertools.product((False, True), repeat=5)
+    if not (read_only and leased)
 ]
 
 
@@ -221,6 +222,15 @@ def test_hybrid_without_programs(changed: dict[str, int], reason: str) -> None:
     assert decision.reply.max_stack_depth == 1
     assert reason in decision.why
     assert "which hybrid avoids" in decision.why_not[IoMode.PASSTHROUGH]
+
+
+@pytest.mark.parametrize("io", [IoMode.HYBRID, IoMode.PASSTHROUGH])
+def test_an_upper_that_another_host_may_take(io: IoMode) -> None:
+    """What goes kernel to kernel cannot be stopped."""
+    decision = negotiate(offer(EVERYTHING), Settings(io=io, leased=True), ROOT)
+    assert decision.io is io
+    assert (decision.passthrough_upper, decision.passthrough_lower) == (False, True)
+    assert "upper files go through the daemon" in decision.why
 
 
 def test_hybrid_without_an_upper() -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import logging
 import mmap
-import struct
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
@@ -28,6 +27,8 @@ from unionfs.core.memo import Memo, Wanted
 from unionfs.fuse.asides import KILLED_SECONDS, Asides
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.nodelimit import NodeLimit
+from unionfs.fuse.direct.refusing import NO_ANSWER, OPCODE_UNIQUE, refuse_all
+from unionfs.fuse.fence import Fence
 from unionfs.fuse.inline import PENDING, begin, finish
 from unionfs.fuse.invalidations import Invalidations
 from unionfs.fuse.latency import Latencies
@@ -58,8 +59,6 @@ _RESIZED_SECONDS: Final = 0.05
 _HELD_SECONDS: Final = 0.0005
 _HELD_BY_SERVER_SECONDS: Final = 2.0
 """With slow layers, how long the whole mount may wait for requests in progress."""
-_OPCODE_UNIQUE: Final = struct.Struct("=4xIQ")  # of struct fuse_in_header
-_NO_ANSWER: Final = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT)
 
 
 class Loop:
@@ -78,8 +77,10 @@ class Loop:
         invalidations: Invalidations | None = None,
         asides: Asides | None = None,
         limit: NodeLimit | None = None,
+        fence: Fence | None = None,
     ) -> None:
         self._device = device
+        self._fence = fence
         self._channel = channel
         self._union = union
         self._new = new_buffer if union.state is None else _present_buffer
@@ -148,11 +149,14 @@ class Loop:
     async def _read_requests(self) -> None:
         channel, deferred = self._channel, self._files.deferred
         serve, latencies, invalidations = self.serve, self._latencies, self._invalidations
-        limit = self._limit
+        limit, fence = self._limit, self._fence
         cut_off = False
         while True:
             while self._hold is not None:
                 await self._hold.wait()
+            if fence is not None and not fence.passes and not await fence.passed():
+                await refuse_all(self._device, self._view)
+                return
             try:
                 size = channel.next()
             except OSError as error:
@@ -313,9 +317,9 @@ class Loop:
     # -- measuring latencies --------------------------------------------------------------------------
 
     def _measured(self, size: int) -> None:
-        number, unique = _OPCODE_UNIQUE.unpack_from(self._buffer)
+        number, unique = OPCODE_UNIQUE.unpack_from(self._buffer)
         began = self._latencies.clock()
-        if number in _NO_ANSWER or not self._latencies.goes_on(began):
+        if number in NO_ANSWER or not self._latencies.goes_on(began):
             if not self._channel.answer(size):
                 self.serve(size)
             return
@@ -328,7 +332,7 @@ class Loop:
     def _other(self, request: Request) -> Reply | None:
         if isinstance(request, rq.Interrupt):
             self._interrupt(request.interrupted)
-        if request.number in _NO_ANSWER:
+        if request.number in NO_ANSWER:
             return None
         return encode.error(request.unique, errno.ENOSYS)
 
@@ -363,7 +367,7 @@ class Loop:
 
     def _failed(self, request: Request, error: BaseException) -> Reply | None:
         """The answer to a request whose handler raised. Re-raises errors outside the request."""
-        if request.number in _NO_ANSWER:
+        if request.number in NO_ANSWER:
             log.error("%r failed", request, exc_info=error)
             return None
         if isinstance(error, OSError):

@@ -93,6 +93,8 @@ class Settings:
     """Bound storage is served, which others change too, and which may be read-only while the union is not."""
     live: bool = False
     """The lowers are watched: others change them."""
+    leased: bool = False
+    """Another host may take the upper over: then the daemon must stop all writes to it."""
     acl: bool = False
     """Every layer has POSIX ACLs."""
     permissions: bool = False
@@ -196,7 +198,7 @@ def _passes_lowers(mode: IoMode, settings: Settings) -> bool:
 
 
 def _passes_uppers(mode: IoMode, settings: Settings) -> bool:
-    return mode is not IoMode.CACHED and not settings.read_only
+    return mode is not IoMode.CACHED and not settings.read_only and not settings.leased
 
 
 _RULES: Final[tuple[_Rule, ...]] = (
@@ -242,8 +244,15 @@ _RULES: Final[tuple[_Rule, ...]] = (
 )
 
 
+_LEASED: Final = (
+    "upper files go through the daemon, which can stop all writes when another host has taken the upper"
+)
+
+
 def _good(mode: IoMode, settings: Settings) -> str:
     """The advantage of the mode, as a clause."""
+    if mode is IoMode.PASSTHROUGH and settings.leased:
+        return f"files of the lowers are read kernel to kernel, {_LEASED}"
     if mode is IoMode.PASSTHROUGH:
         return f"all files are read {'' if settings.read_only else 'and written '}kernel to kernel"
     if mode is IoMode.CACHED:
@@ -254,7 +263,7 @@ def _good(mode: IoMode, settings: Settings) -> str:
             opening = "a message, because lowers are watched that others change"
         return f"all files come from the page cache, and opening one costs {opening}"
     if not settings.read_only:
-        uppers = "upper files are read and written kernel to kernel"
+        uppers = _LEASED if settings.leased else "upper files are read and written kernel to kernel"
         if _passes_lowers(mode, settings):
             return (
                 f"{uppers}, and programs and libraries of the lowers (ELF files of more than "
@@ -280,6 +289,8 @@ def _drawback(chosen: IoMode, other: IoMode, settings: Settings) -> str:
             against += ", and a lower file held open while copied up would keep its old data"
         return against
     if other is IoMode.CACHED:
+        if settings.leased:
+            return "writes would be reported when the server has not got them yet"
         if chosen is IoMode.PASSTHROUGH:
             return "files would be copied through the daemon"
         if not settings.read_only:

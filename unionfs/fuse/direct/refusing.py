@@ -1,0 +1,41 @@
+"""Refuses the requests of a mount whose upper must not be changed any more."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from typing import Final
+
+import trio
+
+from unionfs.fuse.direct.device import Device
+from unionfs.fuse.protocol import Opcode, encode
+
+OPCODE_UNIQUE: Final = struct.Struct("=4xIQ")
+"""Of struct fuse_in_header."""
+NO_ANSWER: Final = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT)
+
+
+async def refuse_all(device: Device, buffer: memoryview) -> None:
+    """Answer all requests with EIO until the mount is gone. Raises ConnectionAbortedError if disconnected."""
+    cut_off = False
+    while True:
+        await trio.lowlevel.checkpoint()
+        try:
+            os.readv(device.fd, [buffer])
+        except BlockingIOError:
+            await trio.lowlevel.wait_readable(device.fd)
+            continue
+        except OSError as error:
+            if error.errno == errno.ENODEV:
+                return
+            # An ordinary umount causes it, too; see `loop`.
+            if error.errno == errno.ECONNABORTED and not cut_off:
+                cut_off = True
+            elif error.errno not in (errno.ENOENT, errno.EINTR):
+                raise
+            continue
+        number, unique = OPCODE_UNIQUE.unpack_from(buffer)
+        if number not in NO_ANSWER:
+            device.answer(encode.error(unique, errno.EIO))

@@ -1,0 +1,32 @@
+"""Requests wait while another host may have taken the upper's lease, and fail when one has."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import trio
+
+from unionfs.union.leasekeeper import Keeper
+
+_LOOK_SECONDS: Final = 0.02
+
+
+class Fence:
+    """What a session asks before it answers a request."""
+
+    def __init__(self, lease: Keeper) -> None:
+        self._lease = lease
+
+    @property
+    def passes(self) -> bool:
+        """Whether requests may be answered."""
+        return self._lease.passes
+
+    async def passed(self) -> bool:
+        """Wait until they may be; False if they never will."""
+        while not self._lease.passes:
+            if self._lease.lost:
+                return False
+            self._lease.hurry()
+            await trio.sleep(_LOOK_SECONDS)
+        return True
