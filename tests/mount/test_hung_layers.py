@@ -21,7 +21,7 @@ import pytest
 
 from tests.mount.cli_calls import unionfs
 from tests.mount.hung_calls import CALLS, Place, Server, others_go_on, standing, stopped, tree
-from tests.support.mounting import is_mounted, mounted
+from tests.support.mounting import command, is_mounted, mounted
 from tests.support.patience import patient
 from tests.support.snapshot import take
 from unionfs.sys.process import status_field
@@ -253,6 +253,84 @@ def test_a_snapshot_while_requests_wait(root: None, area: Path, session: str) ->
         assert changing.wait(patient(20)) == 0
         assert stat.S_IMODE((place.top / "only/chmod").stat().st_mode) == 0o604
         assert stat.S_IMODE((area / "upper/only/chmod").stat().st_mode) == 0o604
+
+
+def test_a_refresh(place: Place) -> None:
+    """It is refused, while everything else goes on; later it shows the changes."""
+    area = place.area
+    stopped(place)
+    (area / "source/only/read").rename(area / "source/only/moved")
+    (area / "lower/both/new").write_text("new")
+    assert not (place.top / "own/new").exists()
+    refreshing = subprocess.Popen([*command(), "refresh", place.top], stderr=subprocess.PIPE, text=True)
+    others_go_on(place.top)
+    if place.mount.session != "pyfuse3":
+        done = unionfs("snapshot", "create", place.top, "meanwhile")
+        assert done.returncode == 0, done.stderr
+    _, said = refreshing.communicate(timeout=patient(20))
+    assert refreshing.returncode == 1
+    assert f"the lower {area}/served has not answered for 5 seconds; try again when it does" in said
+    others_go_on(place.top)
+    place.server.go_on()
+    done = unionfs("refresh", place.top)
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(place.top / "only")) == sorted(os.listdir(area / "source/only"))
+    assert (place.top / "only/moved").read_bytes() == b"read" * 20_000
+    assert not (place.top / "only/read").exists()
+    assert (place.top / "both/new").read_text() == "new"
+
+
+def test_a_refresh_of_many(root: None, area: Path, session: str) -> None:
+    """What was changed in a slow lower shows: names, content, attributes, directories that are merged now."""
+    with standing(area, session, seconds=0.001) as place:
+        top = area / "source/only"
+        (area / "lower/only/later").mkdir(parents=True)
+        (area / "lower/only/later/below").write_text("below")
+        assert unionfs("refresh", place.top).returncode == 0
+        for number in range(40):
+            (top / f"file{number}").write_text(f"{number}")
+        assert unionfs("refresh", place.top).returncode == 0
+        known = [os.open(place.top / "only" / name, os.O_PATH) for name in os.listdir(place.top / "only")]
+        assert os.listdir(place.top / "only/later") == ["below"]
+        for number in range(0, 40, 4):
+            (top / f"file{number}").unlink()
+            (top / f"file{number + 1}").write_text("changed")
+            (top / f"file{number + 2}").chmod(0o600)
+            (top / f"file{number + 3}").rename(top / f"moved{number}")
+        (top / "later").mkdir()
+        (top / "later/above").write_text("above")
+        done = unionfs("refresh", place.top)
+        assert done.returncode == 0, done.stderr
+        for fd in known:
+            os.close(fd)
+        natively = _shown(top)
+        natively[b"later/below"] = _shown(area / "lower/only/later")[b"below"]
+        assert _shown(place.top / "only") == natively
+
+
+def test_a_snapshot_that_is_restored(root: None, area: Path, session: str) -> None:
+    """That is refused while a lower does not answer, and nothing waits for it."""
+    if session == "pyfuse3":
+        pytest.skip("no snapshots with this session")
+    with standing(area, session) as place:
+        done = unionfs("snapshot", "create", place.top, "first")
+        assert done.returncode == 0, done.stderr
+        (place.top / "own/later").write_text("later")
+        stopped(place)
+        restoring = subprocess.Popen(
+            [*command(), "snapshot", "restore", place.top, "first"], stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(5):
+            assert (place.top / "own/later").read_text() == "later"
+        _, said = restoring.communicate(timeout=patient(20))
+        assert restoring.returncode == 1
+        assert f"the lower {area}/served has not answered for 5 seconds; try again when it does" in said
+        assert (place.top / "own/later").read_text() == "later"
+        place.server.go_on()
+        done = unionfs("snapshot", "restore", place.top, "first")
+        assert done.returncode == 0, done.stderr
+        assert not (place.top / "own/later").exists()
+        assert (place.top / "only/read").read_bytes() == b"read" * 20_000
 
 
 def test_a_large_copy_up_is_shown(root: None, area: Path, session: str) -> None:

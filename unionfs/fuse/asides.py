@@ -20,9 +20,11 @@ from typing import Final
 
 import trio
 
+from unionfs.core import layercalls
 from unionfs.core.marks import close_with
-from unionfs.core.memo import Call, Memo
+from unionfs.core.memo import Call, Memo, Wanted
 from unionfs.core.places import Layer
+from unionfs.errors import quoted
 from unionfs.sys.process import is_being_killed
 
 #: The threads of a layer; more calls wait for one.
@@ -128,6 +130,29 @@ class Asides:
             raise failed
         if killed and memo.wanted():
             raise InterruptedError(errno.EINTR, os.strerror(errno.EINTR))
+
+    async def make_within(self, memo: Memo, seconds: float) -> None:
+        """The same, for work of the mount itself. Raises TimeoutError if a layer does not answer so soon."""
+        layer = memo.wanted()[0].layer
+        with trio.move_on_after(max(seconds, 0.0)):
+            await self.make(memo)
+            return
+        raise TimeoutError(
+            f"the lower {quoted(self._layers[layer].path)} has not answered for {seconds:.0f} seconds; try "
+            "again when it does"
+        )
+
+    async def all_answer(self, seconds: float) -> None:
+        """Ask each slow layer something that no cache answers. Raises TimeoutError as :meth:`make_within`."""
+        for layer in self._layers.values():
+            memo = Memo()
+            try:
+                with memo:
+                    layercalls.call(os.fstatvfs, layer.root_fd)
+            except Wanted:
+                await self.make_within(memo, seconds)
+            finally:
+                memo.close()
 
     def _given(self, memo: Memo, calls: Sequence[Call]) -> _Job:
         job = _Job(calls)

@@ -84,7 +84,7 @@ class Operations:
         self.copy_ups = CopyUps(union, copy_up)
         self.directories = Directories()
         self.asides = Asides(union.stack.layers)
-        self.refreshing = Refreshing(union, self.directories, self.copy_ups)
+        self.refreshing = Refreshing(union, self.directories, self.copy_ups, self.asides)
         self.files = Files(union, self.copy_ups)
         self.snapshots = Snapshots(union, copy_up, self.files.handles, self.refreshing)
         #: The number of requests by kind, counted by the session.
