@@ -20,7 +20,16 @@ from pathlib import Path
 import pytest
 
 from tests.mount.cli_calls import unionfs
-from tests.mount.hung_calls import CALLS, Place, Server, others_go_on, standing, stopped, tree
+from tests.mount.hung_calls import (
+    CALLS,
+    Place,
+    Server,
+    is_named,
+    others_go_on,
+    standing,
+    stopped,
+    tree,
+)  # fmt: skip
 from tests.support.mounting import command, is_mounted, mounted
 from tests.support.patience import patient
 from tests.support.snapshot import take
@@ -350,6 +359,7 @@ def test_a_large_copy_up_is_shown(root: None, area: Path, session: str) -> None:
         assert (one["path"], one["size"]) == ("/only/large", size)
         assert 0 < one["copied"] < size
         assert one["seconds"] > 0
+        is_named(place)
         line = r"/only/large: \S+ MiB of 10.0 MiB, \S+ [KM]iB/s, [\d:]+ left\n"
         for words in (["inspect", place.top], ["stats", "--seconds", "0", place.top]):
             assert re.search(rf"copying up +{line}", unionfs(*words).stdout)

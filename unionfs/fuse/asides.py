@@ -12,7 +12,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
@@ -57,16 +57,17 @@ class Asides:
         """Whether there are slow layers."""
         return bool(self._layers)
 
-    def figures(self) -> dict[str, object]:
-        """JSON-able: what requests wait for."""
+    def figures(self, silent: Mapping[str, float]) -> dict[str, object]:
+        """JSON-able: what requests wait for. ``silent``: for how many seconds others wait, by layer."""
         if not self._layers:
             return {}
         now = time.monotonic()
-        hung: dict[str, float] = {}
+        hung = {path: round(seconds, 3) for path, seconds in silent.items() if seconds > _HANGS_SECONDS}
         for number, pool in self._pools.items():
             longest = max((now - since for since in list(pool.since.values())), default=0.0)
             if longest > _HANGS_SECONDS:
-                hung[self._layers[number].path] = round(longest, 3)
+                path = self._layers[number].path
+                hung[path] = max(round(longest, 3), hung.get(path, 0.0))
         return {"requests_aside": self._aside, "hung_layers": hung}
 
     def made_at_once(self, memo: Memo) -> bool:

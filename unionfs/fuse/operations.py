@@ -112,7 +112,7 @@ class Operations:
             "read_bytes": self.files.bytes_read,
             "written_bytes": self.files.bytes_written,
             **({} if self.union.watches is None else self.union.watches.figures()),
-            **self.asides.figures(),
+            **self.asides.figures(self.copy_ups.silent()),
             **memory_figures(),
             **self._more_figures(),
         }

@@ -97,8 +97,9 @@ class Refreshing:
 
     async def replace(self, still: AbstractAsyncContextManager[None], change: Callable[[], Outdated]) -> None:
         """Change the layers, and show all that differs; ``change`` returns what is outdated besides the known
-        nodes. Within the context ``still`` no request is served. Raises what ``change`` raises, and TimeoutError
-        if a lower does not answer before that; if it stops later, its names are looked up anew."""
+        nodes. Within the context ``still`` no request is served. Raises what ``change`` raises, and
+        TimeoutError if a lower does not answer before that; if it stops later, its names are looked up anew.
+        """
         assert self._kernel is not None
         async with self.one:
             await self._asides.all_answer(_ANSWER_SECONDS)
@@ -193,7 +194,7 @@ class Refreshing:
                 work.lose(step)
 
     async def _make(self, step: Step, seconds: float) -> None:
-        """Make a step, and the calls on slow lowers that it wants. Raises TimeoutError if one lasts longer."""
+        """Make a step, and the calls on slow lowers that it wants. Raises TimeoutError if one is late."""
         memo = Memo()
         try:
             while True:
