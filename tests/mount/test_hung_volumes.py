@@ -81,7 +81,8 @@ def _answers(host: Host, one: Path, two: Path) -> None:
     assert "near" in listed
     for words in (
         ["volume", "inspect", "near"], ["volume", "inspect", "far"], ["ls"], ["ls", "--json"],
-        ["inspect", one], ["inspect", two], ["stats", one], ["volume", "backup", "near", "-o", host.area / "b.tar"],
+        ["inspect", one], ["inspect", two], ["stats", one],
+        ["volume", "backup", "near", "-o", host.area / "b.tar"],
     ):  # fmt: skip
         done = host(*words)
         assert done.returncode == 0, done.stderr
