@@ -3,9 +3,9 @@
     python -m benchmarks.slow_lowers [--rounds N] [--files N] [--mib N] [--only KIND ...] [--delay SECONDS]
 
 Prints medians, in milliseconds, of the bare mount and of a union over it, in turns: find(1), cat(1) of all
-files, and of a large one; each with the caches of a new mount. Then the median and the worst of 500 times that a
-file is made and removed in a directory of another lower: before the server is stopped, and while programs wait
-for it.
+files, and of a large one; each with the caches of a new mount. Then the median and the worst of 500 times
+that a file is made and removed in a directory of another lower: before the server is stopped, and while
+programs wait for it.
 """
 
 from __future__ import annotations

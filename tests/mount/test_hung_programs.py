@@ -25,6 +25,8 @@ from tests.mount.hung_programs import Glusterfs, Rclone, Sshfs
 from tests.support.patience import patient
 from tests.support.world import errno_of
 
+pytestmark = pytest.mark.slow_on("direct-passthrough", "direct-cached")
+
 REMOTES: dict[str, Start] = {
     "sshfs": partial(Sshfs, itself=True),
     "sshd": Sshfs,
