@@ -7,8 +7,8 @@ Rules:
 - The first event is acted upon at once; then events are collected for some milliseconds.
 - Requests are served during the work, which is done in small pieces. The kernel forgets what became outdated
   after every few hundred names, so that the first of many do not wait for the last.
-- Calls on slow lowers are made in threads, as for requests. One that takes too long ends the refresh with an
-  error; what the watches reported is tried again.
+- Calls on slow lowers, which cannot be watched, are made in threads, as for requests. One that takes too long
+  ends the refresh with an error.
 """
 
 from __future__ import annotations
@@ -43,8 +43,6 @@ _ANSWER_SECONDS: Final = 5.0
 """A lower that has not answered for so long is not waited for."""
 _HELD_SECONDS: Final = 2.0
 """The same, in all, while no request is served."""
-_AGAIN_SECONDS: Final = 1.0
-"""So long after that it is tried again."""
 
 
 class Kernel(Protocol):
@@ -130,7 +128,7 @@ class Refreshing:
                 wake = trio.Event()
                 changed = watches.take()
                 try:
-                    await self._show(changed)
+                    await self._apply(changed)
                 except Exception:
                     log.exception("changes of the lowers could not be shown")
 
@@ -142,15 +140,6 @@ class Refreshing:
                     await trio.lowlevel.checkpoint()
                 wake.set()
                 await trio.sleep(_COLLECT_SECONDS)
-
-    async def _show(self, changed: Changed) -> None:
-        while True:
-            try:
-                await self._apply(changed)
-                return
-            except TimeoutError as error:
-                log.warning("changes of the lowers are not shown yet: %s", error)
-                await trio.sleep(_AGAIN_SECONDS)
 
     async def _apply(self, changed: Changed) -> None:
         if changed.everything:
@@ -190,7 +179,7 @@ class Refreshing:
         for step in work.steps():
             try:
                 await self._make(step, until - trio.current_time())
-            except TimeoutError:
+            except OSError:
                 work.lose(step)
 
     async def _make(self, step: Step, seconds: float) -> None:
