@@ -186,9 +186,11 @@ class Sshfs(_Remote):
 
 
 class Rclone(_Remote):
-    """rclone, whose server over HTTP or which itself can be stopped."""
+    """rclone, whose server over HTTP or which itself can be stopped. ``caches``: as it does by default."""
 
-    def __init__(self, source: Path, target: Path, *, itself: bool = False) -> None:
+    def __init__(
+        self, source: Path, target: Path, *, itself: bool = False, caches: bool = False
+    ) -> None:
         need("rclone", "fusermount3")
         where = source.parent / "rclone"
         where.mkdir()
@@ -197,9 +199,10 @@ class Rclone(_Remote):
         port, rclone = _free_port(), ("rclone", "--config", "/dev/null", "--cache-dir", where)
         self.servers.append(self.run(*rclone, "serve", "webdav", "--addr", f"127.0.0.1:{port}", source))
         wait_until(lambda: _answers(port), "rclone does not serve")
+        caching = () if caches else ("--dir-cache-time", "0s", "--attr-timeout", "0s")
         self.mount(
-            *rclone, "-v", "mount", "--allow-other", "--read-only", "--dir-cache-time", "0s",
-            "--attr-timeout", "0s", f":webdav,url='http://127.0.0.1:{port}':", target,
+            *rclone, "-v", "mount", "--allow-other", "--read-only", *caching,
+            f":webdav,url='http://127.0.0.1:{port}':", target,
         )  # fmt: skip
 
     def stopped_ones(self) -> list[subprocess.Popen[bytes]]:
