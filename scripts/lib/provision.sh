@@ -18,8 +18,8 @@ packages_for() {
                 passt slirp4netns sqlite3 squashfs-tools sshfs strace tar util-linux xfsprogs zsh
             ;;
         dev) packages_for test ;;
-        slow) # servers that the slow tests start, and a browser
-            printf '%s\n' chromium fonts-dejavu-core mariadb-server postgresql
+        slow) # servers that slow tests and tests of sshfs start, and a browser
+            printf '%s\n' chromium fonts-dejavu-core mariadb-server openssh-server postgresql
             ;;
         clients) # container engines
             printf '%s\n' buildah containerd crun docker.io podman postgresql runc skopeo uidmap

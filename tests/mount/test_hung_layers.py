@@ -15,119 +15,27 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.mount.cli_calls import unionfs
-from tests.support.mounting import Mount, is_mounted, mounted
+from tests.mount.hung_calls import (
+    CALLS,
+    Place,
+    Server,
+    is_named,
+    others_go_on,
+    standing,
+    stopped,
+    tree,
+)  # fmt: skip
+from tests.support.mounting import command, is_mounted, mounted
 from tests.support.patience import patient
 from tests.support.snapshot import take
-from tests.support.worker import REPOSITORY
 from unionfs.sys.process import status_field
 
-#: What needs the layer, as the body of a program; `p` is the mount point.
-CALLS = {
-    "look a name up": "os.stat(p + '/no such name')",
-    "list": "os.listdir(p + '/only')",
-    "read": "open(p + '/only/read', 'rb').read()",
-    "chmod": "os.chmod(p + '/only/chmod', 0o600)",
-    "write": "open(p + '/only/write', 'ab').write(b'more')",
-    "remove": "os.unlink(p + '/only/remove')",
-    "make": "open(p + '/only/new', 'xb').close()",
-    "rename": "os.rename(p + '/only/rename', p + '/only/renamed')",
-    "read a link": "os.readlink(p + '/only/link')",
-    "read an xattr": "os.getxattr(p + '/only/xattr', 'user.any')",
-    "count": "os.statvfs(p + '/only/statfs')",
-}
 KILLED = [call for call in CALLS if call != "count"]  # which the topmost layer answers
-
-
-class Server:
-    """The process of a FUSE filesystem that shows a directory."""
-
-    def __init__(self, source: Path, target: Path, seconds: float = 0.0) -> None:
-        self.target = target
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.served", source, target, str(seconds)], cwd=REPOSITORY
-        )
-        deadline = time.monotonic() + patient(20)
-        while not is_mounted(target):
-            assert self.process.poll() is None
-            assert time.monotonic() < deadline, "it is not mounted"
-            time.sleep(0.01)
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
-
-    def go_on(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
-
-    def end(self) -> None:
-        subprocess.run(["umount", "-l", self.target], check=False)
-        self.process.kill()
-        self.process.wait()
-
-
-class Place:
-    """A union over a served lower and an ordinary one."""
-
-    def __init__(self, area: Path, server: Server, mount: Mount) -> None:
-        self.area, self.server, self.mount, self.top = area, server, mount, mount.mountpoint
-        self.callers: list[subprocess.Popen[bytes]] = []
-        self.kept: list[int] = []
-
-    def known(self) -> None:
-        """Look up what a mount in use knows, and keep the kernel from forgetting it: other tests may make it
-        free memory."""
-        for name in ("both/other", "both/mine", "own/file", "only", "late/file"):
-            self.kept.append(os.open(self.top / name, os.O_PATH))
-
-    def call(self, body: str) -> subprocess.Popen[bytes]:
-        """A process that does something on the mount."""
-        script = f"import os, sys\np = sys.argv[1]\n{body}"
-        caller = subprocess.Popen([sys.executable, "-c", script, self.top], stderr=subprocess.PIPE, cwd="/")
-        self.callers.append(caller)
-        return caller
-
-    def waits(self, caller: subprocess.Popen[bytes]) -> None:
-        """Wait until a process waits for the mount."""
-        deadline = time.monotonic() + patient(20)
-        while time.monotonic() < deadline:
-            assert caller.poll() is None, caller.stderr and caller.stderr.read()
-            where = Path(f"/proc/{caller.pid}/wchan").read_text()
-            state = Path(f"/proc/{caller.pid}/stat").read_text().rpartition(")")[2].split()[0]
-            if "request_wait_answer" in where or state == "D":
-                return  # for an answer, or for a lock that is held by one that waits
-            time.sleep(0.01)
-        raise AssertionError(f"it waits for {where!r}")
-
-    def let_go(self) -> None:
-        """End the use of the mount by this process."""
-        while self.kept:
-            os.close(self.kept.pop())
-
-    def end(self) -> None:
-        for caller in self.callers:
-            caller.kill()
-        self.server.go_on()
-        for caller in self.callers:
-            caller.wait(patient(20))
-            if caller.stderr:
-                caller.stderr.close()
-        self.let_go()
-
-
-def _tree(top: Path) -> None:
-    (top / "only").mkdir(parents=True)
-    (top / "both").mkdir()
-    for name in ("read", "chmod", "write", "remove", "rename", "xattr", "statfs"):
-        (top / "only" / name).write_bytes(name.encode() * 20_000)
-    (top / "only/link").symlink_to("read")
-    os.setxattr(top / "only/xattr", "user.any", b"value")
-    (top / "both/slow").write_text("slow")
 
 
 def _shown(top: Path) -> dict[bytes, tuple[int, int, bytes, dict[str, bytes]]]:
@@ -138,69 +46,20 @@ def _shown(top: Path) -> dict[bytes, tuple[int, int, bytes, dict[str, bytes]]]:
     }
 
 
-@contextmanager
-def _place(area: Path, session: str, seconds: float = 0.0) -> Iterator[Place]:
-    for name in ("served", "lower/both", "upper/own", "work"):
-        (area / name).mkdir(parents=True)
-    _tree(area / "source")
-    (area / "lower/both/other").write_text("of the other lower")
-    (area / "lower/late").mkdir()
-    (area / "lower/late/file").write_bytes(bytes(1 << 20))
-    (area / "source/late").mkdir(mode=0o751)
-    (area / "upper/both").mkdir()
-    (area / "upper/both/mine").write_text("of the upper")
-    (area / "upper/own/file").write_text("of the upper")
-    server = Server(area / "source", area / "served", seconds)
-    try:
-        with mounted(
-            area, lowers=[area / "served", area / "lower"], upper=area / "upper", work=area / "work",
-            session=session,
-        ) as mount:  # fmt: skip
-            place = Place(area, server, mount)
-            try:
-                yield place
-            finally:
-                place.end()
-    finally:
-        server.go_on()
-        server.end()
-
-
 @pytest.fixture
 def place(root: None, area: Path, session: str) -> Iterator[Place]:
-    with _place(area, session) as found:
+    with standing(area, session) as found:
         yield found
-
-
-def _others_go_on(top: Path) -> None:
-    """What needs no call into the served lower."""
-    assert (top / "both/mine").read_text() == "of the upper"
-    assert (top / "both/mine").stat().st_size == len("of the upper")
-    (top / "both/mine").write_text("changed")
-    assert (top / "both/mine").read_text() == "changed"
-    (top / "both/mine").write_text("of the upper")
-    (top / "own/new").mkdir()
-    (top / "own/new/file").write_text("new")
-    (top / "own/new/file").rename(top / "own/moved")
-    assert sorted(os.listdir(top / "own")) == ["file", "moved", "new"]
-    (top / "own/moved").unlink()
-    (top / "own/new").rmdir()
-
-
-def _stopped(place: Place) -> None:
-    """Stop the server of a mount in use."""
-    place.known()
-    place.server.stop()
 
 
 def test_others_go_on(place: Place) -> None:
     """Also while more requests wait for the hung layer than there are threads for it."""
-    _stopped(place)
-    _others_go_on(place.top)
+    stopped(place)
+    others_go_on(place.top)
     waiting = [place.call(f"os.stat(p + '/only/missing{number}')") for number in range(20)]
     for caller in waiting:
         place.waits(caller)
-    _others_go_on(place.top)
+    others_go_on(place.top)
     with (place.top / "both/mine").open() as file:
         assert file.read() == "of the upper"
     place.server.go_on()
@@ -213,12 +72,12 @@ def test_others_go_on(place: Place) -> None:
 @pytest.mark.parametrize("call", KILLED)
 def test_a_caller_can_be_killed(place: Place, call: str) -> None:
     """It ends while the layer hangs; afterwards its call was made or not."""
-    _stopped(place)
+    stopped(place)
     caller = place.call(CALLS[call])
     place.waits(caller)
     caller.kill()
     caller.wait(patient(20))
-    _others_go_on(place.top)
+    others_go_on(place.top)
     place.server.go_on()
     names = sorted(os.listdir(place.top / "only"))
     natively = sorted(os.listdir(place.area / "source/only"))
@@ -230,7 +89,7 @@ def test_a_caller_can_be_killed(place: Place, call: str) -> None:
 @pytest.mark.parametrize("call", ["look a name up", "read", "chmod"])
 def test_a_caller_that_handled_a_signal_can_be_killed(place: Place, call: str) -> None:
     """The kernel tells a filesystem of the first signal only."""
-    _stopped(place)
+    stopped(place)
     caller = place.call(f"import signal\nsignal.signal(signal.SIGUSR1, lambda *_: 0)\n{CALLS[call]}")
     deadline = time.monotonic() + patient(20)
     while not int(status_field("SigCgt", caller.pid), 16) >> (signal.SIGUSR1 - 1) & 1:
@@ -242,7 +101,7 @@ def test_a_caller_that_handled_a_signal_can_be_killed(place: Place, call: str) -
     assert caller.poll() is None
     caller.kill()
     caller.wait(patient(20))
-    _others_go_on(place.top)
+    others_go_on(place.top)
 
 
 def test_a_reader_whose_opener_has_ended(place: Place) -> None:
@@ -271,7 +130,7 @@ def test_a_reader_whose_opener_has_ended(place: Place) -> None:
 
 def test_a_listing_after_many_removals(root: None, area: Path, session: str) -> None:
     """Names that are hidden take no place in an answer; one without any would be the end."""
-    with _place(area, session) as place:
+    with standing(area, session) as place:
         names = [f"file{number:03}" for number in range(200)]
         for name in names:
             (area / "source/late" / name).touch()
@@ -284,7 +143,7 @@ def test_waiting_requests_end_well(place: Place) -> None:
     """When the server goes on, so do they: all as on an ordinary directory."""
     copy = place.area / "natively"
     shutil.copytree(place.area / "source", copy, symlinks=True)
-    _stopped(place)
+    stopped(place)
     bodies = [body for call, body in CALLS.items() if call not in ("list", "count")]
     waiting = [place.call(body) for body in bodies]
     for caller in waiting:
@@ -304,10 +163,10 @@ def test_waiting_requests_end_well(place: Place) -> None:
 
 def test_a_copy_up_that_needs_the_layer_late(place: Place) -> None:
     """The file is of the other lower, and copied in a thread; then its directory must be copied up, too."""
-    _stopped(place)
+    stopped(place)
     caller = place.call("os.chmod(p + '/late/file', 0o604)")
     place.waits(caller)
-    _others_go_on(place.top)
+    others_go_on(place.top)
     place.server.go_on()
     assert caller.wait(patient(20)) == 0
     found = place.area / "upper/late"
@@ -322,7 +181,7 @@ def test_a_large_copy_up_that_hangs(root: None, area: Path, session: str) -> Non
     """Its data is copied in a thread, which cannot be stopped."""
     if session == "pyfuse3":
         pytest.skip("with this session a copy-up of a large file ends with its thread")
-    with _place(area, session, seconds=0.01) as place:
+    with standing(area, session, seconds=0.01) as place:
         (area / "source/only/large").write_bytes(b"large" * (2 << 20))
         place.known()
         caller = place.call("os.chmod(p + '/only/large', 0o604)")
@@ -331,10 +190,10 @@ def test_a_large_copy_up_that_hangs(root: None, area: Path, session: str) -> Non
             assert time.monotonic() < deadline, "nothing is copied"
         place.server.stop()
         place.waits(caller)
-        _others_go_on(place.top)
+        others_go_on(place.top)
         caller.kill()
         caller.wait(patient(20))
-        _others_go_on(place.top)
+        others_go_on(place.top)
         place.server.go_on()
         while os.listdir(area / "work/work"):
             assert time.monotonic() < deadline + patient(20), "the copy is left"
@@ -349,7 +208,7 @@ def test_more_large_copy_ups_than_may_hang(root: None, area: Path, session: str)
     """One of them is killed before it begins: like the others, its file can be copied up later."""
     if session == "pyfuse3":
         pytest.skip("with this session a copy-up of a large file ends with its thread")
-    with _place(area, session) as place:
+    with standing(area, session) as place:
         names = [f"large{number}" for number in range(18)]
         for name in names:
             (area / "source/only" / name).write_bytes(name.encode() * 70_000)
@@ -360,11 +219,11 @@ def test_more_large_copy_ups_than_may_hang(root: None, area: Path, session: str)
         callers = [place.call(f"os.chmod(p + '/only/{name}', 0o604)") for name in names]
         for caller in callers:
             place.waits(caller)
-        _others_go_on(place.top)
+        others_go_on(place.top)
         for caller in callers:
             caller.kill()
             caller.wait(patient(20))
-        _others_go_on(place.top)
+        others_go_on(place.top)
         place.server.go_on()
         for name in names:
             (place.top / "only" / name).chmod(0o604)
@@ -375,7 +234,7 @@ def test_a_copy_up_reads_the_data_once(root: None, area: Path, session: str) -> 
     """Also if the directories of the file are still to be copied up."""
     size = 3 << 20
     deep = "only/a/b/c"
-    with _place(area, session) as place:
+    with standing(area, session) as place:
         (area / "source" / deep).mkdir(parents=True)
         (area / "source" / deep / "large").write_bytes(os.urandom(size))
         before = int(os.getxattr(area / "served", "user.bytes_read"))
@@ -389,15 +248,15 @@ def test_a_snapshot_while_requests_wait(root: None, area: Path, session: str) ->
     """They have their results over the new layers."""
     if session == "pyfuse3":
         pytest.skip("no snapshots with this session")
-    with _place(area, session) as place:
-        _stopped(place)
+    with standing(area, session) as place:
+        stopped(place)
         missing = place.call("os.stat(p + '/only/missing')")
         changing = place.call("os.chmod(p + '/only/chmod', 0o604)")
         for caller in (missing, changing):
             place.waits(caller)
         done = unionfs("snapshot", "create", place.top, "first")
         assert done.returncode == 0, done.stderr
-        _others_go_on(place.top)
+        others_go_on(place.top)
         place.server.go_on()
         assert missing.wait(patient(20)) == 1
         assert changing.wait(patient(20)) == 0
@@ -405,9 +264,87 @@ def test_a_snapshot_while_requests_wait(root: None, area: Path, session: str) ->
         assert stat.S_IMODE((area / "upper/only/chmod").stat().st_mode) == 0o604
 
 
+def test_a_refresh(place: Place) -> None:
+    """It is refused, while everything else goes on; later it shows the changes."""
+    area = place.area
+    stopped(place)
+    (area / "source/only/read").rename(area / "source/only/moved")
+    (area / "lower/both/new").write_text("new")
+    assert not (place.top / "own/new").exists()
+    refreshing = subprocess.Popen([*command(), "refresh", place.top], stderr=subprocess.PIPE, text=True)
+    others_go_on(place.top)
+    if place.mount.session != "pyfuse3":
+        done = unionfs("snapshot", "create", place.top, "meanwhile")
+        assert done.returncode == 0, done.stderr
+    _, said = refreshing.communicate(timeout=patient(20))
+    assert refreshing.returncode == 1
+    assert f"the lower {area}/served has not answered for 5 seconds; try again when it does" in said
+    others_go_on(place.top)
+    place.server.go_on()
+    done = unionfs("refresh", place.top)
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(place.top / "only")) == sorted(os.listdir(area / "source/only"))
+    assert (place.top / "only/moved").read_bytes() == b"read" * 20_000
+    assert not (place.top / "only/read").exists()
+    assert (place.top / "both/new").read_text() == "new"
+
+
+def test_a_refresh_of_many(root: None, area: Path, session: str) -> None:
+    """What was changed in a slow lower shows: names, content, attributes, directories that are merged now."""
+    with standing(area, session, seconds=0.001) as place:
+        top = area / "source/only"
+        (area / "lower/only/later").mkdir(parents=True)
+        (area / "lower/only/later/below").write_text("below")
+        assert unionfs("refresh", place.top).returncode == 0
+        for number in range(40):
+            (top / f"file{number}").write_text(f"{number}")
+        assert unionfs("refresh", place.top).returncode == 0
+        known = [os.open(place.top / "only" / name, os.O_PATH) for name in os.listdir(place.top / "only")]
+        assert os.listdir(place.top / "only/later") == ["below"]
+        for number in range(0, 40, 4):
+            (top / f"file{number}").unlink()
+            (top / f"file{number + 1}").write_text("changed")
+            (top / f"file{number + 2}").chmod(0o600)
+            (top / f"file{number + 3}").rename(top / f"moved{number}")
+        (top / "later").mkdir()
+        (top / "later/above").write_text("above")
+        done = unionfs("refresh", place.top)
+        assert done.returncode == 0, done.stderr
+        for fd in known:
+            os.close(fd)
+        natively = _shown(top)
+        natively[b"later/below"] = _shown(area / "lower/only/later")[b"below"]
+        assert _shown(place.top / "only") == natively
+
+
+def test_a_snapshot_that_is_restored(root: None, area: Path, session: str) -> None:
+    """That is refused while a lower does not answer, and nothing waits for it."""
+    if session == "pyfuse3":
+        pytest.skip("no snapshots with this session")
+    with standing(area, session) as place:
+        done = unionfs("snapshot", "create", place.top, "first")
+        assert done.returncode == 0, done.stderr
+        (place.top / "own/later").write_text("later")
+        stopped(place)
+        restoring = subprocess.Popen(
+            [*command(), "snapshot", "restore", place.top, "first"], stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(5):
+            assert (place.top / "own/later").read_text() == "later"
+        _, said = restoring.communicate(timeout=patient(20))
+        assert restoring.returncode == 1
+        assert f"the lower {area}/served has not answered for 5 seconds; try again when it does" in said
+        assert (place.top / "own/later").read_text() == "later"
+        place.server.go_on()
+        done = unionfs("snapshot", "restore", place.top, "first")
+        assert done.returncode == 0, done.stderr
+        assert not (place.top / "own/later").exists()
+        assert (place.top / "only/read").read_bytes() == b"read" * 20_000
+
+
 def test_a_large_copy_up_is_shown(root: None, area: Path, session: str) -> None:
     """How far it is: in `inspect`, `stats` and `top`."""
-    with _place(area, session, seconds=0.01) as place:
+    with standing(area, session, seconds=0.01) as place:
         size = 10 << 20
         (area / "source/only/large").write_bytes(b"x" * size)
         place.known()
@@ -422,6 +359,7 @@ def test_a_large_copy_up_is_shown(root: None, area: Path, session: str) -> None:
         assert (one["path"], one["size"]) == ("/only/large", size)
         assert 0 < one["copied"] < size
         assert one["seconds"] > 0
+        is_named(place)
         line = r"/only/large: \S+ MiB of 10.0 MiB, \S+ [KM]iB/s, [\d:]+ left\n"
         for words in (["inspect", place.top], ["stats", "--seconds", "0", place.top]):
             assert re.search(rf"copying up +{line}", unionfs(*words).stdout)
@@ -439,7 +377,7 @@ def test_a_large_copy_up_is_shown(root: None, area: Path, session: str) -> None:
 
 def test_commands_answer(place: Place) -> None:
     """`ls`, `inspect` and `stats` answer, and `inspect` names the layer."""
-    _stopped(place)
+    stopped(place)
     place.waits(place.call(CALLS["look a name up"]))
     deadline = time.monotonic() + patient(20)
     while not (hung := place.mount.inspect()["figures"]["hung_layers"]):
@@ -456,7 +394,7 @@ def test_commands_answer(place: Place) -> None:
 
 @pytest.mark.parametrize("how", ["--force", "--lazy"])
 def test_umount_with_callers(place: Place, how: str) -> None:
-    _stopped(place)
+    stopped(place)
     callers = [place.call(CALLS[call]) for call in ("look a name up", "read", "chmod")]
     for caller in callers:
         place.waits(caller)
@@ -473,7 +411,7 @@ def test_umount_with_callers(place: Place, how: str) -> None:
 
 
 def test_umount(place: Place) -> None:
-    _stopped(place)
+    stopped(place)
     place.let_go()
     done = unionfs("umount", place.top)
     assert done.returncode == 0, done.stderr
@@ -488,7 +426,7 @@ def _usable_again(place: Place) -> None:
         area, lowers=[area / "lower"], upper=area / "upper", work=area / "work",
         session=place.mount.session, name="again",
     ) as mount:  # fmt: skip
-        _others_go_on(mount.mountpoint)
+        others_go_on(mount.mountpoint)
     place.server.go_on()
 
 
@@ -520,7 +458,7 @@ while True:
         time.sleep(chance.random() / 10)
         place.server.stop()
         for _ in range(3):
-            _others_go_on(place.top)
+            others_go_on(place.top)
         place.server.go_on()
     for caller in load:
         assert caller.poll() is None, caller.stderr and caller.stderr.read()
@@ -533,7 +471,7 @@ def test_without_an_upper(root: None, area: Path, session: str) -> None:
     """The topmost layer hangs, which also answers statfs(2)."""
     for name in ("served", "lower/both"):
         (area / name).mkdir(parents=True)
-    _tree(area / "source")
+    tree(area / "source")
     (area / "lower/both/other").write_text("of the other lower")
     server = Server(area / "source", area / "served")
     try:
@@ -561,7 +499,7 @@ def test_without_an_upper(root: None, area: Path, session: str) -> None:
 
 def test_a_slow_server_and_many_changes(root: None, area: Path, session: str) -> None:
     """Programs that change the same files and directories of a slow lower at once: all as on a directory."""
-    with _place(area, session, seconds=0.002) as place:
+    with standing(area, session, seconds=0.002) as place:
         natively = area / "natively"
         shutil.copytree(area / "source", natively, symlinks=True)
         body = """

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import pytest
 
 from tests.mount.cli_calls import Place, succeed, unionfs
+from tests.mount.hung_calls import Server
 from tests.mount.outliving_calls import MODES, RESENDS, Outliving, fill, kill_next, load, tree
-from tests.mount.test_hung_layers import Server
 from tests.support import areas
 
 pytestmark = [pytest.mark.watchdog(600), pytest.mark.timeout(1200), RESENDS]

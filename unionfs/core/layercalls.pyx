@@ -6,13 +6,15 @@ On an fd without a mark, in other threads, and where no request is being answere
 import os
 
 from cpython.bytes cimport PyBytes_AS_STRING
-from libc.errno cimport ERANGE
+from libc.errno cimport EIO, ERANGE
 from libc.errno cimport errno as c_errno
 from libc.stdlib cimport strtol
 from libc.string cimport memcpy, strncmp
 from posix.unistd cimport pread as c_pread
 
-from unionfs.core.marks cimport AT_EMPTY_PATH, MOST_FDS, marked_child, marked_copy, marks, statx, statx_t
+from unionfs.core.marks cimport (
+    AT_EMPTY_PATH, MOST_FDS, marked_child, marked_copy, marks, statx, statx_t, xattr_error,
+)
 from unionfs.core.memo cimport (
     ATTRIBUTES, ENTRIES, FLAGS, FUNCTION, NAMES_SIZE, OPEN, READ, READLINK, STAT, XATTR, Call, answering, current,
     may_ask,
@@ -83,7 +85,12 @@ def call(function, *arguments, **options):
     else:
         fd = fd_in(arguments[0], rest)
     if fd < 0 or not may_ask(fd):
-        result = function(*arguments, **options)
+        try:
+            result = function(*arguments, **options)
+        except OSError as error:
+            if fd >= 0 and error.errno == EIO and function in (os.getxattr, os.listxattr):
+                raise failure(xattr_error(fd, EIO)) from None
+            raise
         if function is os.open and fd >= 0:
             marked_child(fd, result, arguments[1])
         return result

@@ -7,6 +7,7 @@ from the inode in memory (AT_STATX_DONT_SYNC).
 
 import os
 
+from libc.errno cimport EIO, EOPNOTSUPP
 from libc.errno cimport errno as c_errno
 from libc.stdlib cimport calloc
 from libc.string cimport memset
@@ -56,13 +57,13 @@ cdef int mark_as(int fd, const Mark *mark) noexcept nogil:
     return 0
 
 
-cdef Mark new_mark(int fd, uint32_t layer, bint opened) noexcept nogil:
-    """The mark of an object that was just opened; ``opened``: not with O_PATH."""
+cdef Mark new_mark(int fd, const Mark *of, bint opened) noexcept nogil:
+    """The mark of an object that was just opened from one of the same layer; ``opened``: not with O_PATH."""
     cdef statx_t found
     cdef Mark mark
     memset(&found, 0, sizeof(found))
     statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, 0, &found)
-    mark.id, mark.ino, mark.layer = next_id(), found.stx_ino, layer
+    mark.id, mark.ino, mark.layer, mark.bare = next_id(), found.stx_ino, of.layer, of.bare
     mark.major, mark.minor = found.stx_dev_major, found.stx_dev_minor
     # files are flushed; SMB and Lustre close directories at the server
     mark.flushes = opened and found.stx_mode & S_IFMT in (S_IFREG, S_IFDIR)
@@ -73,11 +74,17 @@ cdef int mark_root(int fd, uint32_t layer) except -1:
     """Mark the root of a slow layer with that number."""
     global marks
     cdef Mark mark
+    memset(&mark, 0, sizeof(mark))
     if marks == NULL:
         marks = <Mark *>calloc(MOST_FDS, sizeof(Mark))
         if marks == NULL:
             raise MemoryError
-    mark = new_mark(fd, layer, False)
+    mark.layer = layer
+    try:
+        os.listxattr(b"/proc/self/fd/%d" % fd)
+    except OSError as error:
+        mark.bare = error.errno == EOPNOTSUPP
+    mark = new_mark(fd, &mark, False)
     return mark_as(fd, &mark)
 
 
@@ -95,9 +102,16 @@ cdef int marked_child(int fd, int opened, int flags) noexcept nogil:
     cdef int code
     if opened >= 0 and is_slow(fd):
         code = c_errno
-        mark = new_mark(opened, marks[fd].layer, not flags & O_PATH)
+        mark = new_mark(opened, &marks[fd], not flags & O_PATH)
         mark_as(opened, &mark)
     return opened
+
+
+cdef int xattr_error(int fd, int code) noexcept nogil:
+    """What an error of an xattr's call on an fd means."""
+    if code == EIO and marks != NULL and 0 <= fd < MOST_FDS and marks[fd].bare and is_slow(fd):
+        return EOPNOTSUPP
+    return code
 
 
 def slow(int fd):

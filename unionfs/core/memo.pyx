@@ -21,6 +21,7 @@ from posix.unistd cimport pread as c_pread
 
 from unionfs.core.marks cimport (
     AT_EMPTY_PATH, close, is_slow, mark_as, marked_copy, marks, new_mark, statx, statx_t,
+    xattr_error,
 )
 from unionfs.core.stats cimport O_PATH, S_IFMT, S_IFREG, failure, fstatat, openat
 from unionfs.core.wire cimport SMALL_FILE
@@ -262,6 +263,8 @@ cdef class Call:
             elif kind == ATTRIBUTES:
                 value = statx(fd, name, flags, 0, &found)
             code = c_errno
+            if kind == XATTR:
+                code = xattr_error(fd, code)
         self.value, self.code = value, code if value < 0 else 0
         if kind == STAT:
             self.st = st
@@ -271,7 +274,7 @@ cdef class Call:
             self.data = inner
         elif kind == OPEN and value >= 0:
             self.opened = True
-            self.mark = new_mark(<int>value, self.layer, not flags & O_PATH)
+            self.mark = new_mark(<int>value, &self.mark, not flags & O_PATH)
             mark_as(<int>value, &self.mark)
         return 0
 
@@ -283,7 +286,9 @@ cdef class Call:
             )
         except OSError as error:
             self.code = error.errno or ENOENT
-            self.value, self.data = -1, error.strerror
+            if self.function in (os.getxattr, os.listxattr):
+                self.code = xattr_error(self.fd, self.code)
+            self.value, self.data = -1, os.strerror(self.code)
         return 0
 
     cdef int read(self) except -1:

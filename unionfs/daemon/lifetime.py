@@ -17,7 +17,7 @@ import trio
 from unionfs.daemon.clearing import end_from_within
 from unionfs.errors import quoted
 from unionfs.settings.mount import MountSettings
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, close_connections
 from unionfs.sys.manager import Manager
 from unionfs.sys.process import is_alive
 
@@ -162,7 +162,8 @@ class Lifetime:
             await self._at_once.wait()
         log.warning("%s is still in use: its users are cut off", self._mountpoint)
         # Do not cancel the session: libfuse would unmount by path, which may be another mount by now.
-        # The connection ends with the process.
         on_disk = self._finish()
+        # It would end with the process, which a call into a layer that does not answer may keep.
+        close_connections()
         logging.shutdown()
         os._exit(0 if on_disk else 1)

@@ -52,7 +52,7 @@ def give(mount: LiveMount, order: str, what: str, cure: str) -> None:
         return
     why = answer.get("failed")
     if isinstance(why, str):
-        raise UserError(f"{place} cannot be {what}: {why}; {cure}.")
+        raise UserError(f"{place} cannot be {what}: {why if ';' in why else f'{why}; {cure}'}.")
     raise UserError(
         f"{place} cannot be {what}: its daemon (pid {mount.pid}) is of an earlier version; mount it again."
     )

@@ -24,6 +24,7 @@ from unionfs.sys.unmount import unmount
 _NOTICE_SECONDS = 2.0
 _DEAF_SECONDS = 30.0
 _LAZY_SECONDS = 0.5
+_POLL_SECONDS = 0.2
 _COPY_POLL_SECONDS = 0.1
 _MOST_NAMED = 5
 _STOP = "stop whatever uses it first"
@@ -91,7 +92,8 @@ def _cut_off(entry: live.LiveMount) -> None:
     except UserError:
         if not wait_gone(entry.pid, entry.started, 0):
             raise
-    wait_gone(entry.pid, entry.started, None)
+    while not wait_gone(entry.pid, entry.started, _POLL_SECONDS):
+        pass
 
 
 def _is_further(mount: MountEntry, entry: live.LiveMount | None) -> bool:
@@ -181,7 +183,7 @@ def _umount_of_other(mount: MountEntry, owner: int, *, lazy: bool) -> None:
 def _wait_for_end(entry: live.LiveMount, path: str, *, lazy: bool) -> None:
     began = time.monotonic()
     answered = False
-    while not wait_gone(entry.pid, entry.started, 0.2):
+    while not wait_gone(entry.pid, entry.started, _POLL_SECONDS):
         waited = time.monotonic() - began
         if lazy and waited >= _LAZY_SECONDS:
             return

@@ -12,7 +12,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
@@ -20,9 +20,11 @@ from typing import Final
 
 import trio
 
+from unionfs.core import layercalls
 from unionfs.core.marks import close_with
-from unionfs.core.memo import Call, Memo
+from unionfs.core.memo import Call, Memo, Wanted
 from unionfs.core.places import Layer
+from unionfs.errors import quoted
 from unionfs.sys.process import is_being_killed
 
 #: The threads of a layer; more calls wait for one.
@@ -55,16 +57,17 @@ class Asides:
         """Whether there are slow layers."""
         return bool(self._layers)
 
-    def figures(self) -> dict[str, object]:
-        """JSON-able: what requests wait for."""
+    def figures(self, silent: Mapping[str, float]) -> dict[str, object]:
+        """JSON-able: what requests wait for. ``silent``: for how many seconds others wait, by layer."""
         if not self._layers:
             return {}
         now = time.monotonic()
-        hung: dict[str, float] = {}
+        hung = {path: round(seconds, 3) for path, seconds in silent.items() if seconds > _HANGS_SECONDS}
         for number, pool in self._pools.items():
             longest = max((now - since for since in list(pool.since.values())), default=0.0)
             if longest > _HANGS_SECONDS:
-                hung[self._layers[number].path] = round(longest, 3)
+                path = self._layers[number].path
+                hung[path] = max(round(longest, 3), hung.get(path, 0.0))
         return {"requests_aside": self._aside, "hung_layers": hung}
 
     def made_at_once(self, memo: Memo) -> bool:
@@ -128,6 +131,29 @@ class Asides:
             raise failed
         if killed and memo.wanted():
             raise InterruptedError(errno.EINTR, os.strerror(errno.EINTR))
+
+    async def make_within(self, memo: Memo, seconds: float) -> None:
+        """The same, for work of the mount itself. Raises TimeoutError if a layer does not answer so soon."""
+        layer = memo.wanted()[0].layer
+        with trio.move_on_after(max(seconds, 0.0)):
+            await self.make(memo)
+            return
+        raise TimeoutError(
+            f"the lower {quoted(self._layers[layer].path)} has not answered for {seconds:.0f} seconds; try "
+            "again when it does"
+        )
+
+    async def all_answer(self, seconds: float) -> None:
+        """Ask each slow layer something that no cache answers. Raises TimeoutError as :meth:`make_within`."""
+        for layer in self._layers.values():
+            memo = Memo()
+            try:
+                with memo:
+                    layercalls.call(os.fstatvfs, layer.root_fd)
+            except Wanted:
+                await self.make_within(memo, seconds)
+            finally:
+                memo.close()
 
     def _given(self, memo: Memo, calls: Sequence[Call]) -> _Job:
         job = _Job(calls)

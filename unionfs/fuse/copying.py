@@ -73,6 +73,16 @@ class CopyUps:
             ],
         }
 
+    def silent(self) -> dict[str, float]:
+        """For how many seconds the slow layers have given no data to copy-ups, by their paths."""
+        now = perf_counter_ns()
+        found: dict[str, float] = {}
+        for node, one in self.running.items():
+            if node.layer.slow:
+                seconds = (now - max(one.began, one.copy.moved)) / 1e9
+                found[node.layer.path] = max(seconds, found.get(node.layer.path, 0.0))
+        return found
+
     def is_running(self, node: Node) -> bool:
         """Whether the node is being copied up in a thread."""
         return node in self.running

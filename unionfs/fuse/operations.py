@@ -86,7 +86,7 @@ class Operations:
         self.copy_ups = CopyUps(union, copy_up)
         self.directories = Directories()
         self.asides = Asides(union.stack.layers)
-        self.refreshing = Refreshing(union, self.directories, self.copy_ups)
+        self.refreshing = Refreshing(union, self.directories, self.copy_ups, self.asides)
         self.files = Files(union, self.copy_ups)
         self.fence = None if union.stack.lease is None else Fence(union.stack.lease)
         self.snapshots = Snapshots(union, copy_up, self.files.handles, self.refreshing)
@@ -115,8 +115,12 @@ class Operations:
             "read_bytes": self.files.bytes_read,
             "written_bytes": self.files.bytes_written,
             **({} if self.union.watches is None else self.union.watches.figures()),
+<<<<<<< HEAD
             **self.asides.figures(),
             **({} if self.union.stack.lease is None else {"lease": self.union.stack.lease.figures()}),
+=======
+            **self.asides.figures(self.copy_ups.silent()),
+>>>>>>> hung
             **memory_figures(),
             **self._more_figures(),
         }

@@ -7,6 +7,8 @@ Rules:
 - The first event is acted upon at once; then events are collected for some milliseconds.
 - Requests are served during the work, which is done in small pieces. The kernel forgets what became outdated
   after every few hundred names, so that the first of many do not wait for the last.
+- Calls on slow lowers, which cannot be watched, are made in threads, as for requests. One that takes too long
+  ends the refresh with an error.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ from typing import Final, Protocol
 
 import trio
 
-from unionfs.core.memo import outdate
+from unionfs.core.memo import Memo, Wanted, outdate
+from unionfs.fuse.asides import Asides
 from unionfs.fuse.copying import CopyUps
 from unionfs.fuse.directories import Directories
-from unionfs.union.refreshing import Outdated, Refresh
+from unionfs.union.refreshing import Outdated, Refresh, Step
 from unionfs.union.tree import Union
 from unionfs.union.watching import Changed, Watches
 
@@ -36,6 +39,10 @@ _FAIR_NS: Final = 2_000_000
 _COLLECT_SECONDS: Final = 0.005
 _AT_ONCE: Final = 256
 """The kernel forgets that many names and nodes at a time."""
+_ANSWER_SECONDS: Final = 5.0
+"""A lower that has not answered for so long is not waited for."""
+_HELD_SECONDS: Final = 2.0
+"""The same, in all, while no request is served."""
 
 
 class Kernel(Protocol):
@@ -59,8 +66,11 @@ class Kernel(Protocol):
 class Refreshing:
     """Refreshes one mount; one refresh at a time."""
 
-    def __init__(self, union: Union, directories: Directories, copy_ups: CopyUps) -> None:
+    def __init__(
+        self, union: Union, directories: Directories, copy_ups: CopyUps, asides: Asides
+    ) -> None:
         self._union = union
+        self._asides = asides
         self._directories = directories
         self._copy_ups = copy_ups
         self._kernel: Kernel | None = None
@@ -73,7 +83,8 @@ class Refreshing:
         self._kernel = kernel
 
     async def refresh(self) -> None:
-        """Make all changes of the lowers visible, also those of files that are open or mapped."""
+        """Make all changes of the lowers visible, also those of files that are open or mapped. Raises
+        TimeoutError if a lower does not answer; then some may be visible."""
         if self._kernel is None:
             return
         async with self.one:
@@ -84,14 +95,17 @@ class Refreshing:
 
     async def replace(self, still: AbstractAsyncContextManager[None], change: Callable[[], Outdated]) -> None:
         """Change the layers, and show all that differs; ``change`` returns what is outdated besides the known
-        nodes. Within the context ``still`` no request is served. Raises what ``change`` raises."""
+        nodes. Within the context ``still`` no request is served. Raises what ``change`` raises, and
+        TimeoutError if a lower does not answer before that; if it stops later, its names are looked up anew.
+        """
         assert self._kernel is not None
         async with self.one:
+            await self._asides.all_answer(_ANSWER_SECONDS)
             async with still:
                 outdated = change()
                 work = self._refresh(self._kernel)
-                for _ in work.steps():
-                    pass
+                with trio.CancelScope(shield=True):
+                    await self._do_at_once(work)
             found = work.take()
             found.names.extend(outdated.names)
             found.nodes.update(outdated.nodes)
@@ -141,17 +155,46 @@ class Refreshing:
             self._union, self._since_ns, self._copy_ups.is_running, new_nodes=kernel.keeps_sizes
         )
 
-    async def _do(self, kernel: Kernel, work: Refresh, steps: Iterator[None]) -> None:
+    async def _do(self, kernel: Kernel, work: Refresh, steps: Iterator[Step]) -> None:
         fair_until = time.monotonic_ns() + _FAIR_NS
-        for _ in steps:
-            if work.outdated >= _AT_ONCE:
-                await self._tell(kernel, work.take())
-            elif time.monotonic_ns() > fair_until:
-                await trio.lowlevel.checkpoint()
-            else:
-                continue
-            fair_until = time.monotonic_ns() + _FAIR_NS
-        await self._tell(kernel, work.take())
+        try:
+            for step in steps:
+                if self._asides.needed:
+                    await self._make(step, _ANSWER_SECONDS)
+                else:
+                    step.look()
+                if work.outdated >= _AT_ONCE:
+                    await self._tell(kernel, work.take())
+                elif time.monotonic_ns() > fair_until:
+                    await trio.lowlevel.checkpoint()
+                else:
+                    continue
+                fair_until = time.monotonic_ns() + _FAIR_NS
+        finally:
+            await self._tell(kernel, work.take())
+
+    async def _do_at_once(self, work: Refresh) -> None:
+        """Everything, without a pause."""
+        until = trio.current_time() + _HELD_SECONDS
+        for step in work.steps():
+            try:
+                await self._make(step, until - trio.current_time())
+            except OSError:
+                work.lose(step)
+
+    async def _make(self, step: Step, seconds: float) -> None:
+        """Make a step, and the calls on slow lowers that it wants. Raises TimeoutError if one is late."""
+        memo = Memo()
+        try:
+            while True:
+                try:
+                    with memo:
+                        step.look()
+                    return
+                except Wanted:
+                    await self._asides.make_within(memo, seconds)
+        finally:
+            memo.close()
 
     async def _tell(self, kernel: Kernel, outdated: Outdated) -> None:
         for id_ in outdated.nodes:

@@ -21,6 +21,14 @@ def close_quietly(fd: int) -> None:
         marks.close_fd(fd)
 
 
+def close_connections() -> None:
+    """Close this process's fds of /dev/fuse, which ends their mounts if no other process has them."""
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{fd}") == "/dev/fuse":
+                os.close(int(fd))
+
+
 class Owned:
     """Closes `fd` at the end of a `with` block; `as` binds the number.
 

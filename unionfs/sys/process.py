@@ -37,8 +37,12 @@ def is_alive(pid: int, started: int) -> bool:
     return start_time(pid) == started
 
 
-def wait_gone(pid: int, started: int, timeout: float | None) -> bool:
-    """Wait at most `timeout` seconds (None: forever) for a process. Returns False if it still runs."""
+def wait_gone(pid: int, started: int, timeout: float) -> bool:
+    """Wait at most `timeout` seconds for a process. Returns False if it still runs.
+
+    To wait for longer, call it again and again: a thread whose call has reached the server of a FUSE
+    filesystem stays until that answers, also when all others have ended, which only the next call notices.
+    """
     try:
         opened = Owned(os.pidfd_open(pid))
     except OSError:
@@ -49,7 +53,7 @@ def wait_gone(pid: int, started: int, timeout: float | None) -> bool:
             return True
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
-        return bool(poll.poll(None if timeout is None else timeout * 1000))
+        return bool(poll.poll(timeout * 1000))
 
 
 def command_of(pid: int) -> str:

@@ -60,6 +60,8 @@ class _Copy:
     """Of the data to copy, in bytes."""
     copied = 0
     """How far that has come, in bytes."""
+    moved = 0
+    """When it came so far, in nanoseconds, of `perf_counter_ns`; 0: not yet."""
     _source: OpenFile
     _running = _left = False
 
@@ -98,7 +100,7 @@ class _Copy:
         """Copy the data of the source, which has the attributes ``st``."""
 
         def told(position: int) -> None:
-            self.copied = position
+            self.copied, self.moved = position, time.perf_counter_ns()
             goes_on()
 
         size, source = self.size, self._source.fd

@@ -4,7 +4,8 @@ A node whose object is still the same stays. One whose name now belongs to anoth
 the name; its open files go on with the old object. What was remembered of the lowers is forgotten.
 
 Rules:
-- One directory or name a step, parents first: requests may be served between two steps.
+- One directory or name a step, parents first: requests may be served between two steps. A step that needs a
+  call on a slow lower raises `Wanted`, and is made anew when the call was made, like a request (`core.memo`).
 - Of names that the watches reported, only these are looked at. Otherwise an object of a lower is unchanged if
   its ctime is older than the last refresh, as nothing sets a ctime. Where clocks may differ (NFS) or numbers
   change, it may always have changed.
@@ -20,9 +21,11 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 from unionfs.core import stacking
+from unionfs.core.layercalls import call
 from unionfs.core.node import Node
 from unionfs.core.places import Layer, Place
 from unionfs.core.search import PREFIX
@@ -62,6 +65,15 @@ class Outdated:
                 node.has_key(key)
 
 
+@dataclass(slots=True, frozen=True)
+class Step:
+    """A piece of the work: ``look`` at a name in a directory, or, without a name, at the directory."""
+
+    parent: Node
+    name: bytes | None
+    look: Callable[[], None]
+
+
 class Refresh:
     """One pass over all known nodes of the merged layers, or over some names."""
 
@@ -78,6 +90,8 @@ class Refresh:
         self._outdated = Outdated()
         #: New nodes of changed files.
         self._renewed: set[Node] = set()
+        #: Directories that have other parts now, until their names were looked at.
+        self._merged_anew: set[Node] = set()
 
     def take(self) -> Outdated:
         """What became outdated since the last call."""
@@ -89,35 +103,48 @@ class Refresh:
         """The size of what :meth:`take` returns."""
         return len(self._outdated)
 
-    def steps(self) -> Iterator[None]:
-        """Look at everything, in pieces."""
+    def steps(self) -> Iterator[Step]:
+        """What looks at everything, in pieces."""
         self._union.merge.forget_names()
         yield from self._below(self._union.nodes.root)
 
-    def steps_for(self, changed: Mapping[Node, Names]) -> Iterator[None]:
-        """Look at names in directories, in pieces."""
+    def steps_for(self, changed: Mapping[Node, Names]) -> Iterator[Step]:
+        """What looks at names in directories, in pieces."""
         for node, names in changed.items():
             if self._is_known(node):
                 self._union.merge.forget_names(node.parts)
                 for name, told in names.items():
                     yield from self._name(node, name, told)
 
+    def lose(self, step: Step) -> None:
+        """Do without a step's calls, as a layer does not answer: its name may belong to something else."""
+        if step.name is None:
+            self._outdated.add(step.parent)
+        elif (child := self._child(step.parent, step.name)) is not None:
+            self._lose(step.parent, step.name, child)
+
     def _is_known(self, node: Node) -> bool:
         return self._union.nodes.named(node.id) is node and not node.unlinked
 
-    def _below(self, top: Node) -> Iterator[None]:
-        """Look at everything from a directory down."""
+    def _child(self, node: Node, name: bytes) -> Node | None:
+        """A known node of the merged layers; its directory may have lost its name meanwhile."""
+        child = self._union.nodes.child(node, name) if self._is_known(node) else None
+        return child if child is not None and child.territory is node.territory else None
+
+    def _below(self, top: Node) -> Iterator[Step]:
+        """What looks at everything from a directory down."""
         waiting = [top]
         while waiting:
             node = waiting.pop()
             if self._is_known(node):
-                waiting += self._directory(node)
-                yield
+                yield Step(node, None, partial(self._directory, node))
+                for name in list(node.children or ()):
+                    yield Step(node, name, partial(self._look, node, name, waiting))
 
     # -- names that the watches reported --------------------------------------------------------------
 
-    def _name(self, node: Node, name: bytes, told: Told) -> Iterator[None]:
-        """Look at one name in a directory, and at everything below it if it is merged from other parts."""
+    def _name(self, node: Node, name: bytes, told: Told) -> Iterator[Step]:
+        """What looks at one name in a directory, and at everything below if it is merged from other parts."""
         if name == ITSELF:
             self._outdated.add(node)
             return
@@ -135,21 +162,24 @@ class Refresh:
         child = (node.children or {}).get(name)
         if child is None:
             self._outdated.names.append((node.id, name))
-            self._other_names(node, name)
+            yield Step(node, name, partial(self._other_names, node, name))
         elif child.territory is node.territory:
             parts = child.parts
-            if not self._is_same(node, name, child, told):
-                self._outdated.add(node)
-            elif child.parts is not parts:
+            yield Step(node, name, partial(self._told, node, name, told))
+            if child.parts is not parts:
                 yield from self._below(child)
-        yield
+
+    def _told(self, node: Node, name: bytes, told: Told) -> None:
+        child = self._child(node, name)
+        if child is not None and not self._is_same(node, name, child, told):
+            self._outdated.add(node)
 
     def _other_names(self, parent: Node, name: bytes) -> None:
         """A name may be a new one of an object that is known by others, and has another ``st_nlink`` now."""
         watches, nodes = self._union.watches, self._union.nodes
         for part in parent.parts:
             try:
-                st = os.stat(name, dir_fd=self._union.gate.fd(part), follow_symlinks=False)
+                st = call(os.stat, name, dir_fd=self._union.gate.fd(part), follow_symlinks=False)
             except OSError:
                 continue
             known = nodes.named(nodes.numbers.of(st.st_dev, st.st_ino)) if st.st_nlink > 1 else None
@@ -159,27 +189,26 @@ class Refresh:
 
     # -- everything -----------------------------------------------------------------------------------
 
-    def _directory(self, node: Node) -> list[Node]:
-        """Refresh the names in a directory; returns the directories below it that are still known."""
-        if self._is_changed_directory(node):
+    def _directory(self, node: Node) -> None:
+        """Refresh what the kernel knows of a directory."""
+        if node in self._merged_anew or self._is_changed_directory(node):
             for part in node.parts:
                 part.forget_named()
             self._outdated.add(node)
             self._new_names(node)
-        below = []
-        for name in list(node.children or ()):
-            child = self._union.nodes.child(node, name)  # it may be superseded meanwhile
-            if child is None:
-                continue
-            if child.territory is node.territory and self._is_same(node, name, child) and child.is_dir:
-                below.append(child)
-        return below
+            self._merged_anew.discard(node)
+
+    def _look(self, node: Node, name: bytes, below: list[Node]) -> None:
+        """Refresh a name; a directory that still has it is added to ``below``."""
+        child = self._child(node, name)  # it may be superseded meanwhile
+        if child is not None and self._is_same(node, name, child) and child.is_dir:
+            below.append(child)
 
     def _is_changed_directory(self, node: Node) -> bool:
         lowers = [part for part in node.parts if not part.layer.is_upper]
         try:
             return any(
-                self._may_differ(part.layer, os.stat(self._union.gate.fd(part))) for part in lowers
+                self._may_differ(part.layer, call(os.stat, self._union.gate.fd(part))) for part in lowers
             )
         except OSError:
             return True
@@ -211,6 +240,13 @@ class Refresh:
         except OSError:
             if self._is_in_present_layers(node):
                 return True  # the next request reports it
+        self._lose(parent, name, node)
+        return False
+
+    def _lose(self, parent: Node, name: bytes, node: Node) -> None:
+        """Take a name from a node."""
+        if self._is_busy(node):
+            return
         if node.layer in self._union.stack.layers:
             self._union.nodes.lose(node, parent, name)
         else:  # another process has not touched it, so who has it open finds it there
@@ -221,7 +257,6 @@ class Refresh:
             self._outdated.add(node)  # of a file, what the kernel has is still right
         elif node.unlinked:
             self._union.files.keep_object(node)
-        return False
 
     def _is_found(self, parent: Node, name: bytes, node: Node, told: Told) -> bool:
         """Look a name up; whether it still belongs to the node. Raises ``OSError``."""
@@ -253,7 +288,7 @@ class Refresh:
             if self._union.watches is not None:
                 self._union.watches.known(node)
             self._outdated.add(node)
-            self._new_names(node)
+            self._merged_anew.add(node)
         elif told is not Told.NOTHING:
             self._outdated.add(node)
         return True
@@ -272,7 +307,7 @@ class Refresh:
         if watches is not None and watches.is_same(node, part, place):
             return True
         try:
-            return os.path.samestat(os.stat(gate.fd(part)), os.stat(gate.fd(place)))
+            return os.path.samestat(call(os.stat, gate.fd(part)), call(os.stat, gate.fd(place)))
         except OSError:
             return False
 
