@@ -17,15 +17,21 @@ _QUIET_AND_FORCED: Final = {"ext4": ("-q", "-F"), "xfs": ("-q", "-f"), "btrfs": 
 
 @contextmanager
 def new_filesystem(area: Path, kind: str = "ext4") -> Iterator[Path]:
-    """Mount a new filesystem of 4 GiB, in a sparse file in `area`. Requires root."""
+    """Mount a new filesystem of 4 GiB, in a sparse file in `area`; also `zfs`. Requires root."""
     with tempfile.NamedTemporaryFile(dir=area) as image, tempfile.TemporaryDirectory(dir=area) as place:
         image.truncate(_BYTES)
-        _call(f"mkfs.{kind}", *_QUIET_AND_FORCED[kind], image.name)
-        _call("mount", "-o", "loop", image.name, place)
+        if kind == "zfs":
+            pool = f"unionfs-{Path(place).name}"
+            _call("zpool", "create", "-o", "cachefile=none", "-m", place, pool, image.name)
+            undo = ("zpool", "destroy", "-f", pool)
+        else:
+            _call(f"mkfs.{kind}", *_QUIET_AND_FORCED[kind], image.name)
+            _call("mount", "-o", "loop", image.name, place)
+            undo = ("umount", "-R", "-l", place)
         try:
             yield Path(place)
         finally:
-            subprocess.run(["umount", "-R", "-l", place], check=False)
+            subprocess.run(undo, check=False)
 
 
 def _call(*words: str) -> None:

@@ -44,6 +44,8 @@ cat /dir/file /dir/replaced/* /dir/elsewhere/*
 """
 _LOOP = "echo up; while :; do sleep 0.05; done"
 _BASED = ("btrfs", "devicemapper", "zfs")
+_OWN_FILESYSTEM = ("btrfs", "zfs")
+"""The drivers whose storage root is on the filesystem of their name."""
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Drivers:
         return int(next(one["size"] for one in found if one["name"] == name))
 
     def left(self) -> list[str]:
-        """What is left of containers: directories, subvolumes, mounts of any process, loop devices."""
+        """What is left of containers: directories, subvolumes, clones, mounts of any process, devices."""
         found = [str(path) for path in (self.box.root / "containers").glob("*")]
         for table in Path("/proc").glob("[0-9]*/mountinfo"):
             try:
@@ -84,8 +86,12 @@ class Drivers:
             found += [f"{table}: {line}" for line in lines if f"{self.box.root}/" in line]
         for file in (self.box.root / "drivers").glob("*/*data"):
             found += [device.path for device in loop.devices_of(str(file))]
-        names = (Path(path).read_text() for path in glob.glob("/sys/block/dm-*/dm/name"))
-        found += [name for name in names if name.startswith("unionfs-")]
+        for path in glob.glob("/sys/block/dm-*/dm/name"):
+            with suppress(OSError):  # EINVAL: it is just being removed
+                found += [name for name in [Path(path).read_text()] if name.startswith("unionfs-")]
+        if self.driver == "zfs":
+            names = subprocess.run(["zfs", "list", "-H", "-o", "name"], capture_output=True, text=True).stdout
+            found += [name for name in names.split() if "/container-" in name]
         if self.driver == "btrfs":
             for path, _, _ in os.walk(self.box.root):
                 with suppress(FileNotFoundError):
@@ -99,8 +105,8 @@ def drivers(
     request: pytest.FixtureRequest, root: None, area: Path, filesystem: Callable[..., Path]
 ) -> Iterator[Drivers]:
     with lives(Life, area, RUNTIME) as box:
-        if request.param == "btrfs":
-            box.root = filesystem("btrfs") / "storage"
+        if request.param in _OWN_FILESYSTEM:
+            box.root = filesystem(request.param) / "storage"
         try:
             open_driver(request.param, str(box.root)).check()
         except UserError as refusal:
@@ -145,7 +151,7 @@ def test_from_the_first_write_to_rm(drivers: Drivers) -> None:
 
 def test_the_size_is_that_of_the_changes(drivers: Drivers) -> None:
     (drivers.box.base / "large").write_bytes(os.urandom(1 << 20))
-    drivers.say("--name", "kept", "--", "sh", "-c", "head -c 100000 /dev/zero | cat - /data/seed > /new")
+    drivers.say("--name", "kept", "--", "sh", "-c", "head -c 100000 /dev/urandom | cat - /data/seed > /new")
     copies = drivers.driver == "vfs"
     assert (drivers.size("kept") > 1 << 20) == copies
     assert drivers.size("kept") >= 100000
@@ -278,7 +284,7 @@ def test_an_image_of_the_store(drivers: Drivers) -> None:
 
 def test_a_lower_may_hold_the_storage_root(drivers: Drivers) -> None:
     box = drivers.box
-    if drivers.driver == "btrfs":
+    if drivers.driver in _OWN_FILESYSTEM:
         shutil.copytree(box.base, box.root.parent / "base", symlinks=True)
         box.base = box.root.parent / "base"
         box.root = box.base / "store"

@@ -32,7 +32,9 @@ _MKFS = {
     "xfs": ["mkfs.xfs", "-q", "-f"],
     "btrfs": ["mkfs.btrfs", "-q", "-f"],
 }
-_MIN_BYTES = {"ext4": 32 << 20, "xfs": 320 << 20, "btrfs": 128 << 20}
+_ZPOOL = shutil.which("zpool", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+_POOLS = Path("/proc/spl/kstat/zfs")
+_MIN_BYTES = {"ext4": 32 << 20, "xfs": 320 << 20, "btrfs": 128 << 20, "zfs": 64 << 20}
 
 
 class Unavailable(Exception):
@@ -84,6 +86,8 @@ def detach(root: Path) -> list[str]:
 def remove(root: Path) -> None:
     """Remove a tree of any depth, after everything mounted in it."""
     detach(root)
+    if _ZPOOL is not None and (_POOLS / root.name).is_dir():
+        subprocess.run([_ZPOOL, "destroy", "-f", root.name], check=False)
     # rm handles paths beyond PATH_MAX; shutil.rmtree does not on every supported Python.
     removal = ["rm", "-rf", "--one-file-system", "--", str(root)]
     if subprocess.run(removal, stderr=subprocess.DEVNULL).returncode != 0:
@@ -224,7 +228,7 @@ def _in_memory(home: Path) -> Path | None:
 
 @contextmanager
 def filesystem(kind: str, size: int = 256 << 20) -> Iterator[Path]:
-    """A new mounted filesystem of ``size`` bytes: "tmpfs", or a loop device with ext4, xfs or btrfs.
+    """A new mounted filesystem of ``size`` bytes: "tmpfs", or in a file, with ext4, xfs, btrfs or zfs.
 
     Raises Unavailable with the reason.
     """
@@ -236,15 +240,33 @@ def filesystem(kind: str, size: int = 256 << 20) -> Iterator[Path]:
         where.mkdir()
         if kind == "tmpfs":
             syscalls.mount("tmpfs", where, "tmpfs", 0, f"size={size},mode=755")
+        elif kind == "zfs":
+            _make_pool(home.name, home / "image", size, where)
         else:
             _mount_image(kind, home / "image", size, where)
         where.chmod(0o755)
         yield where
 
 
-def _mount_image(kind: str, image: Path, size: int, where: Path) -> None:
+def _make_file(kind: str, image: Path, size: int) -> None:
     with image.open("wb") as file:
         file.truncate(max(size, _MIN_BYTES[kind]))
+
+
+def _make_pool(name: str, image: Path, size: int, where: Path) -> None:
+    """A pool, which `remove` destroys. It is not in the list of pools that are imported at boot."""
+    if _ZPOOL is None:
+        raise Unavailable("zpool is not installed")
+    _make_file("zfs", image, size)
+    done = subprocess.run(
+        [_ZPOOL, "create", "-o", "cachefile=none", "-m", where, name, image], capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        raise Unavailable(f"no ZFS here: {done.stderr.strip()}")
+
+
+def _mount_image(kind: str, image: Path, size: int, where: Path) -> None:
+    _make_file(kind, image, size)
     make = [*_MKFS[kind], str(image)]
     if shutil.which(make[0], path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") is None:
         raise Unavailable(f"{make[0]} is not installed")

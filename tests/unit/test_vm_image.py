@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.lib.vm import host, image, initrd, machine
+from scripts.lib.vm import __main__ as command_line
+from scripts.lib.vm import host, image, initrd, machine, zfs
 from scripts.lib.vm.errors import VmError
 
 
@@ -79,6 +80,22 @@ def test_only_root_makes_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(VmError, match="only root"), image.image("6.1", ["a"]):
         pass
+
+
+def test_zfs_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = image.Kernel("6.1", tmp_path / "vmlinuz", tmp_path / "modules", tmp_path / "root.ext4")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(VmError, match="only root"):
+        zfs.built(kernel)
+    (tmp_path / "zfs.tar").touch()
+    assert zfs.built(kernel) == tmp_path / "zfs.tar"
+
+
+@pytest.mark.parametrize("words", [("--kernel", "host"), ("--power-cut", "1")])
+def test_where_zfs_cannot_be(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["vm-test", "--packages", "", "--zfs", *words])
+    with pytest.raises(SystemExit, match="2"):
+        command_line.main()
 
 
 def test_the_workplaces_of_killed_runs_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

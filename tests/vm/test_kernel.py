@@ -13,7 +13,7 @@ import pytest
 from tests.mount import cli_calls
 from tests.mount.cli_calls import Place, listed, refused, unionfs
 from tests.support import mounting
-from unionfs.sys import fuseprobe
+from unionfs.sys import detached, fuseprobe
 
 Facts = tuple[int, bool, tuple[int, int]]
 
@@ -44,6 +44,11 @@ def test_release(kernel: str) -> None:
     if kernel != "host":
         assert release.startswith(f"{kernel}.")
         assert "cloud" in release
+
+
+def test_zfs(kernel: str) -> None:
+    """It is there if it was asked for, so that its tests are not skipped unnoticed."""
+    assert detached.is_known("zfs") == ("UNIONFS_VM_ZFS" in os.environ)
 
 
 def test_python(facts: Facts) -> None:

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from scripts.lib.vm import image, machine
+from scripts.lib.vm import image, machine, zfs
 from scripts.lib.vm.errors import VmError
 from scripts.lib.vm.image import Kernel
+from scripts.lib.vm.machine import Disk
 
 DEFAULT_TESTS = ["tests/mount", "tests/vm"]
 _PASSED_ON = ("UNIONFS_TEST_SESSIONS", "UNIONFS_ORACLE", "UNIONFS_ORACLE_SEED")
@@ -22,13 +23,16 @@ _PASSED_ON = ("UNIONFS_TEST_SESSIONS", "UNIONFS_ORACLE", "UNIONFS_ORACLE_SEED")
 
 def main() -> int:
     """Run the command; return the exit code."""
-    usage = "scripts/vm-test [--kernel 6.1|6.12|host] [PYTEST ARGUMENT...]; see --help"
+    usage = "scripts/vm-test [--kernel 6.1|6.12|host] [--zfs] [PYTEST ARGUMENT...]; see --help"
     parser = argparse.ArgumentParser(prog="vm-test", usage=usage, add_help=False, allow_abbrev=False)
     parser.add_argument("--kernel", choices=[*image.SUITES, "host"], default="6.12")
     parser.add_argument("--packages", required=True)
+    parser.add_argument("--zfs", action="store_true")
     parser.add_argument("--shell", metavar="COMMAND")
     parser.add_argument("--power-cut", type=int, nargs="?", const=6, metavar="N")
     arguments, pytest = parser.parse_known_args()
+    if arguments.zfs and (arguments.kernel == "host" or arguments.power_cut is not None):
+        parser.error("--zfs needs --kernel 6.1 or 6.12, and does not go with --power-cut")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
     try:
@@ -40,7 +44,8 @@ def main() -> int:
                 return power_cut.run(kernel, environment(arguments.kernel), work, arguments.power_cut)
             words = [word for word in pytest if word != "--"] or DEFAULT_TESTS
             command = arguments.shell or f"exec python -m pytest {shlex.join(words)}"
-            return _run(kernel, arguments.kernel, command, work)
+            added = zfs.built(kernel) if arguments.zfs else None
+            return _run(kernel, arguments.kernel, command, work, added)
     except VmError as error:
         print(f"vm-test: {error}", file=sys.stderr)
         return 1
@@ -76,9 +81,17 @@ def environment(kernel: str) -> dict[str, str]:
     }
 
 
-def _run(kernel: Kernel, name: str, command: str, work: Path) -> int:
+def _run(kernel: Kernel, name: str, command: str, work: Path, added: Path | None) -> int:
+    """Run a command in a machine; `added` is the tar of ZFS."""
     print(f"Booting Linux {kernel.release} in QEMU ({machine.acceleration()})", flush=True)
-    with machine.running(kernel, command, environment(name), work) as running:
+    variables = environment(name)
+    disks: list[Disk] = []
+    files: dict[str, str] = {}
+    if added is not None:
+        variables["UNIONFS_VM_ZFS"] = "1"
+        disks.append(Disk(added, ",readonly=on"))
+        files["zfs"] = "/dev/vdc\n"
+    with machine.running(kernel, command, variables, work, *disks, files=files) as running:
         if sys.stdout.isatty():
             output = running.pieces()
         else:  # Skip what a terminal would have overwritten.

@@ -13,12 +13,6 @@ from pathlib import Path
 from scripts.lib.vm import host, image
 from scripts.lib.vm.errors import VmError
 
-# The image stays as it is: what the build installs and makes is in an overlay, which ends with the namespace.
-_MOUNT = """
-mkdir {work}/disk {work}/root
-mount -o loop,ro {disk} {work}/disk
-mount -t overlay -o lowerdir={work}/disk,upperdir={work}/upper,workdir={work}/work overlay {work}/root
-"""
 _BUILD = """
 cd {source}
 /opt/venv/bin/python -m pip install -q {requirements}
@@ -37,17 +31,12 @@ def compiled(kernel: image.Kernel) -> Path:
     print("Compiling the core for it", flush=True)
     with tempfile.TemporaryDirectory(prefix="core-", dir=kernel.root.parent) as name:
         work = Path(name)
-        (work / "work").mkdir()
         tree = work / "upper" / image.SOURCE[1:]
         tree.mkdir(parents=True)
         subprocess.run(["cp", "--parents", *sources, tree], cwd=image.REPOSITORY, check=True)
         environment, paths = host.pip_settings()
-        image.chroot(
-            work / "root",
-            _BUILD.format(source=image.SOURCE, requirements=shlex.join(requirements)),
-            before=_MOUNT.format(work=shlex.quote(name), disk=shlex.quote(str(kernel.root))),
-            doing="compiling the core", env=environment, paths=paths,
-        )  # fmt: skip
+        script = _BUILD.format(source=image.SOURCE, requirements=shlex.join(requirements))
+        image.chroot_over(kernel, work, script, doing="compiling the core", env=environment, paths=paths)
         made = sorted(str(path.relative_to(tree)) for path in tree.glob("unionfs/core/*.so"))
         words: list[str | Path] = ["tar", "-c", "--owner=0", "--group=0", "-f", work / "core.tar", *made]
         subprocess.run(words, cwd=tree, check=True)

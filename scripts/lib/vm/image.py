@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -65,6 +66,14 @@ for path in "$@"; do
     mount --rbind "$path" "$root$path"
 done
 exec chroot "$root" /bin/sh -euc "$script"
+"""
+
+
+# The image stays as it is: what a script changes is in an overlay, which ends with the namespace.
+_OVERLAY = """
+mkdir -p {work}/disk {work}/root {work}/upper {work}/work
+mount -o loop,ro {disk} {work}/disk
+mount -t overlay -o lowerdir={work}/disk,upperdir={work}/upper,workdir={work}/work overlay {work}/root
 """
 
 
@@ -238,6 +247,19 @@ def chroot(
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", **(env or {}),
         },
     )  # fmt: skip
+
+
+def chroot_over(
+    kernel: Kernel, work: Path, script: str, *, doing: str, env: dict[str, str] | None = None,
+    paths: Sequence[Path] = (),
+) -> Path:  # fmt: skip
+    """Run a shell script in an image's root, which stays as it is; return the directory with its changes.
+
+    That is `upper` in the directory `work`. What it already holds, the root shows, too.
+    """
+    before = _OVERLAY.format(work=shlex.quote(str(work)), disk=shlex.quote(str(kernel.root)))
+    chroot(work / "root", script, doing=doing, env=env, paths=paths, before=before)
+    return work / "upper"
 
 
 def _take_kernel(root: Path, home: Path) -> None:

@@ -21,10 +21,13 @@ from unionfs.union.merge import Merge
 _PATH = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 
-def copy_lowers(layer: Writable, target: str) -> None:
-    """Copy what the lowers have together into an empty directory. Raises UserError."""
+def copy_lowers(layer: Writable, target: str, called: str = "") -> None:
+    """Copy what the lowers have together into an empty directory. Raises UserError.
+
+    `called`: what an error message calls the target, if its path says nothing to a user.
+    """
     with (
-        on_failure(f"the lowers cannot be copied to {quoted(target)}", "make room there"),
+        on_failure(f"the lowers cannot be copied to {called or quoted(target)}", "make room there"),
         ExitStack() as resources,
     ):
         layers = []

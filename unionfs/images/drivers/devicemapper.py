@@ -76,7 +76,7 @@ class DeviceMapper(Snapshots):
                 self._run("mkfs.ext4", "-q", "-E", "nodiscard,root_owner=0:0", device)
                 with mounted_device("ext4", device) as tree:
                     os.rmdir(f"{tree}/lost+found")
-                    copying.copy_lowers(layer, tree)
+                    copying.copy_lowers(layer, tree, f"a thin device of {_DEVICE >> 30} GiB")
                     size = size_of_tree(tree)
             finally:
                 self._deactivate(number)

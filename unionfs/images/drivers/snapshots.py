@@ -83,7 +83,11 @@ class Snapshots(Driver):
             if key not in self._bases():
                 self._discard(key)
                 make_directory(self._home(key))
-                kept = self._new_base(key, layer)
+                try:
+                    kept = self._new_base(key, layer)
+                except BaseException:
+                    self._discard(key)  # it may have filled what it is on
+                    raise
                 lowers = list(layer.lowers)
                 with directory(self._home(key)) as fd:
                     syncfs(fd)

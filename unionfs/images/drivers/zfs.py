@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,10 +19,13 @@ from unionfs.images.drivers.backing import existing, kind_of
 from unionfs.images.drivers.base import Wanted, Writable
 from unionfs.images.drivers.private import PrivateMount, attach_device, mounted_device
 from unionfs.images.drivers.snapshots import Snapshots
-from unionfs.storage.mounts import need_program, program_path, run_program
+from unionfs.storage.mounts import need_program, run_program
 from unionfs.sys import detached
 
 _LEGACY = ("-o", "mountpoint=legacy")
+_ABOVE = ("-o", "mountpoint=none", "-o", "acltype=posixacl", "-o", "xattr=sa")
+"""The others inherit it: without acltype a dataset refuses ACLs (zfsprops(7))."""
+_BUSY_SECONDS = 5.0
 _OTHER = "choose another driver"
 
 
@@ -30,10 +34,10 @@ class Zfs(Snapshots):
 
     def check(self) -> None:
         self._need_root()
-        if not detached.is_known("zfs"):
+        if not detached.is_known("zfs"):  # a module without the alias fs-zfs is not loaded by that
             raise UserError(
-                "storage driver zfs: this kernel has no ZFS; load the module zfs (package zfs-dkms), or "
-                f"{_OTHER}."
+                "storage driver zfs: this kernel has no ZFS; load the module zfs (`modprobe zfs`, package "
+                f"zfs-dkms), or {_OTHER}."
             )
         need_program("zfs", "zfsutils-linux", "storage driver zfs")
         kind = kind_of(existing(self.root))
@@ -51,16 +55,19 @@ class Zfs(Snapshots):
 
     def _new_base(self, key: str, layer: Writable) -> Mapping[str, Any]:
         if not self._exists(self._dataset()):
-            self._zfs("create", "-o", "mountpoint=none", self._dataset())
+            self._zfs("create", *_ABOVE, self._dataset())
         base = self._base(key)
         self._zfs("create", *_LEGACY, base)
         with mounted_device("zfs", base) as tree:
-            copying.copy_lowers(layer, tree)
+            copying.copy_lowers(layer, tree, f"the dataset {base}")
         self._zfs("snapshot", f"{base}@base")
         return {}
 
     def _delete_base(self, key: str) -> None:
+        """With the last dataset of this storage root goes the one above it."""
         self._destroy(self._base(key))
+        if not any(name.startswith(f"{self._dataset()}/") for name in self._datasets()):
+            self._destroy(self._dataset())
 
     def _has(self, layer: Writable) -> bool:
         return self._exists(self._clone(layer))
@@ -84,6 +91,10 @@ class Zfs(Snapshots):
 
     # -- datasets
 
+    def _datasets(self) -> list[str]:
+        """The dataset that the storage root is on, and then all below it."""
+        return self._zfs("list", "-H", "-o", "name", "-r", existing(self.root)).splitlines()
+
     def _dataset(self) -> str:
         """The dataset of this storage root, below the one that the root is on."""
         above = self._zfs("list", "-H", "-o", "name", existing(self.root)).strip()
@@ -96,17 +107,24 @@ class Zfs(Snapshots):
         return f"{self._dataset()}/container-{os.path.basename(layer.path)}"
 
     def _exists(self, dataset: str) -> bool:
-        return dataset in self._zfs("list", "-H", "-o", "name", "-r", dataset.partition("/")[0]).splitlines()
+        return dataset in self._datasets()
 
     def _destroy(self, dataset: str) -> None:
-        if program_path("zfs") is not None and self._exists(dataset):
-            self._zfs("destroy", "-r", dataset)
+        """The processes of a container that was killed may keep it busy for a moment longer."""
+        end = time.monotonic() + _BUSY_SECONDS
+        while self._exists(dataset):
+            try:
+                self._zfs("destroy", "-r", dataset)
+            except UserError as error:
+                if "busy" not in str(error) or time.monotonic() > end:
+                    raise
+                time.sleep(0.1)
 
     def _property(self, name: str, dataset: str) -> int:
         return int(self._zfs("get", "-Hp", "-o", "value", name, dataset))
 
     def _zfs(self, *words: str) -> str:
-        cure = "see `zpool status`"
+        cure = "see `zpool list` and `zpool status`"
         return run_program(("zfs", *words), f"storage driver zfs: `zfs {words[0]}` failed", cure=cure)
 
 
