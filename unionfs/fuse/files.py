@@ -55,6 +55,17 @@ class Files:
     def __len__(self) -> int:
         return len(self.handles)
 
+    def figures(self) -> dict[str, object]:
+        """Counts, and the bytes of requests; JSON-able."""
+        return {
+            "open_files": len(self),
+            "fds_of_open_files": self.handles.fds,
+            "fds_of_users": {str(uid): count for uid, count in self.handles.fds_of_users.items()},
+            "fds_of_lowers": len(self._open_files.resting),
+            "read_bytes": self.bytes_read,
+            "written_bytes": self.bytes_written,
+        }
+
     def __getitem__(self, number: int) -> Handle:
         handle = self.handles.get(number)
         if handle is None:

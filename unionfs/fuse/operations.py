@@ -105,22 +105,13 @@ class Operations:
         return {
             "requests": dict(sorted(self.requests.items())),
             "nodes": len(self.union.nodes),
-            "open_files": len(self.files),
-            "fds_of_open_files": self.files.handles.fds,
-            "fds_of_users": {str(uid): count for uid, count in self.files.handles.fds_of_users.items()},
-            "fds_of_lowers": len(self.union.files.resting),
+            **self.files.figures(),
             "listed_directories": len(self.directories),
             "directory_fds": len(self.union.gate),
             **self.copy_ups.figures(),
-            "read_bytes": self.files.bytes_read,
-            "written_bytes": self.files.bytes_written,
             **({} if self.union.watches is None else self.union.watches.figures()),
-<<<<<<< HEAD
-            **self.asides.figures(),
-            **({} if self.union.stack.lease is None else {"lease": self.union.stack.lease.figures()}),
-=======
             **self.asides.figures(self.copy_ups.silent()),
->>>>>>> hung
+            **({} if self.union.stack.lease is None else {"lease": self.union.stack.lease.figures()}),
             **memory_figures(),
             **self._more_figures(),
         }
