@@ -44,12 +44,50 @@ def sites(store: Store, entry: Journal, *, make: bool) -> Iterator[list[Site]]:
     """The trees of a commit; with `make` also the directories `new` and `old`. Raises UserError, OSError."""
     with ExitStack() as resources:
         found = []
-        for one in entry.all:
-            site = Site(one, resources.enter_context(beneath.opened(one.base, one.inode, one.filesystem)))
+        for one in entry.every:
+            tree = resources.enter_context(_opened(store, one))
+            if tree is None:
+                continue
+            site = Site(one, tree)
             found.append(site)
             if make:
                 prepare(store, site, resources)
         yield found
+
+
+@contextmanager
+def _opened(store: Store, entry: Journal) -> Iterator[beneath.Beneath | None]:
+    """The tree of one journal; None for the layer of a branch that is gone. Raises UserError, OSError."""
+    if not entry.of_layer:
+        with beneath.opened(entry.base, entry.inode, entry.filesystem) as tree:
+            yield tree
+        return
+    branch = stayed(store, entry)
+    if branch is None:
+        yield None
+        return
+    path = _committed(branch, entry).path
+    if not os.path.isdir(path) or os.stat(path).st_ino != entry.inode:
+        raise UserError(
+            f"the commit of branch {quoted(entry.branch)} cannot be undone: its layer {quoted(path)}, which "
+            "changed nothing more, was removed when the branch was used since."
+        )
+    with Owned(os.open(path, _DIRECTORY)) as fd:
+        tree = beneath.Beneath(fd)
+        try:
+            yield tree
+        finally:
+            tree.close()
+
+
+def stayed(store: Store, entry: Journal) -> Branch | None:
+    """The branch of a commit that stays, whatever its name is now; None if it is gone."""
+    named = store.branch(entry.branch)
+    for branch in [*([named] if named.exists() else []), *store.branches()]:
+        with suppress(UserError):
+            if branch.record().created == entry.made:
+                return branch
+    return None
 
 
 def prepare(store: Store, site: Site, resources: ExitStack) -> None:
@@ -71,6 +109,12 @@ def make_stage(store: Store, entry: Journal, tree: beneath.Beneath) -> tuple[int
 
 
 def _stage(store: Store, entry: Journal, tree: beneath.Beneath, *, make: bool = False) -> Owned:
+    if entry.of_layer:
+        path = journal.layer_stage(store, entry)
+        if make:
+            with suppress(FileExistsError):
+                os.mkdir(path, 0o700)
+        return Owned(os.open(path, _DIRECTORY))
     if not entry.inside:
         return Owned(os.open(journal.directory(store, entry.id), _DIRECTORY))
     with _place(entry, tree) as at:
@@ -120,6 +164,9 @@ def discard(store: Store, found: Sequence[Site]) -> None:
         # The journal last: without it a killed undo would be repeated as one of an earlier commit.
         for name in ("new", "old"):
             remove_path(f"{journal.directory(store, entry.id)}/{name}", unlock=True)
+        for one in entry.every:
+            if one.of_layer:
+                remove_path(journal.layer_stage(store, one), unlock=True)
         step("emptied")
     with suppress(FileNotFoundError):
         journal.forget(store, entry.id)
@@ -242,13 +289,13 @@ def _forget(store: Store, other: Journal) -> None:
 
 def layer_of(store: Store, entry: Journal) -> str | None:
     """The layer of a journal's branch, in the commit's or in the branch's directory; None if it is gone."""
+    if entry.of_layer:
+        return None
     kept = f"{journal.directory(store, entry.id)}/branch"
     if os.path.isdir(kept):
         return os.path.join(kept, part_path(entry.key), "upper")
-    branch = store.branch(entry.branch)
-    if not branch.exists() or branch.record().created != entry.made:
-        return None
-    return _committed(branch, entry).upper
+    branch = stayed(store, entry)
+    return None if branch is None else _committed(branch, entry).upper
 
 
 def _committed(branch: Branch, entry: Journal) -> Branch:
@@ -311,12 +358,10 @@ def _go_back(store: Store, found: Sequence[Site]) -> None:
             f"are in {quoted(journal.directory(store, entry.id))}. The next `unionfs branch commit` goes on."
         ) from error
     kept = f"{journal.directory(store, entry.id)}/branch"
-    branch = store.branch(entry.branch)
     if os.path.isdir(kept):
-        branch = free_name(store, entry.branch)
-        os.rename(kept, branch.path)
+        os.rename(kept, free_name(store, entry.branch).path)
         step("branch back")
-    if branch.exists() and branch.record().created == entry.made:
+    if (branch := stayed(store, entry)) is not None:
         if entry.parent is None:
             _accept_returned(store, branch, entry)
         else:

@@ -95,7 +95,7 @@ def look(branch: Branch, view: View) -> tuple[Mapping[str, State], list[Conflict
                 known[key] = False if _is_younger(item.old, branch.record().session) else now
                 if item.old is None and item.change.new is not None and not item.change.new.is_directory:
                     moved.append(item)
-            if known[key] != now and not _is_as_below(view, item):
+            if not _is_same(known[key], now) and not _is_as_below(view, item):
                 conflicts.append(Conflict(item.path, _what(known[key], now), item.change))
         for item in _orphans(view, moved):
             known[os.fsdecode(item.path)] = False
@@ -191,6 +191,14 @@ def _state(old: Object | None) -> State:
     # A file with several names gets another ctime when one of the others comes or goes.
     ctime = st.st_ctime_ns if st.st_nlink == 1 else 0
     return [st.st_ino, st.st_mode, st.st_uid, st.st_gid, st.st_size, st.st_mtime_ns, ctime]
+
+
+def _is_same(known: State, now: State) -> bool:
+    """Whether an object is as it was. Its ctime is unknown if it has, or had, several names."""
+    if not isinstance(known, list) or not isinstance(now, list):
+        return known == now
+    has_ctimes = 0 not in (*known[_CTIME:], *now[_CTIME:])
+    return known == now if has_ctimes else known[:_CTIME] == now[:_CTIME]
 
 
 def _is_younger(old: Object | None, session: int) -> bool:

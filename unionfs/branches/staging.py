@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from unionfs.branches.plan import Put
+from unionfs.branches.plan import Put, has_below
 from unionfs.branches.sharing import Sharing
 from unionfs.branches.view import Entry, View
 from unionfs.core.places import Layer, Place
@@ -117,19 +117,12 @@ class Stager:
         if found is None:
             return
         if found.is_directory:
-            if self._has(path) or self._has_below(found, path):
+            if self._has(path) or has_below(self._view, self._has, found, path):
                 os.mkdir(name, _ACCESS, dir_fd=level.fd)
                 levels.append(self._level(level.fd, name, path, found))
         elif self._has(path):
             staged = top + b"/" + b"/".join([*(one.path.rpartition(b"/")[2] for one in levels[1:]), name])
             self._object(level.fd, name, level.found.parts, path, found, staged)
-
-    def _has_below(self, found: Object, path: bytes) -> bool:
-        for name in self._view.names(found):
-            child, below = self._view.child(found, name), path + b"/" + name
-            if self._has(below) or (child and child.is_directory and self._has_below(child, below)):
-                return True
-        return False
 
     def _finish(self, level: _Level, *, is_top: bool) -> int:
         """Set the attributes of a filled directory. Returns its mode."""

@@ -7,9 +7,10 @@ from contextlib import ExitStack
 from unionfs.branches import beneath, journal
 from unionfs.branches.after import states
 from unionfs.branches.apply import step
-from unionfs.branches.ending import finish, recover, sites
+from unionfs.branches.ending import finish, recover, sites, stayed
 from unionfs.branches.journal import Journal
-from unionfs.branches.mounts import mounted, parent_claimed
+from unionfs.branches.mounts import mounted, parent_claimed, unmounted
+from unionfs.branches.parts import all_of
 from unionfs.branches.store import Store
 from unionfs.errors import UserError, on_failure, quoted
 
@@ -35,16 +36,26 @@ def undo(store: Store) -> Journal:
         with ExitStack() as resources, on_failure(
             f"the commit of branch {quoted(last.branch)} cannot be undone", "check the base and the store"
         ):
+            if last.keep and (branch := stayed(store, last)) is not None:
+                resources.enter_context(branch.claimed("changed by an undo"))
+                branch.refuse_frozen("be changed by an undo")
+                for one in all_of(branch):
+                    unmounted(one)
             if last.parent is not None:
                 _refuse_changed_parent(store, last)
             else:
-                for site in resources.enter_context(sites(store, last, make=False)):
-                    _refuse_changed(site.entry, site.tree)
+                _refuse_all_changed(store, last)
             last.turns(journal.BACK)
             step("undo")
             journal.mark(store, last)
             finish(store, last)
         return last
+
+
+def _refuse_all_changed(store: Store, last: Journal) -> None:
+    with sites(store, last, make=False) as found:
+        for site in found:
+            _refuse_changed(site.entry, site.tree)
 
 
 def _refuse_changed_parent(store: Store, last: Journal) -> None:
@@ -77,7 +88,7 @@ def _refuse_changed(last: Journal, tree: beneath.Beneath) -> None:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise UserError(
             f"the commit of branch {quoted(last.branch)} cannot be undone: "
-            f"{quoted(changed[0][1:])}{more} was "
+            f"{quoted(last.shown(changed[0]))}{more} was "
             f"changed in {quoted(last.target)} since; the former files are in "
             f"{quoted('commits/' + last.id)} of the store."
         )
