@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from unionfs.branches import beneath, journal, links, seen
@@ -20,7 +20,7 @@ from unionfs.branches.covered import Fixed
 from unionfs.branches.ending import Site, discard, end_in_parent, go_on, prepare, recover
 from unionfs.branches.journal import Journal, Move, Setting
 from unionfs.branches.leaving import Leaving
-from unionfs.branches.merging import merged
+from unionfs.branches.merging import Merged, merged
 from unionfs.branches.mounts import has_daemon, in_use, mounted, parent_claimed, unmounted
 from unionfs.branches.parts import Part, all_of
 from unionfs.branches.plan import Drop, Plan, Planner, Put, Rename, hazards, with_subordinate_owners
@@ -213,7 +213,7 @@ class _Part:
         self._view = found.view
         self._above = found.above
         self._wish = wish
-        self._texts: dict[bytes, bytes] = {}
+        self._texts: dict[bytes, Merged] = {}
         self._selection = Selection(
             [relative(item, base) for item in wish.only], [relative(item, base) for item in wish.leave],
             found.above,
@@ -231,12 +231,15 @@ class _Part:
     def compare(self, result: Result) -> None:
         """Find conflicts and make the plan, and add to the result. Raises UserError."""
         wish, above = self._wish, self._above
-        _, conflicts = seen.look(self._branch, self._view)
+        known, conflicts = seen.look(self._branch, self._view)
         conflicts = [item for item in conflicts if self._selection.has(item.path)]
         if wish.conflicts == MERGE:
-            self._texts = merged(self._branch, self._view, conflicts)
+            self._texts, refused = merged(self._branch, self._view, conflicts, known)
             result.merged += [above + path for path in sorted(self._texts)]
-            conflicts = [item for item in conflicts if item.path not in self._texts]
+            conflicts = [
+                replace(item, what=refused.get(item.path, item.what))
+                for item in conflicts if item.path not in self._texts
+            ]  # fmt: skip
         result.conflicts += [(item.what, above + item.path) for item in conflicts]
         stay = [item.path for item in conflicts] if wish.conflicts == THEIRS else []
         try:

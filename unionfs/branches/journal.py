@@ -206,7 +206,7 @@ def _values(journal: Journal) -> dict[str, Any]:
     values["ids"] = None if journal.ids is None else asdict(journal.ids)
     values["moves"] = [_MOVE(move) for move in journal.moves]
     values["settings"] = [
-        (setting.path, _plain(setting.new), _plain(setting.old), setting.former)
+        (setting.path, attributes_to_json(setting.new), attributes_to_json(setting.old), setting.former)
         for setting in journal.settings
     ]
     values["others"] = [_values(other) for other in journal.others]
@@ -253,7 +253,7 @@ def read(store: Store, id: str) -> Journal | None:
 def _journal(values: dict[str, Any]) -> Journal:
     values["moves"] = [Move(*item) for item in values["moves"]]
     values["settings"] = [
-        Setting(path, _attributes(new), _attributes(old), former)
+        Setting(path, attributes_from_json(new), attributes_from_json(old), former)
         for path, new, old, former in values["settings"]
     ]
     if values.get("ids") is not None:
@@ -304,12 +304,14 @@ def forget(store: Store, id: str) -> None:
     remove_path(directory(store, id), unlock=True)
 
 
-def _plain(value: FileAttributes) -> dict[str, Any]:
+def attributes_to_json(value: FileAttributes) -> dict[str, Any]:
+    """Plain values."""
     found = value._asdict()
     found["xattrs"] = {os.fsdecode(name): data.hex() for name, data in value.xattrs.items()}
     return found
 
 
-def _attributes(values: dict[str, Any]) -> FileAttributes:
+def attributes_from_json(values: dict[str, Any]) -> FileAttributes:
+    """The reverse. Raises KeyError, TypeError or ValueError for others."""
     xattrs = {os.fsencode(name): bytes.fromhex(data) for name, data in values["xattrs"].items()}
     return FileAttributes(**{**values, "xattrs": xattrs})

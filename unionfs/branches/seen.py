@@ -89,13 +89,13 @@ def look(branch: Branch, view: View) -> tuple[Mapping[str, State], list[Conflict
         conflicts, new, moved = [], False, []
         for item in touched(view):
             key = os.fsdecode(item.path)
-            now = _state(item.old)
+            now = state(item.old)
             if key not in known:
                 new = True
                 known[key] = False if _is_younger(item.old, branch.record().session) else now
                 if item.old is None and item.change.new is not None and not item.change.new.is_directory:
                     moved.append(item)
-            if not _is_same(known[key], now) and not _is_as_below(view, item):
+            if not is_same(known[key], now) and not _is_as_below(view, item):
                 conflicts.append(Conflict(item.path, _what(known[key], now), item.change))
         for item in _orphans(view, moved):
             known[os.fsdecode(item.path)] = False
@@ -123,7 +123,7 @@ def accept(
         for item in touched(view):
             key = os.fsdecode(item.path)
             if key in alone or _is_below(key, wanted):
-                known[key] = _state(item.old)
+                known[key] = state(item.old)
         jsonfiles.write(f"{branch.path}/{_FILE}", known, sync=False)
 
 
@@ -155,7 +155,7 @@ def returned(branch: Branch, view: View, paths: Collection[str]) -> None:
         known = _read(branch)
         for item in touched(view):
             key = os.fsdecode(item.path)
-            before, now = known.get(key), _state(item.old)
+            before, now = known.get(key), state(item.old)
             if key not in wanted or not isinstance(before, list) or not isinstance(now, list):
                 continue
             if before[:_CTIME] == now[:_CTIME]:
@@ -179,7 +179,8 @@ def _read(branch: Branch) -> dict[str, State]:
     return {}
 
 
-def _state(old: Object | None) -> State:
+def state(old: Object | None) -> State:
+    """The state of an object below."""
     if old is None:
         return None
     st = old.st
@@ -193,12 +194,17 @@ def _state(old: Object | None) -> State:
     return [st.st_ino, st.st_mode, st.st_uid, st.st_gid, st.st_size, st.st_mtime_ns, ctime]
 
 
-def _is_same(known: State, now: State) -> bool:
+def is_same(known: State, now: State) -> bool:
     """Whether an object is as it was. Its ctime is unknown if it has, or had, several names."""
     if not isinstance(known, list) or not isinstance(now, list):
         return known == now
     has_ctimes = 0 not in (*known[_CTIME:], *now[_CTIME:])
     return known == now if has_ctimes else known[:_CTIME] == now[:_CTIME]
+
+
+def without_ctime(known: State) -> State:
+    """A state without what a mere rename changes."""
+    return known[:_CTIME] if isinstance(known, list) else known
 
 
 def _is_younger(old: Object | None, session: int) -> bool:
