@@ -14,10 +14,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from unionfs.branches import beneath, journal, links, seen
+from unionfs.branches import beneath, journal, links, seen, writers
 from unionfs.branches.apply import look, step
 from unionfs.branches.covered import Fixed
-from unionfs.branches.ending import Site, discard, end_in_parent, go_on, prepare, recover
+from unionfs.branches.ending import discard, end_in_parent, go_on, recover
 from unionfs.branches.journal import Journal, Move, Setting
 from unionfs.branches.leaving import Leaving
 from unionfs.branches.merging import Merged, merged
@@ -27,6 +27,7 @@ from unionfs.branches.plan import Drop, Plan, Planner, Put, Rename, hazards, wit
 from unionfs.branches.renaming import renames_directories, with_renames
 from unionfs.branches.selection import Selection, relative
 from unionfs.branches.sharing import Sharing
+from unionfs.branches.sites import Site, prepare
 from unionfs.branches.staging import Stager
 from unionfs.branches.store import Store
 from unionfs.branches.together import Viewed, all_viewed
@@ -258,6 +259,8 @@ class _Part:
             for path, change in in_order(self._view.root) if self._selection.has(path)
         ]  # fmt: skip
         result.hazards += [*hazards(self._view, self.plan, above), *in_use(self._branch, self.record.base)]
+        if self.record.parent is None:
+            result.hazards += writers.hazards(self._view, self.plan, self.record.base, above)
 
     def _plan(self, stay: Sequence[bytes]) -> Plan:
         plan = Planner(self._view, self._selection, links.whole(self._view, stay)).plan()

@@ -20,6 +20,7 @@ from unionfs.core.places import Layer
 from unionfs.errors import on_failure, quoted
 from unionfs.settings.features import DEFAULTS
 from unionfs.storage import jsonfiles
+from unionfs.sys import calls
 from unionfs.union.diff import Change, Object
 from unionfs.union.origin import Origins
 
@@ -87,12 +88,15 @@ def look(branch: Branch, view: View) -> tuple[Mapping[str, State], list[Conflict
     with on_failure(complaint, "check the base, and free space for the store"):
         known = _read(branch)
         conflicts, new, moved = [], False, []
+        session = branch.record().session
         for item in touched(view):
             key = os.fsdecode(item.path)
             now = state(item.old)
             if key not in known:
                 new = True
-                known[key] = False if _is_younger(item.old, branch.record().session) else now
+                known[key] = now
+                if _is_younger(item.old, session):
+                    known[key] = None if _was_made_since(view, item, session) else False
                 if item.old is None and item.change.new is not None and not item.change.new.is_directory:
                     moved.append(item)
             if not is_same(known[key], now) and not _is_as_below(view, item):
@@ -192,6 +196,14 @@ def state(old: Object | None) -> State:
     # A file with several names gets another ctime when one of the others comes or goes.
     ctime = st.st_ctime_ns if st.st_nlink == 1 else 0
     return [st.st_ino, st.st_mode, st.st_uid, st.st_gid, st.st_size, st.st_mtime_ns, ctime]
+
+
+def _was_made_since(view: View, item: Touched, session: int) -> bool:
+    """Whether an object below did not exist when the branch was last mounted. Raises OSError."""
+    assert item.old is not None
+    name = b"." if item.old.is_directory else item.path.rpartition(b"/")[2]
+    at = view.merge.gate.fd(item.old.parts[0])
+    return calls.birth_ns(at, name, calls.AT_SYMLINK_NOFOLLOW) > session
 
 
 def is_same(known: State, now: State) -> bool:
