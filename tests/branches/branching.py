@@ -58,11 +58,12 @@ class Branching:
             self.says("umount", mountpoint)
 
     def stored(self) -> list[str]:
-        """What the store of branches and commits has, besides the lock."""
+        """What the store of branches and commits has, besides the lock and the note of the last commit."""
         found = []
         for part in ("branches", "commits"):
             if (self.root / part).is_dir():
-                found += [f"{part}/{name}" for name in os.listdir(self.root / part) if name != "lock"]
+                names = {*os.listdir(self.root / part)} - {"lock", "last.json"}
+                found += [f"{part}/{name}" for name in names]
         return sorted(found)
 
 

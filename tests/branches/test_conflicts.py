@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from tests.branches.branching import Branching, differing, tree
 from unionfs.branches import apply
 from unionfs.branches.commit import OURS
 from unionfs.branches.undo import undo
-from unionfs.errors import UserError
+from unionfs.errors import UserError, quoted
 
 FILL = """
 mkdir -p d/sub keep; for n in 1 2 3 4 5 6; do echo $n > d/f$n; done
@@ -32,7 +33,7 @@ CHANGES = {
     "removed": ("echo branch >> d/f2", lambda base: (base / "d/f2").unlink(), "removed", b"/d/f2"),
     "added": ("echo branch > d/new", lambda base: (base / "d/new").write_text("base\n"), None, b"/d/new"),
     "removed-changed": ("rm d/f3", lambda base: (base / "d/f3").write_text("b\n"), "changed", b"/d/f3"),
-    "removed-added": ("rm -r d", lambda base: (base / "d/sub/new").write_text("b"), None, b"/d/sub/new"),
+    "removed-added": ("rm -r d", lambda base: (base / "d/sub/new").write_text("b"), "added", b"/d/sub/new"),
     "replaced": ("rm -r d; mkdir d", lambda base: (base / "d/f4").write_text("b"), "changed", b"/d/f4"),
     "another-file": ("echo branch >> d/f5", lambda base: (base / "keep/k").rename(base / "d/f5"), "changed",
                      b"/d/f5"),
@@ -171,7 +172,42 @@ def test_a_part(filled: Branching) -> None:
     assert (base / "keep/k").read_text() == "k\nx\n"
 
 
+def test_one_decision_about_conflicts(filled: Branching) -> None:
+    filled.tries("echo x >> d/f1")
+    done = filled.unionfs("branch", "commit", "--ours", "--theirs", "br")
+    assert done.returncode != 0
+    assert "--ours and --theirs exclude each other" in done.stderr
+    assert filled.stored() == ["branches/br"]
+
+
+def test_files_that_are_open_for_writing_are_a_hazard(filled: Branching) -> None:
+    """Their writers go on with the former file."""
+    filled.tries("echo x >> d/f1; rm d/f2; echo x >> d/f3; rm -r d/sub")
+    with (
+        (filled.base / "d/f1").open("a"), (filled.base / "d/sub/s").open("a"), (filled.base / "d/f3").open(),
+        (filled.base / "d/f2").open("r+b") as mapped,
+    ):  # fmt: skip
+        with mmap.mmap(mapped.fileno(), 0):
+            mapped.close()
+            found = filled.commit(dry_run=True).hazards
+        mine = f"by {quoted(Path('/proc/self/comm').read_text().strip())} (process {os.getpid()})"
+        assert [sentence.split(";")[0] for sentence in found] == [
+            f"{path} is open for writing {mine}" for path in ("d/f1", "d/f2", "d/sub/s")
+        ]
+    assert filled.commit().hazards == []
+
+
 # -- hostile --------------------------------------------------------------------------------------------
+
+
+def test_a_name_added_where_the_branch_has_replaced_a_directory(filled: Branching) -> None:
+    filled.tries("rm -r d; mkdir d; mv keep kept")
+    for name in ("d/new", "keep/new"):
+        (filled.base / name).write_text("base\n")
+    (filled.base / "d/f1").write_text("base\n")
+    assert filled.commit().conflicts == [
+        ("changed", b"/d/f1"), ("added", b"/d/new"), ("added", b"/keep/new"),
+    ]  # fmt: skip
 
 
 def test_a_base_that_is_replaced(filled: Branching, area: Path) -> None:
@@ -181,8 +217,9 @@ def test_a_base_that_is_replaced(filled: Branching, area: Path) -> None:
     before = tree(outside)
     filled.base.rename(area / "moved")
     filled.base.symlink_to(outside)
-    with pytest.raises(UserError):
-        filled.commit(conflicts="ours")
+    for conflicts in ("stop", "ours"):
+        with pytest.raises(UserError, match="not a symlink"):
+            filled.commit(conflicts=conflicts)
     filled.base.unlink()
     shutil.copytree(outside, filled.base, symlinks=True)
     with pytest.raises(UserError, match="another directory"):

@@ -143,7 +143,7 @@ class TestOnAnotherFilesystem:
                 assert apart.commit().done, step
             assert differing(new, tree(base)) == {}, step
             assert apart.stored() == [], step
-        with pytest.raises(UserError, match="no commit to undo"):
+        with pytest.raises(UserError, match="cannot be undone, since its base"):
             undo(apart.store)
 
     def _again(self, apart: Branching, copy: Path, kept: Path) -> None:

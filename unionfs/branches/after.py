@@ -35,6 +35,10 @@ def states(entry: Journal, tree: Beneath) -> dict[str, list[int]]:
         with suppress(FileNotFoundError):
             at, name = tree.parent(os.fsencode(move.path))
             _look(found, move.path, at, name, in_branch=entry.parent is not None)
+    for setting in entry.settings:
+        if setting.path not in found:
+            with suppress(FileNotFoundError), Owned(tree.directory(os.fsencode(setting.path))) as fd:
+                found[setting.path] = _numbers(os.fstat(fd))
     return found
 
 

@@ -11,26 +11,29 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from unionfs.branches import beneath, journal, seen
+from unionfs.branches import beneath, journal, links, seen, writers
 from unionfs.branches.apply import look, step
 from unionfs.branches.covered import Fixed
-from unionfs.branches.ending import Site, discard, end_in_parent, go_on, prepare, recover
+from unionfs.branches.ending import discard, end_in_parent, go_on, recover
 from unionfs.branches.journal import Journal, Move, Setting
-from unionfs.branches.merging import merged
+from unionfs.branches.leaving import Leaving
+from unionfs.branches.merging import Merged, merged
 from unionfs.branches.mounts import has_daemon, in_use, mounted, parent_claimed, unmounted
 from unionfs.branches.parts import Part, all_of
 from unionfs.branches.plan import Drop, Plan, Planner, Put, Rename, hazards, with_subordinate_owners
 from unionfs.branches.renaming import renames_directories, with_renames
 from unionfs.branches.selection import Selection, relative
 from unionfs.branches.sharing import Sharing
+from unionfs.branches.sites import Site, prepare
 from unionfs.branches.staging import Stager
 from unionfs.branches.store import Store
 from unionfs.branches.together import Viewed, all_viewed
 from unionfs.errors import UserError, quoted, reason
 from unionfs.sys import calls
+from unionfs.sys.attributes import attributes
 from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import mount_id_of_fd
 from unionfs.union.diff import in_order
@@ -128,11 +131,13 @@ class _Commit:
         result = Result(record.base if record.parent is None else f"branch {record.parent}")
         for part in self._parts:
             part.compare(result)
-        if wish.only and not (result.changes or result.conflicts or result.skipped):
+        is_empty = all(part.plan.is_empty for part in self._parts)
+        if (wish.only or wish.leave) and is_empty and not (result.conflicts or result.skipped):
             name = quoted(self._branch.name)
+            where = f"in {', '.join(map(quoted, wish.only))}" if wish.only else "but those in --except"
             raise UserError(
-                f"branch {name} has no changes in {', '.join(map(quoted, wish.only))}; `unionfs branch diff "
-                f"{name}` lists them, with paths below the base."
+                f"branch {name} has no changes {where}; `unionfs branch diff {name}` lists them, with paths "
+                "below the base."
             )
         if wish.dry_run or (result.conflicts and wish.conflicts in (STOP, MERGE)):
             for part in self._parts:
@@ -166,6 +171,7 @@ class _Commit:
                     record = part.record
                     sites.append(part.site(resources, entry.id, record.base, record.base_inode, values))
             entry.joins([site.entry for site in sites[1:]])
+            sites += self._layers(resources, entry)
             try:
                 self._prepare(resources, entry, sites)
             except OSError as error:
@@ -180,6 +186,15 @@ class _Commit:
             go_on(self._store, sites)
             return entry
 
+    def _layers(self, resources: ExitStack, entry: Journal) -> list[Site]:
+        """The layers that something is taken out of, if the branch stays."""
+        found = []
+        for one in entry.all if entry.keep else ():
+            part = next(part for part in self._parts if part.key == one.key)
+            if part.leaves_layer:
+                found.append(part.layer_site(resources, one))
+        return found
+
     def _prepare(self, resources: ExitStack, entry: Journal, sites: Sequence[Site]) -> None:
         """Prepare all new objects, and write the journal. Raises OSError."""
         os.mkdir(journal.directory(self._store, entry.id), 0o700)
@@ -187,7 +202,8 @@ class _Commit:
         step("begun")
         for site in sites:
             prepare(self._store, site, resources)
-            next(part for part in self._parts if part.key == site.entry.key).prepare(site)
+            part = next(part for part in self._parts if part.key == site.entry.key)
+            part.prepare_layer(site) if site.entry.of_layer else part.prepare(site)
         entry.turns(journal.ON)
         step("prepared")
         journal.write(self._store, entry)
@@ -202,7 +218,7 @@ class _Part:
         self._view = found.view
         self._above = found.above
         self._wish = wish
-        self._texts: dict[bytes, bytes] = {}
+        self._texts: dict[bytes, Merged] = {}
         self._selection = Selection(
             [relative(item, base) for item in wish.only], [relative(item, base) for item in wish.leave],
             found.above,
@@ -210,6 +226,7 @@ class _Part:
         self.record = self._branch.record()
         self.key = self._branch.key if isinstance(self._branch, Part) else ""
         self.plan = Plan()
+        self._leaving: Leaving | None = None
 
     @property
     def is_partial(self) -> bool:
@@ -219,15 +236,23 @@ class _Part:
     def compare(self, result: Result) -> None:
         """Find conflicts and make the plan, and add to the result. Raises UserError."""
         wish, above = self._wish, self._above
-        _, conflicts = seen.look(self._branch, self._view)
+        known, conflicts = seen.look(self._branch, self._view)
         conflicts = [item for item in conflicts if self._selection.has(item.path)]
         if wish.conflicts == MERGE:
-            self._texts = merged(self._branch, self._view, conflicts)
+            self._texts, refused = merged(self._branch, self._view, conflicts, known)
             result.merged += [above + path for path in sorted(self._texts)]
-            conflicts = [item for item in conflicts if item.path not in self._texts]
+            conflicts = [
+                replace(item, what=refused.get(item.path, item.what))
+                for item in conflicts if item.path not in self._texts
+            ]  # fmt: skip
         result.conflicts += [(item.what, above + item.path) for item in conflicts]
         stay = [item.path for item in conflicts] if wish.conflicts == THEIRS else []
-        self.plan = self._plan(stay)
+        try:
+            self.plan = self._plan(stay)
+        except OSError as error:
+            raise UserError(
+                f"branch {quoted(self._branch.name)} cannot be read: {reason(error)}; nothing was changed."
+            ) from error
         if self.record.parent is None:
             self._fixed(self.plan)
         result.skipped += [above + path for path in self.plan.skipped]
@@ -238,18 +263,17 @@ class _Part:
             for path, change in in_order(self._view.root) if self._selection.has(path)
         ]  # fmt: skip
         result.hazards += [*hazards(self._view, self.plan, above), *in_use(self._branch, self.record.base)]
+        if self.record.parent is None:
+            result.hazards += writers.hazards(self._view, self.plan, self.record.base, above)
 
     def _plan(self, stay: Sequence[bytes]) -> Plan:
-        try:
-            plan = Planner(self._view, self._selection, stay).plan()
-            is_whole = self._selection.is_all and not stay and self.record.parent is None
-            if is_whole and renames_directories(self.record.base):
-                return with_renames(self._view, plan)
-            return plan
-        except OSError as error:
-            raise UserError(
-                f"branch {quoted(self._branch.name)} cannot be read: {reason(error)}; nothing was changed."
-            ) from error
+        plan = Planner(self._view, self._selection, links.whole(self._view, stay)).plan()
+        is_whole = self._selection.is_all and not stay
+        if is_whole and self.record.parent is None and renames_directories(self.record.base):
+            return with_renames(self._view, plan)
+        if not is_whole and not plan.is_empty:
+            self._leaving = Leaving(self._view, plan, self._selection, self._above)
+        return plan
 
     def owners(self) -> list[str]:
         """A sentence if objects belong to ids which only root could give them. Raises OSError."""
@@ -319,6 +343,35 @@ class _Part:
             former = path if change.former is None else os.fsdecode(change.former)
             entry.settings.append(Setting(path, change.new, change.old, former))
         calls.syncfs(new)
+
+    @property
+    def leaves_layer(self) -> bool:
+        """Whether the branch's layer loses something, if the branch stays."""
+        return self._leaving is not None
+
+    def layer_site(self, resources: ExitStack, entry: Journal) -> Site:
+        """The branch's directory, with an empty journal. Raises OSError."""
+        fd = resources.enter_context(Owned(os.open(self._branch.path, _DIRECTORY)))
+        tree = beneath.Beneath(fd)
+        resources.callback(tree.close)
+        return Site(entry.of_rest(os.fstat(fd).st_ino), tree)
+
+    def prepare_layer(self, site: Site) -> None:
+        """Describe in the journal what leaves the layer. Raises OSError."""
+        leaving, tree = self._leaving, site.tree
+        assert leaving is not None
+        for number, path in enumerate(leaving.paths):
+            at, name = tree.parent(path)
+            st = os.stat(name, dir_fd=at, follow_symlinks=False)
+            site.entry.moves.append(Move(os.fsdecode(path), number, None, st.st_ino, None, look(st)))
+        opaque = self._view.merge.markers.opaque
+        for path, is_opaque in leaving.directories.items():
+            with Owned(tree.directory(path)) as fd:
+                where = b"/proc/self/fd/%d/." % fd
+                new = attributes(os.fstat(fd), {})
+                old = new._replace(xattrs={opaque: os.getxattr(where, opaque)}) if is_opaque else new
+            text = os.fsdecode(path)
+            site.entry.settings.append(Setting(text, new, old, text))
 
     def _may_share(self, entry: Journal, new: int) -> bool:
         """Whether files of the layer may be moved to the base: no daemon may still write to them."""

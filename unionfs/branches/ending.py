@@ -5,97 +5,32 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 
-from unionfs.branches import beneath, journal, seen, sharing
+from unionfs.branches import journal, last, seen, sharing
 from unionfs.branches.after import reached
 from unionfs.branches.apply import Application, ChangedError, step
 from unionfs.branches.ids import entered
 from unionfs.branches.journal import Journal
 from unionfs.branches.mounts import mounted, parent_claimed
-from unionfs.branches.parts import Part, part_path
+from unionfs.branches.sites import (
+    Site,
+    committed,
+    layer_of,
+    remove_stage,
+    sites,
+    stayed,
+    times_kept,
+)
 from unionfs.branches.store import Branch, Store
 from unionfs.branches.view import viewed
 from unionfs.errors import UserError, on_failure, quoted, reason
-from unionfs.sys import attributes, calls
+from unionfs.sys import calls
 from unionfs.sys.fds import Owned
-from unionfs.sys.trees import remove, remove_path
+from unionfs.sys.trees import remove_path
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-
-
-@dataclass(slots=True)
-class Site:
-    """A tree that a commit changes."""
-
-    entry: Journal
-    """The journal, or one of the others in it."""
-    tree: beneath.Beneath
-    new: int = -1
-    """An fd of the directory of the new objects."""
-    old: int = -1
-    """An fd of the directory of the replaced ones."""
-
-
-@contextmanager
-def sites(store: Store, entry: Journal, *, make: bool) -> Iterator[list[Site]]:
-    """The trees of a commit; with `make` also the directories `new` and `old`. Raises UserError, OSError."""
-    with ExitStack() as resources:
-        found = []
-        for one in entry.all:
-            site = Site(one, resources.enter_context(beneath.opened(one.base, one.inode, one.filesystem)))
-            found.append(site)
-            if make:
-                prepare(store, site, resources)
-        yield found
-
-
-def prepare(store: Store, site: Site, resources: ExitStack) -> None:
-    """Make the directories of a commit for one tree. Raises OSError."""
-    site.new, site.old = make_stage(store, site.entry, site.tree)
-    resources.callback(os.close, site.new)
-    resources.callback(os.close, site.old)
-
-
-def make_stage(store: Store, entry: Journal, tree: beneath.Beneath) -> tuple[int, int]:
-    """Make the directories `new` and `old`, and return fds of them. Raises OSError."""
-    with _stage(store, entry, tree, make=True) as at:
-        for name in ("new", "old"):
-            with suppress(FileExistsError):
-                os.mkdir(name, 0o700, dir_fd=at)
-                with Owned(os.open(name, _DIRECTORY, dir_fd=at)) as fd:
-                    attributes.drop_acls(fd)
-        return os.open("new", _DIRECTORY, dir_fd=at), os.open("old", _DIRECTORY, dir_fd=at)
-
-
-def _stage(store: Store, entry: Journal, tree: beneath.Beneath, *, make: bool = False) -> Owned:
-    if not entry.inside:
-        return Owned(os.open(journal.directory(store, entry.id), _DIRECTORY))
-    with _place(entry, tree) as at:
-        if make:
-            with suppress(FileExistsError), _times_kept(at):
-                os.mkdir(entry.stage, 0o700, dir_fd=at)
-        found = Owned(os.open(entry.stage, _DIRECTORY, dir_fd=at))
-    st = os.fstat(found.fd)
-    if st.st_uid != os.geteuid() or st.st_mode & 0o077:
-        found.close()
-        raise PermissionError(1, "its directory there belongs to somebody else", os.fsdecode(entry.stage))
-    return found
-
-
-def _place(entry: Journal, tree: beneath.Beneath) -> Owned:
-    return Owned(tree.directory(os.fsencode(entry.place)))
-
-
-@contextmanager
-def _times_kept(fd: int) -> Iterator[None]:
-    """Restore the times of a directory, which change with the names in it."""
-    st = os.fstat(fd)
-    yield
-    with suppress(PermissionError):
-        os.utime(b"/proc/self/fd/%d/." % fd, ns=(st.st_atime_ns, st.st_mtime_ns))
 
 
 @contextmanager
@@ -115,19 +50,17 @@ def discard(store: Store, found: Sequence[Site]) -> None:
     entry = found[0].entry
     for site in found:
         if site.entry.inside:
-            _remove_stage(site)
+            remove_stage(site)
     if not all(site.entry.inside for site in found):
         # The journal last: without it a killed undo would be repeated as one of an earlier commit.
         for name in ("new", "old"):
             remove_path(f"{journal.directory(store, entry.id)}/{name}", unlock=True)
+        for one in entry.every:
+            if one.of_layer:
+                remove_path(journal.layer_stage(store, one), unlock=True)
         step("emptied")
     with suppress(FileNotFoundError):
         journal.forget(store, entry.id)
-
-
-def _remove_stage(site: Site) -> None:
-    with suppress(FileNotFoundError), _place(site.entry, site.tree) as at, _times_kept(at):
-        remove(at, site.entry.stage, unlock=True)
 
 
 def go_on(store: Store, found: Sequence[Site]) -> None:
@@ -179,7 +112,7 @@ def _go_on(store: Store, found: Sequence[Site]) -> None:
 def end_in_parent(store: Store, entry: Journal, parent: Branch) -> None:
     """Complete a commit to a parent, which is claimed and not mounted: move the replaced objects out of its
     layer."""
-    with Owned(os.open(parent.upper, _DIRECTORY)) as layer, suppress(FileNotFoundError), _times_kept(layer):
+    with Owned(os.open(parent.upper, _DIRECTORY)) as layer, suppress(FileNotFoundError), times_kept(layer):
         os.rename(entry.stage, _kept_stage(store, entry), src_dir_fd=layer)
     step("stage moved")
     branch = store.branch(entry.branch)
@@ -203,27 +136,31 @@ def _end(store: Store, found: Sequence[Site]) -> None:
         if is_there and not entry.keep:
             branch.remove()
         step("branch removed")
+        last.note(store, entry)
         discard(store, found)
+        _forget_former(store, entry)
         return
     _keep(store, entry)
 
 
 def _keep(store: Store, entry: Journal) -> None:
-    """Keep the replaced objects for `undo`, and drop those of an earlier commit to the same tree."""
+    """Keep the replaced objects for `undo`, and drop those of earlier commits."""
     branch = store.branch(entry.branch)
     if branch.exists() and branch.record().created == entry.made and not entry.keep:
         os.rename(branch.path, f"{journal.directory(store, entry.id)}/branch")
         step("branch moved")
+    last.note(store, entry)
     entry.turns(journal.DONE)
     journal.mark(store, entry)
     step("ended")
-    others = [journal.read(store, id) for id in store.commit_ids() if id != entry.id]
-    kept = [other for other in others if other is not None]
-    branches = store.made() | {other.made for other in (entry, *kept)}
-    for other in kept:
-        is_former = other.id < entry.id and other.base == entry.base
-        # Without its parent it cannot be undone.
-        if is_former or (other.parent is not None and other.parent_made not in branches):
+    _forget_former(store, entry)
+
+
+def _forget_former(store: Store, entry: Journal) -> None:
+    """Remove what former commits keep, which can be undone no longer. Raises OSError."""
+    for id in store.commit_ids():
+        other = journal.read(store, id) if id < entry.id else None
+        if other is not None and other.state == journal.DONE:
             _forget(store, other)
 
 
@@ -234,32 +171,16 @@ def _forget(store: Store, other: Journal) -> None:
             with sites(store, other, make=False) as found:
                 for site in found:
                     if site.entry.stays:
-                        _remove_stage(site)
+                        remove_stage(site)
         except UserError:
             return  # its filesystem is not mounted: the next commit tries again
     journal.forget(store, other.id)
 
 
-def layer_of(store: Store, entry: Journal) -> str | None:
-    """The layer of a journal's branch, in the commit's or in the branch's directory; None if it is gone."""
-    kept = f"{journal.directory(store, entry.id)}/branch"
-    if os.path.isdir(kept):
-        return os.path.join(kept, part_path(entry.key), "upper")
-    branch = store.branch(entry.branch)
-    if not branch.exists() or branch.record().created != entry.made:
-        return None
-    return _committed(branch, entry).upper
-
-
-def _committed(branch: Branch, entry: Journal) -> Branch:
-    """What of a branch is committed: itself, or a part of it."""
-    return Part(branch, entry.key) if entry.key else branch
-
-
 def _accept(store: Store, branch: Branch, entry: Journal) -> None:
     """Record the present state of the committed paths as the state that the branch was made from."""
     for one in entry.all:
-        part = _committed(branch, one)
+        part = committed(branch, one)
         with viewed(part) as view:
             seen.accept(part, view, *_accepted(one), journal.former_states(store, one))
 
@@ -274,7 +195,7 @@ def _accepted(entry: Journal) -> tuple[list[str], list[str]]:
 def _accept_returned(store: Store, branch: Branch, entry: Journal) -> None:
     """Record the states before the commit, and the new ctimes of the objects that its revert has renamed."""
     for one in entry.all:
-        part = _committed(branch, one)
+        part = committed(branch, one)
         seen.restore(part, *_accepted(one), journal.former_states(store, one))
         sources = {move.path: move.source for move in one.moves if move.source is not None}
         with viewed(part) as view:
@@ -311,12 +232,12 @@ def _go_back(store: Store, found: Sequence[Site]) -> None:
             f"are in {quoted(journal.directory(store, entry.id))}. The next `unionfs branch commit` goes on."
         ) from error
     kept = f"{journal.directory(store, entry.id)}/branch"
-    branch = store.branch(entry.branch)
     if os.path.isdir(kept):
-        branch = free_name(store, entry.branch)
-        os.rename(kept, branch.path)
+        os.rename(kept, free_name(store, entry.branch).path)
         step("branch back")
-    if branch.exists() and branch.record().created == entry.made:
+    if entry.ended:
+        last.note(store, entry, undone=True)
+    if (branch := stayed(store, entry)) is not None:
         if entry.parent is None:
             _accept_returned(store, branch, entry)
         else:
@@ -377,7 +298,7 @@ def finish(store: Store, entry: Journal) -> bool:
             # After an undo it is there.
             with (
                 Owned(os.open(parent.upper, _DIRECTORY)) as layer, suppress(FileNotFoundError),
-                _times_kept(layer),
+                times_kept(layer),
             ):  # fmt: skip
                 os.rename(_kept_stage(store, entry), entry.stage, dst_dir_fd=layer)
             step("stage back")

@@ -4,13 +4,14 @@
     ROOT/commits/ID/state.json      the state of the commit
     ROOT/commits/ID/after.json      the state of the base after it, to detect later changes
     ROOT/commits/ID/seen.json       what a branch that stays remembered of the base before it; see `seen`
+    ROOT/commits/ID/layer           what a commit of a part has taken out of the branch's layer: see `leaving`
     ROOT/commits/ID/new, old        the new objects, and the replaced ones, if they can be here
     BASE/.unionfs-ID/new, old       else there, on the base's filesystem
     ROOT/commits/ID/stage           after a commit to a parent: that directory, taken from the parent's layer
     ROOT/commits/ID/branch          the branch, after its commit, for `undo`
 
 A commit that changes filesystems below the base has a journal in the journal for each (`others`), whose files
-are `after-K.json` and `seen-K.json`. It keeps its directories on them for `undo`.
+are `after-K.json`, `seen-K.json` and `layer-K`. It keeps its directories on them for `undo`.
 
 Before the state is `on` nothing has changed in the base; then the commit is applied, or, in the state `back`,
 reverted. Each operation names its objects by inode numbers, which show whether it was applied.
@@ -113,11 +114,28 @@ class Journal:
     """The path of the directory of the base that has its directory; empty for the base itself."""
     others: list[Journal] = field(default_factory=list)
     """The operations on the filesystems below the base. Their states are that of this one."""
+    layer: Journal | None = None
+    """The operations on the layer of a branch that stays, in the branch's directory: see `leaving`."""
+    of_layer: bool = False
+    """Whether it is such a one."""
 
     @property
     def all(self) -> list[Journal]:
         """This one and the others."""
         return [self, *self.others]
+
+    @property
+    def every(self) -> list[Journal]:
+        """These, and then those of the layers."""
+        return [*self.all, *(one.layer for one in self.all if one.layer is not None)]
+
+    def of_rest(self, inode: int) -> Journal:
+        """Add and return an empty one for the layer; `inode`: that of the branch's directory."""
+        self.layer = Journal(
+            id=self.id, branch=self.branch, made=self.made, parent=None, base="", inode=inode, inside=False,
+            keep=True, key=self.key, of_layer=True,
+        )  # fmt: skip
+        return self.layer
 
     def turns(self, state: str) -> None:
         """It goes into another state."""
@@ -146,7 +164,13 @@ class Journal:
     @property
     def target(self) -> str:
         """The tree that it changes: the base, or `branch NAME`."""
+        if self.of_layer:
+            return f"branch {self.branch}"
         return self.base if self.parent is None else f"branch {self.parent}"
+
+    def shown(self, path: str) -> str:
+        """A path of this journal for messages."""
+        return path.removeprefix("/upper")[1:] if self.of_layer else path[1:]
 
     @property
     def stage(self) -> bytes:
@@ -182,16 +206,17 @@ def _values(journal: Journal) -> dict[str, Any]:
     values["ids"] = None if journal.ids is None else asdict(journal.ids)
     values["moves"] = [_MOVE(move) for move in journal.moves]
     values["settings"] = [
-        (setting.path, _plain(setting.new), _plain(setting.old), setting.former)
+        (setting.path, attributes_to_json(setting.new), attributes_to_json(setting.old), setting.former)
         for setting in journal.settings
     ]
     values["others"] = [_values(other) for other in journal.others]
+    values["layer"] = None if journal.layer is None else _values(journal.layer)
     return values
 
 
 def write_after(store: Store, journal: Journal) -> None:
     """Write the states of the paths after the commit, and then its own state. Raises OSError."""
-    for one in journal.all:
+    for one in journal.every:
         jsonfiles.write(_own_file(store, one, _AFTER), one.after)
     mark(store, journal)
 
@@ -212,7 +237,7 @@ def read(store: Store, id: str) -> Journal | None:
         entry = _journal(values)
         state = jsonfiles.read(f"{directory(store, id)}/{STATE_FILE}")
         entry.state, entry.ended = state["state"], state["ended"]
-        for one in entry.all:
+        for one in entry.every:
             with suppress(FileNotFoundError):
                 one.after = jsonfiles.read(_own_file(store, one, _AFTER))
         return entry
@@ -228,12 +253,14 @@ def read(store: Store, id: str) -> Journal | None:
 def _journal(values: dict[str, Any]) -> Journal:
     values["moves"] = [Move(*item) for item in values["moves"]]
     values["settings"] = [
-        Setting(path, _attributes(new), _attributes(old), former)
+        Setting(path, attributes_from_json(new), attributes_from_json(old), former)
         for path, new, old, former in values["settings"]
     ]
     if values.get("ids") is not None:
         values["ids"] = Ids.from_json(values["ids"])
     values["others"] = [_journal(other) for other in values.get("others", ())]
+    if values.get("layer") is not None:
+        values["layer"] = _journal(values["layer"])
     return Journal(**values)
 
 
@@ -244,7 +271,16 @@ def former_states(store: Store, journal: Journal) -> str:
 
 def _own_file(store: Store, journal: Journal, name: str) -> str:
     """A file of a commit, or of one of the others in it."""
-    return f"{directory(store, journal.id)}/{name}{f'-{journal.key}' if journal.key else ''}.json"
+    return f"{directory(store, journal.id)}/{name}{_suffix(journal)}.json"
+
+
+def layer_stage(store: Store, journal: Journal) -> str:
+    """The directory of what a commit takes out of a layer."""
+    return f"{directory(store, journal.id)}/layer{f'-{journal.key}' if journal.key else ''}"
+
+
+def _suffix(journal: Journal) -> str:
+    return (f"-{journal.key}" if journal.key else "") + ("-layer" if journal.of_layer else "")
 
 
 def ids_of(store: Store, name: str | None = None) -> Ids | None:
@@ -268,12 +304,14 @@ def forget(store: Store, id: str) -> None:
     remove_path(directory(store, id), unlock=True)
 
 
-def _plain(value: FileAttributes) -> dict[str, Any]:
+def attributes_to_json(value: FileAttributes) -> dict[str, Any]:
+    """Plain values."""
     found = value._asdict()
     found["xattrs"] = {os.fsdecode(name): data.hex() for name, data in value.xattrs.items()}
     return found
 
 
-def _attributes(values: dict[str, Any]) -> FileAttributes:
+def attributes_from_json(values: dict[str, Any]) -> FileAttributes:
+    """The reverse. Raises KeyError, TypeError or ValueError for others."""
     xattrs = {os.fsencode(name): bytes.fromhex(data) for name, data in values["xattrs"].items()}
     return FileAttributes(**{**values, "xattrs": xattrs})

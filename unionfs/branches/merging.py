@@ -1,27 +1,47 @@
-"""Merges texts that both a branch and its base have changed, by git merge-file.
+"""Merges texts that both a branch and its base have changed, by git merge-file, and their attributes.
 
-That needs the text that both began with. It is kept when a command of `try` has ended, for files that the
-branch has changed and the base has not yet.
+That needs the text and the attributes that both began with. They are kept when a command of `try` has ended,
+for files that the branch has changed and the base has not yet, under a name that has the state of the base.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeVar
 
 from unionfs.branches.describe import Describer, Difference
-from unionfs.branches.seen import Conflict, State
-from unionfs.branches.store import Branch
+from unionfs.branches.journal import attributes_from_json, attributes_to_json
+from unionfs.branches.seen import Conflict, State, is_same, state, without_ctime
+from unionfs.branches.store import Branch, may_own
 from unionfs.branches.view import View
 from unionfs.errors import UserError, on_failure
+from unionfs.sys.attributes import FileAttributes
 
 _FILE = "originals.zip"
 _MOST_BYTES = 64 << 20
+_ACL = b"system.posix_acl_access"
+_ABSENT = b"absent"
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A merged file."""
+
+    data: bytes
+    attributes: FileAttributes
+
+
+class _DifferentlyError(Exception):
+    """Both sides have given an attribute another value."""
 
 
 def keep_originals(
@@ -34,31 +54,72 @@ def keep_originals(
             names = set(kept.namelist())
             total = sum(item.file_size for item in kept.infolist())
             for item in found:
-                name = _name(b"/" + item.path)
-                is_changed = item.kind == "C" and "content" in item.what
-                if not is_changed or name in names or seen.get(os.fsdecode(b"/" + item.path)) is False:
+                if item.kind != "C" or "content" not in item.what or item.old is None:
                     continue
-                data = describer.data(item, new=False)
+                known = seen.get(os.fsdecode(b"/" + item.path))
+                if known is False or not is_same(known, state(item.change.old)):
+                    continue  # the base has changed it
+                name = _name(b"/" + item.path, known)
+                data = None if name in names else describer.data(item, new=False)
                 if data is not None and b"\0" not in data and total + len(data) <= _MOST_BYTES:
                     kept.writestr(name, data)
+                    kept.writestr(_attributes_of(name), json.dumps(attributes_to_json(item.old.attributes)))
                     total += len(data)
 
 
-def merged(branch: Branch, view: View, conflicts: Iterable[Conflict]) -> dict[bytes, bytes]:
-    """The merged texts of those conflicts that can be merged. Raises UserError without git."""
-    describer, texts = Describer(view), {}
+def merged(
+    branch: Branch, view: View, conflicts: Iterable[Conflict], seen: Mapping[str, State]
+) -> tuple[dict[bytes, Merged], dict[bytes, str]]:
+    """Those conflicts that can be merged, and, of others, which attributes differ. Raises UserError without
+    git.
+    """
+    describer, found, refused = Describer(view), dict[bytes, Merged](), dict[bytes, str]()
     for conflict in conflicts:
         change = conflict.change
         item = describer.difference(conflict.path[1:], change) if conflict.what == "changed" else None
         if item is None or item.kind != "C" or conflict.path.rpartition(b"/")[2] != change.name:
             continue
-        original = _original(branch, conflict.path)
+        original = _original(branch, _name(conflict.path, seen.get(os.fsdecode(conflict.path))))
         ours, theirs = describer.data(item, new=True), describer.data(item, new=False)
         if original is None or ours is None or theirs is None or b"\0" in ours + theirs:
             continue
-        if (text := _merge(ours, original, theirs)) is not None:
-            texts[conflict.path] = text
-    return texts
+        if (text := _merge(ours, original.data, theirs)) is None or item.new is None or item.old is None:
+            continue
+        try:
+            both = _merge_attributes(item.new.attributes, original.attributes, item.old.attributes)
+            found[conflict.path] = Merged(text, both)
+        except _DifferentlyError as error:
+            refused[conflict.path] = f"{error} changed differently"
+    return found, refused
+
+
+def _merge_attributes(
+    ours: FileAttributes, original: FileAttributes, theirs: FileAttributes
+) -> FileAttributes:
+    """Each attribute that only one side has changed is that side's. Raises _DifferentlyError."""
+    sides = ours, original, theirs
+    if may_own(theirs.uid, theirs.gid):
+        uid = _merge_values("owner", *(side.uid for side in sides))
+        gid = _merge_values("group", *(side.gid for side in sides))
+    else:
+        uid, gid = ours.uid, ours.gid
+    # An access ACL has the mode in it, and the mode a part of the ACL.
+    mode, acl = _merge_values("mode", *((side.mode, side.xattrs.get(_ACL, _ABSENT)) for side in sides))
+    xattrs = {_ACL: acl}
+    for name in {name for side in sides for name in side.xattrs} - {_ACL}:
+        label = f"xattr {os.fsdecode(name)}"
+        xattrs[name] = _merge_values(label, *(side.xattrs.get(name, _ABSENT) for side in sides))
+    times = max(ours.atime_ns, theirs.atime_ns), max(ours.mtime_ns, theirs.mtime_ns)
+    kept = {name: value for name, value in xattrs.items() if value is not _ABSENT}
+    return FileAttributes(mode, uid, gid, *times, kept)
+
+
+def _merge_values(name: str, ours: _T, original: _T, theirs: _T) -> _T:
+    if theirs in (ours, original):
+        return ours
+    if ours == original:
+        return theirs
+    raise _DifferentlyError(name)
 
 
 def _merge(ours: bytes, original: bytes, theirs: bytes) -> bytes | None:
@@ -76,11 +137,19 @@ def _merge(ours: bytes, original: bytes, theirs: bytes) -> bytes | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def _original(branch: Branch, path: bytes) -> bytes | None:
-    with suppress(OSError, KeyError, zipfile.BadZipFile), zipfile.ZipFile(f"{branch.path}/{_FILE}") as kept:
-        return kept.read(_name(path))
+def _original(branch: Branch, name: str) -> Merged | None:
+    with (
+        suppress(OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile),
+        zipfile.ZipFile(f"{branch.path}/{_FILE}") as kept,
+    ):
+        found = attributes_from_json(json.loads(kept.read(_attributes_of(name))))
+        return Merged(kept.read(name), found)
     return None
 
 
-def _name(path: bytes) -> str:
-    return hashlib.sha256(path).hexdigest()
+def _name(path: bytes, known: State) -> str:
+    return hashlib.sha256(b"%b\0%b" % (path, repr(without_ctime(known)).encode())).hexdigest()
+
+
+def _attributes_of(name: str) -> str:
+    return f"{name}.json"

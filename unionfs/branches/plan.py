@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 from unionfs.branches.selection import Selection
@@ -34,6 +34,8 @@ class Put:
     above: Object
     new: Object
     old: Object | None
+    is_whole: bool = True
+    """Whether all of it was selected; else it is a new directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,10 @@ class Planner:
     def _set(self, path: bytes, change: Change, *, changes: bool) -> None:
         assert change.new is not None
         assert change.old is not None
-        if not self._selection.has(path or b"/") or path in self._stay:
+        if not self._selection.has(path or b"/"):
+            return
+        if path in self._stay:
+            self._plan.skipped.append(path)
             return
         new, old = self._view.both_of(change)
         if self._view.is_anothers(change.old):
@@ -135,14 +140,14 @@ class Planner:
             elif old is not None:
                 self._plan.steps.append(Drop(path, old))
         elif new is not None and old is not None:
-            if chosen.has(path) or any(chosen.has(below) for below, _ in _all(self._view, path, new, old)):
+            if self._is_partly(path, new, old):
                 raise UserError(
                     f"{quoted(os.fsdecode(path))} was replaced as a whole, so a part of it cannot be chosen; "
                     "choose all of it, or none."
                 )
         elif new is not None:
-            if chosen.has(path) or any(chosen.has(below) for below, _ in _all(self._view, path, new)):
-                self._plan.steps.append(Put(path, above.new, new, None))
+            if self._is_partly(path, new):
+                self._plan.steps.append(Put(path, above.new, new, None, is_whole=False))
         elif old is not None:
             self._drop_chosen(path, old)
 
@@ -157,13 +162,17 @@ class Planner:
                 children = [(name, self._view.child(found, name)) for name in self._view.names(found)]
                 waiting += [(above + b"/" + name, child) for name, child in children if child is not None]
 
+    def _is_partly(self, path: bytes, *objects: Object) -> bool:
+        has = self._selection.has
+        return has(path) or any(has(below) for below, _ in all_below(self._view, path, *objects))
+
     def _is_whole(self, path: bytes, *objects: Object | None) -> bool:
         found = [item for item in objects if item is not None]
         chosen = self._selection
-        return chosen.has(path) and all(chosen.has(below) for below, _ in _all(self._view, path, *found))
+        return chosen.has(path) and all(chosen.has(below) for below, _ in all_below(self._view, path, *found))
 
 
-def _all(view: View, path: bytes, *objects: Object) -> Iterator[tuple[bytes, Object]]:
+def all_below(view: View, path: bytes, *objects: Object) -> Iterator[tuple[bytes, Object]]:
     """Everything below a path, and a non-directory itself."""
     waiting = [(path, found) for found in objects]
     while waiting:
@@ -179,6 +188,15 @@ def _all(view: View, path: bytes, *objects: Object) -> Iterator[tuple[bytes, Obj
                 waiting.append((above + b"/" + name, child))
 
 
+def has_below(view: View, has: Callable[[bytes], bool], found: Object, path: bytes) -> bool:
+    """Whether something below a directory is selected. Raises OSError."""
+    for name in view.names(found):
+        child, below = view.child(found, name), path + b"/" + name
+        if has(below) or (child and child.is_directory and has_below(view, has, child, below)):
+            return True
+    return False
+
+
 def hazards(view: View, plan: Plan, above: bytes) -> list[str]:
     """Sentences about hazards that a list of names does not show; `above`: what belongs before the paths.
 
@@ -191,7 +209,7 @@ def hazards(view: View, plan: Plan, above: bytes) -> list[str]:
             owner = f"uid {old.st.st_uid}" if view.has_shown_owner(old.st) else "another user"
             found.append(f"{_shown(above + step.path)} belongs to {owner}, not to you.")
         if isinstance(step, Put):
-            for path, item in _all(view, step.path, step.new):
+            for path, item in all_below(view, step.path, step.new):
                 if (what := _danger(view, path, item)) is not None:
                     found.append(f"{_shown(above + path)} is {what}.")
     return found
@@ -205,7 +223,7 @@ def with_subordinate_owners(view: View, plan: Plan) -> list[bytes]:
     ]  # fmt: skip
     for step in plan.steps:
         if isinstance(step, Put):
-            items = _all(view, step.path, step.new)
+            items = all_below(view, step.path, step.new)
             found += [
                 path for path, item in [(step.path, step.new), *items]
                 if item.st is not None and view.has_subordinate_owner(item.st)

@@ -20,6 +20,7 @@ from unionfs.core.places import Layer
 from unionfs.errors import on_failure, quoted
 from unionfs.settings.features import DEFAULTS
 from unionfs.storage import jsonfiles
+from unionfs.sys import calls
 from unionfs.union.diff import Change, Object
 from unionfs.union.origin import Origins
 
@@ -87,15 +88,18 @@ def look(branch: Branch, view: View) -> tuple[Mapping[str, State], list[Conflict
     with on_failure(complaint, "check the base, and free space for the store"):
         known = _read(branch)
         conflicts, new, moved = [], False, []
+        session = branch.record().session
         for item in touched(view):
             key = os.fsdecode(item.path)
-            now = _state(item.old)
+            now = state(item.old)
             if key not in known:
                 new = True
-                known[key] = False if _is_younger(item.old, branch.record().session) else now
+                known[key] = now
+                if _is_younger(item.old, session):
+                    known[key] = None if _was_made_since(view, item, session) else False
                 if item.old is None and item.change.new is not None and not item.change.new.is_directory:
                     moved.append(item)
-            if known[key] != now and not _is_as_below(view, item):
+            if not is_same(known[key], now) and not _is_as_below(view, item):
                 conflicts.append(Conflict(item.path, _what(known[key], now), item.change))
         for item in _orphans(view, moved):
             known[os.fsdecode(item.path)] = False
@@ -123,7 +127,7 @@ def accept(
         for item in touched(view):
             key = os.fsdecode(item.path)
             if key in alone or _is_below(key, wanted):
-                known[key] = _state(item.old)
+                known[key] = state(item.old)
         jsonfiles.write(f"{branch.path}/{_FILE}", known, sync=False)
 
 
@@ -155,7 +159,7 @@ def returned(branch: Branch, view: View, paths: Collection[str]) -> None:
         known = _read(branch)
         for item in touched(view):
             key = os.fsdecode(item.path)
-            before, now = known.get(key), _state(item.old)
+            before, now = known.get(key), state(item.old)
             if key not in wanted or not isinstance(before, list) or not isinstance(now, list):
                 continue
             if before[:_CTIME] == now[:_CTIME]:
@@ -179,7 +183,8 @@ def _read(branch: Branch) -> dict[str, State]:
     return {}
 
 
-def _state(old: Object | None) -> State:
+def state(old: Object | None) -> State:
+    """The state of an object below."""
     if old is None:
         return None
     st = old.st
@@ -191,6 +196,27 @@ def _state(old: Object | None) -> State:
     # A file with several names gets another ctime when one of the others comes or goes.
     ctime = st.st_ctime_ns if st.st_nlink == 1 else 0
     return [st.st_ino, st.st_mode, st.st_uid, st.st_gid, st.st_size, st.st_mtime_ns, ctime]
+
+
+def _was_made_since(view: View, item: Touched, session: int) -> bool:
+    """Whether an object below did not exist when the branch was last mounted. Raises OSError."""
+    assert item.old is not None
+    name = b"." if item.old.is_directory else item.path.rpartition(b"/")[2]
+    at = view.merge.gate.fd(item.old.parts[0])
+    return calls.birth_ns(at, name, calls.AT_SYMLINK_NOFOLLOW) > session
+
+
+def is_same(known: State, now: State) -> bool:
+    """Whether an object is as it was. Its ctime is unknown if it has, or had, several names."""
+    if not isinstance(known, list) or not isinstance(now, list):
+        return known == now
+    has_ctimes = 0 not in (*known[_CTIME:], *now[_CTIME:])
+    return known == now if has_ctimes else known[:_CTIME] == now[:_CTIME]
+
+
+def without_ctime(known: State) -> State:
+    """A state without what a mere rename changes."""
+    return known[:_CTIME] if isinstance(known, list) else known
 
 
 def _is_younger(old: Object | None, session: int) -> bool:

@@ -9,9 +9,7 @@ is removed.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import signal
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +17,7 @@ from contextlib import contextmanager, suppress
 from unionfs.branches.beneath import Beneath
 from unionfs.branches.journal import Journal, Move
 from unionfs.branches.view import View
+from unionfs.branches.writers import is_written
 from unionfs.sys.fds import Owned
 from unionfs.union.diff import Object
 
@@ -60,7 +59,7 @@ class Sharing:
         except OSError:
             return None
         with Owned(fd):
-            if not _is_at_rest(fd) or not self._without_markers(fd):
+            if is_written(fd) is not False or not self._without_markers(fd):
                 return None
         self._entry.times[os.fsdecode(above)] = [self._directory.st_atime_ns, self._directory.st_mtime_ns]
         return st.st_ino
@@ -90,21 +89,6 @@ class Sharing:
                 return False
             raise
         return True
-
-
-def _is_at_rest(fd: int) -> bool:
-    """Whether no process has an open file open or mapped for writing; False also if that is unknown.
-
-    The kernel itself serves some open files of a union (FUSE passthrough): they outlive a daemon that was
-    killed.
-    """
-    try:
-        # Refused while there is a writer (fcntl(2)); one that comes now must not end this process.
-        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-    except OSError:
-        return False
-    return True
 
 
 @contextmanager

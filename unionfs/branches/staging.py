@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from unionfs.branches.plan import Put
+from unionfs.branches.merging import Merged
+from unionfs.branches.plan import Put, has_below
 from unionfs.branches.sharing import Sharing
 from unionfs.branches.view import Entry, View
 from unionfs.core.places import Layer, Place
@@ -61,12 +62,12 @@ class Stager:
         at: int,
         has: Callable[[bytes], bool],
         base: Layer | None,
-        texts: Mapping[bytes, bytes],
+        texts: Mapping[bytes, Merged],
         sharing: Sharing | None,
     ) -> None:
         """`has`: whether a path below a new directory is selected. `base`: the layer that is changed, if any.
 
-        `texts`: the contents of merged files. `sharing`: moves files of the branch's layer; None copies all.
+        `texts`: the merged files. `sharing`: moves files of the branch's layer; None copies all.
         """
         self._view = view
         self._at = at
@@ -117,19 +118,12 @@ class Stager:
         if found is None:
             return
         if found.is_directory:
-            if self._has(path) or self._has_below(found, path):
+            if self._has(path) or has_below(self._view, self._has, found, path):
                 os.mkdir(name, _ACCESS, dir_fd=level.fd)
                 levels.append(self._level(level.fd, name, path, found))
         elif self._has(path):
             staged = top + b"/" + b"/".join([*(one.path.rpartition(b"/")[2] for one in levels[1:]), name])
             self._object(level.fd, name, level.found.parts, path, found, staged)
-
-    def _has_below(self, found: Object, path: bytes) -> bool:
-        for name in self._view.names(found):
-            child, below = self._view.child(found, name), path + b"/" + name
-            if self._has(below) or (child and child.is_directory and self._has_below(child, below)):
-                return True
-        return False
 
     def _finish(self, level: _Level, *, is_top: bool) -> int:
         """Set the attributes of a filled directory. Returns its mode."""
@@ -158,7 +152,8 @@ class Stager:
             if key and not entry.indexed and self._linked(at, name, path, found):
                 self._links[key] = staged
                 return
-            new = self._view.attributes_of(entry)
+            merged = self._texts.get(path)
+            new = self._view.attributes_of(entry) if merged is None else merged.attributes
             if stat.S_ISREG(st.st_mode):
                 with Owned(os.open(name, _NEW, 0o600, dir_fd=at)) as target:
                     self._data(above, path, found, entry, target)
@@ -198,7 +193,7 @@ class Stager:
         name, st = path.rpartition(b"/")[2], entry.st
         if path in self._texts:
             with open(target, "wb", closefd=False) as out:
-                out.write(self._texts[path])
+                out.write(self._texts[path].data)
             return
         if not st.st_size:
             return

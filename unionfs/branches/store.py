@@ -6,6 +6,7 @@
     ROOT/branches/NAME/merged         where it is mounted if no other place is given
     ROOT/branches/NAME/below/K/       the same of a filesystem that is mounted below the base; see `parts`
     ROOT/commits/ID/                  a commit that goes on, or the last one, for `undo`; see `journal`
+    ROOT/commits/last.json            which one was the last; see `last`
     ROOT/commits/lock                 held while something is committed
 
 A branch exists while its directory has its name, which it gets and loses by one rename. A branch that
@@ -38,6 +39,8 @@ from unionfs.union import leases
 _RECORD = "branch.json"
 STATE_FILE = "state.json"
 """In the directory of a commit: how far it is; see `journal`."""
+LAST_FILE = "last.json"
+"""Beside the commits: see `last`."""
 _PENDING = ("on", "back", "ending")
 _POLL_SECONDS = 0.02
 _DOOMED = ".removed-"

@@ -27,8 +27,11 @@ class Viewed:
 @contextmanager
 def all_viewed(branch: Branch) -> Iterator[list[Viewed]]:
     """The branch first, then its parts, sorted by mountpoint. Raises UserError."""
-    base = branch.record().base.rstrip("/")
+    values = branch.record()
+    base = values.base.rstrip("/")
     with ExitStack() as resources:
+        # One that was replaced has nothing to do with the branch.
+        resources.enter_context(opened(values.base, values.base_inode, values.filesystem))
         whole, found = Viewed(branch, resources.enter_context(viewed(branch))), []
         for part in parts_of(branch):
             record = part.record()

@@ -5,46 +5,68 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from unionfs.branches import beneath, journal
+from unionfs.branches import last as note
 from unionfs.branches.after import states
 from unionfs.branches.apply import step
-from unionfs.branches.ending import finish, recover, sites
+from unionfs.branches.ending import finish, recover
 from unionfs.branches.journal import Journal
-from unionfs.branches.mounts import mounted, parent_claimed
+from unionfs.branches.mounts import mounted, parent_claimed, unmounted
+from unionfs.branches.parts import all_of
+from unionfs.branches.sites import sites, stayed
 from unionfs.branches.store import Store
 from unionfs.errors import UserError, on_failure, quoted
 
 
 def undo(store: Store) -> Journal:
-    """Undo the latest commit that is kept, and restore its branch. Returns its journal. Raises
-    UserError.
-    """
+    """Undo the last commit of this store, and restore its branch. Returns its journal. Raises UserError."""
     with store.committing():
         pending = _interrupted(store)
         recover(store)
         if pending is not None and journal.read(store, pending.id) is None:
             return pending
-        entries = [journal.read(store, id) for id in store.commit_ids()]
-        done = [entry for entry in entries if entry is not None and entry.state == journal.DONE]
-        if not done:
-            raise UserError(
-                "there is no commit to undo: none was made, it was undone, or its base is not on the "
-                "filesystem "
-                "of the store."
-            )
-        last = done[-1]
+        last = _last(store)
         with ExitStack() as resources, on_failure(
             f"the commit of branch {quoted(last.branch)} cannot be undone", "check the base and the store"
         ):
+            if last.keep and (branch := stayed(store, last)) is not None:
+                resources.enter_context(branch.claimed("changed by an undo"))
+                branch.refuse_frozen("be changed by an undo")
+                for one in all_of(branch):
+                    unmounted(one)
             if last.parent is not None:
                 _refuse_changed_parent(store, last)
             else:
-                for site in resources.enter_context(sites(store, last, make=False)):
-                    _refuse_changed(site.entry, site.tree)
+                _refuse_all_changed(store, last)
             last.turns(journal.BACK)
             step("undo")
             journal.mark(store, last)
             finish(store, last)
         return last
+
+
+def _last(store: Store) -> Journal:
+    """The last commit. Raises UserError if it cannot be undone: an earlier one is not undone instead."""
+    found = note.read(store)
+    if found is not None and (found.is_undone or not found.can_undo):
+        cause = (
+            "was undone already" if found.is_undone
+            else "cannot be undone, since its base is not on the filesystem of the store"
+        )  # fmt: skip
+        raise UserError(
+            f"the last commit, of branch {quoted(found.branch)} to {quoted(found.target)}, {cause}; earlier "
+            "ones cannot be undone."
+        )
+    entries = [journal.read(store, id) for id in store.commit_ids()]
+    done = [entry for entry in entries if entry is not None and entry.state == journal.DONE]
+    if not done or (found is not None and done[-1].id != found.id):
+        raise UserError("there is no commit to undo: none was made, or what it kept is gone.")
+    return done[-1]
+
+
+def _refuse_all_changed(store: Store, last: Journal) -> None:
+    with sites(store, last, make=False) as found:
+        for site in found:
+            _refuse_changed(site.entry, site.tree)
 
 
 def _refuse_changed_parent(store: Store, last: Journal) -> None:
@@ -77,7 +99,7 @@ def _refuse_changed(last: Journal, tree: beneath.Beneath) -> None:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise UserError(
             f"the commit of branch {quoted(last.branch)} cannot be undone: "
-            f"{quoted(changed[0][1:])}{more} was "
+            f"{quoted(last.shown(changed[0]))}{more} was "
             f"changed in {quoted(last.target)} since; the former files are in "
             f"{quoted('commits/' + last.id)} of the store."
         )

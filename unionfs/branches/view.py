@@ -79,10 +79,10 @@ class View:
             way.append(below)
         for change, parent in zip(reversed(way[1:]), reversed(way[:-1]), strict=True):
             is_end = change is way[-1]
-            if is_end or (not change.children and not self._differs(change)):
+            if is_end or (not change.children and not self.differs(change)):
                 parent.children.remove(change)
 
-    def _differs(self, change: Change) -> bool:
+    def differs(self, change: Change) -> bool:
         """Whether a directory has other attributes than the one below, besides times. Raises OSError."""
         new, old = change.new, change.old
         if new is None or old is None or not (new.is_directory and old.is_directory):
@@ -90,10 +90,19 @@ class View:
         now, before = self.both_of(change)
         return now._replace(atime_ns=0, mtime_ns=0) != before._replace(atime_ns=0, mtime_ns=0)
 
+    def index_entries(self) -> dict[tuple[int, int], bytes]:
+        """The copies in the index: their names there by device and inode number. Raises OSError."""
+        if self._index is None:
+            return {}
+        with Owned(open_for_listing(self._index.fd)) as listing:
+            names = os.listdir(listing)
+            found = [os.stat(name, dir_fd=listing, follow_symlinks=False) for name in names]
+        return {(st.st_dev, st.st_ino): os.fsencode(name) for name, st in zip(names, found, strict=True)}
+
     @property
     def root_differs(self) -> bool:
         """Whether the root has other attributes than the one below, besides times. Raises OSError."""
-        return self._differs(self.root)
+        return self.differs(self.root)
 
     @property
     def is_empty(self) -> bool:

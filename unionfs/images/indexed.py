@@ -35,10 +35,10 @@ class Index:
             return not os.listdir(listing)
 
     def find(self, name: bytes, found: Found) -> Copy | None:
-        """The copy of a lower's object; None if the lower's own is shown."""
+        """The copy of a lower's object, also if that has lost its other names since; None if the lower's own
+        is shown.
+        """
         st, (place,) = found
-        if st.st_nlink < 2:
-            return None
         try:
             origin = self._origins.encoded(self._merge.gate.fd(place), name, st.st_dev)
             entry = origin.hex().encode()

@@ -53,6 +53,8 @@ NFS_MAGIC: Final = 0x6969
 
 
 _TIMES: Final = struct.Struct("@llll")  # struct timespec, twice
+_STX_BIRTH: Final = struct.Struct("=80xqI")  # stx_btime
+_STATX_BTIME: Final = 0x800
 _STX_ATTRIBUTES: Final = struct.Struct("=8xQ")  # of struct statx, include/uapi/linux/stat.h
 libc.renameat2.argtypes = (
     ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint,
@@ -189,6 +191,12 @@ def statx_flags(dir_fd: int, name: bytes, flags: int) -> int:
     """The ``stx_attributes`` of :func:`statx`, where FS_IMMUTABLE and FS_APPEND have the bits that they have
     in a file's flags (include/uapi/linux/stat.h)."""
     return int(_STX_ATTRIBUTES.unpack_from(statx(dir_fd, name, flags, 0))[0])
+
+
+def birth_ns(dir_fd: int, name: bytes, flags: int) -> int:
+    """When a file was made, in nanoseconds since the epoch; 0 if its filesystem does not know."""
+    seconds, nanoseconds = _STX_BIRTH.unpack_from(statx(dir_fd, name, flags, _STATX_BTIME))
+    return int(seconds) * 1_000_000_000 + int(nanoseconds)
 
 
 def get_flags(fd: int) -> int:

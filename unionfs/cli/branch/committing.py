@@ -11,6 +11,7 @@ import click
 from unionfs.cli.branch.common import CONFLICTS, complete_branches, json_option, print_json, root_option, tell
 from unionfs.cli.run import complain
 from unionfs.cli.terminal import shell_word
+from unionfs.errors import quoted
 from unionfs.settings.words import moment
 
 if TYPE_CHECKING:
@@ -30,17 +31,17 @@ Examples:
               help="Only these paths; the branch stays with the rest. May be repeated.")  # fmt: skip
 @click.option("--except", "leave", multiple=True, metavar="PATTERN",
               help="All but these paths; may be repeated.")  # fmt: skip
-@click.option("--ours", "conflicts", flag_value="ours", help="In conflicts take the branch's version.")
-@click.option("--theirs", "conflicts", flag_value="theirs", help="In conflicts keep the version below.")
-@click.option("--merge", "conflicts", flag_value="merge",
+@click.option("--ours", is_flag=True, help="In conflicts take the branch's version.")
+@click.option("--theirs", is_flag=True, help="In conflicts keep the version below.")
+@click.option("--merge", is_flag=True,
               help="In conflicts merge texts by git merge-file, if `try` has kept the original.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Only print what would be done, and the conflicts.")
 @root_option
 @json_option
 @click.argument("name", shell_complete=complete_branches)
 def commit(
-    into: str | None, only: tuple[str, ...], leave: tuple[str, ...], conflicts: str | None, dry_run: bool,
-    root: str | None, as_json: bool, name: str,
+    into: str | None, only: tuple[str, ...], leave: tuple[str, ...], ours: bool, theirs: bool, merge: bool,
+    dry_run: bool, root: str | None, as_json: bool, name: str,
 ) -> int:  # fmt: skip
     """Apply the branch NAME to what lies below it, its base or its parent, all or nothing; then the branch
     ends.
@@ -51,15 +52,18 @@ def commit(
     The exit code is 0 if all is done, 3 if there are conflicts and nothing was changed, else 1.
     """
     # For start-up time: --help and completion do not need it.
-    from unionfs.branches.commit import STOP, Wish
+    from unionfs.branches.commit import MERGE, OURS, STOP, THEIRS, Wish
     from unionfs.branches.commit import commit as apply
     from unionfs.branches.ids import enter
     from unionfs.branches.journal import ids_of
     from unionfs.branches.store import Store
 
+    chosen = [word for word, given in ((OURS, ours), (THEIRS, theirs), (MERGE, merge)) if given]
+    if len(chosen) > 1:
+        raise click.UsageError(f"{' and '.join(f'--{word}' for word in chosen)} exclude each other")
     # Many thousand changes are no garbage, however often they are looked through.
     gc.disable()
-    wish = Wish(into, only, leave, dry_run, conflicts or STOP)
+    wish = Wish(into, only, leave, dry_run, chosen[0] if chosen else STOP)
     store = Store(root)
     enter(ids_of(store, name))
     result = apply(store, name, wish)
@@ -67,7 +71,7 @@ def commit(
         print_json({"name": name, **values(result)})
     else:
         report(name, result, dry_run=dry_run)
-    return CONFLICTS if result.stopped and not (dry_run and conflicts) else 0
+    return CONFLICTS if result.stopped and not (dry_run and chosen) else 0
 
 
 def values(result: Result) -> dict[str, Any]:
@@ -104,22 +108,22 @@ def report(name: str, result: Result, *, dry_run: bool = False) -> None:
         )
     elif result.before:
         taken_back = "; `unionfs branch undo` takes that back" if result.undo else ""
-        print(f"nothing to commit: {name} was committed to {result.target} at "
+        print(f"nothing to commit: {name} was committed to {quoted(result.target)} at "
               f"{moment(result.before / 1e9)}{taken_back}")  # fmt: skip
     else:
         went_on = "an interrupted commit was finished: " if result.went_on else ""
         for_good = "" if result.undo else "; it cannot be undone: the store is on another filesystem"
-        print(f"{went_on}committed {name} to {result.target}{for_good}")
+        print(f"{went_on}committed {name} to {quoted(result.target)}{for_good}")
 
 
 @click.command(epilog="Example: unionfs branch undo")
 @root_option
 @json_option
 def undo(root: str | None, as_json: bool) -> None:
-    """Undo the last commit, and restore its branch.
+    """Undo the last commit of the storage root, and restore its branch.
 
-    It works only if nothing that the commit changed has changed since. A commit to a base can be undone only
-    if the base and the store are on one filesystem.
+    It works only once, and only if nothing that the commit changed has changed since. A commit to a base can
+    be undone only if the base and the store are on one filesystem; an earlier one is not undone instead.
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.ids import enter
@@ -134,4 +138,4 @@ def undo(root: str | None, as_json: bool) -> None:
         base = entry.base if entry.parent is None else store.branch(entry.parent).record().base
         print_json({"name": entry.branch, "base": base, "parent": entry.parent})
     else:
-        print(f"undid the commit of {entry.branch} to {entry.target}")
+        print(f"undid the commit of {entry.branch} to {quoted(entry.target)}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import click
@@ -126,10 +128,31 @@ def _remove_each(root: str | None, names: tuple[str, ...], *, with_changes: bool
         removed.append(name)
         return not as_json
 
-    code = for_each(names, remove)
+    code = for_each(_children_first(root, names), remove)
     if as_json:
         print_json({"removed": removed})
     return code
+
+
+def _children_first(root: str | None, names: Sequence[str]) -> list[str]:
+    """The names, each after those of branches that lie over it."""
+    # For start-up time: --help and completion do not need it.
+    from unionfs.branches.store import Store
+
+    parents = {}
+    with suppress(UserError):
+        for branch in Store(root).branches():
+            with suppress(UserError):  # a damaged one can be removed
+                parents[branch.name] = branch.record().parent
+
+    def depth(name: str) -> int:
+        above, seen = parents.get(name), {name}
+        while above is not None and above not in seen:
+            seen.add(above)
+            above = parents.get(above)
+        return len(seen)
+
+    return sorted(names, key=depth, reverse=True)
 
 
 def _remove(root: str | None, name: str, *, with_changes: bool) -> None:
