@@ -270,7 +270,10 @@ def _write(path: str, values: object) -> None:
         with open(path, "w", encoding="utf-8") as out:
             out.write(text)
     except OSError as error:
-        tell(f"the report {quoted(path)} cannot be written: {reason(error)}; see `unionfs branch diff --json`.")
+        tell(
+            f"the report {quoted(path)} cannot be written: {reason(error)}; `unionfs branch diff --json` "
+            "shows the changes."
+        )
 
 
 def _asked(branch: Branch) -> str:
