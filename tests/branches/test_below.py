@@ -232,7 +232,7 @@ def test_conflicts(below: Below) -> None:
     branching.says("branch", "commit", "--theirs", "br")
     assert (below.base / "m/d/f1").read_text() == "one\n"
     assert (below.base / "m/in/d/f1").read_text() == "else\n"
-    assert branching.says("branch", "diff", "br") == "C m/in/d/f1  (times)\n"
+    assert branching.says("branch", "diff", "br") == "C m/in/d/f1  (content)\n"
 
 
 def test_texts_are_merged(below: Below) -> None:
@@ -398,7 +398,7 @@ def test_the_store_is_on_one_of_them(below: Below, branching: Branching) -> None
     old = tree(below.base / "m/in")
     done = branching.tries("ls m/store; echo more >> m/d/f1; echo > m/store/lost; echo > m/in/x; echo > x")
     assert done.stdout == ""
-    assert branching.says("branch", "diff", "br").splitlines() == ["C m/d/f1  (times)", "A m/in/x", "A x"]
+    assert branching.says("branch", "diff", "br").splitlines() == ["C m/d/f1  (content)", "A m/in/x", "A x"]
     inode = os.stat(branching.root / "branches/br/below/0/upper/d/f1").st_ino
     branching.says("branch", "commit", "br")
     assert (below.base / "m/d/f1").stat().st_ino == inode

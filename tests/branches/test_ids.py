@@ -258,6 +258,6 @@ def test_a_package_is_installed(someone: Someone, area: Path) -> None:
             assert found is not None
             assert (found[0], found[4]) == (expected[0], expected[4]), path
     lines = someone.says("branch", "diff", "br").splitlines()
-    assert "A usr/bin/probe" in lines
+    assert "A usr/bin/probe  (mode 0755)" in lines
     someone.says("branch", "discard", "br")
     assert someone.stored() == []
