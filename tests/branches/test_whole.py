@@ -48,7 +48,7 @@ def test_a_package_is_installed(root: None, area: Path) -> None:
         words = ["try", "-q", "--keep", "-n", "sys", "-D", "/", "--", "probe"]
         assert tried.unionfs(*words) == "works\n"
         lines = tried.unionfs("branch", "diff", "sys").splitlines()
-        assert "A usr/bin/probe  (mode 0755)" in lines
+        assert "A usr/bin/probe  (mode 4755, owner 0:0)" in lines
         outside = ("proc", "sys", "dev", "run", "tmp", "srv", "var/lib/unionfs")
         assert [line for line in lines if line[2:].startswith(outside)] == ["A srv/foreign/x"]
         tried.unionfs("branch", "commit", "sys")
