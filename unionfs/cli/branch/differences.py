@@ -70,9 +70,13 @@ def diff(
     branch = Store(root).existing(name)
     enter(branch.record().ids)
     for entry in filter(None, map(mount_of, all_of(branch))):
-        # What programs have written may be in the page cache of the mount.
-        with directory(entry.settings.mountpoint) as fd:
-            syncfs(fd)
+        # What programs have written may be in the page cache of the mount; a killed daemon's is lost.
+        try:
+            with directory(entry.settings.mountpoint) as fd:
+                syncfs(fd)
+        except OSError:
+            if entry.is_alive():
+                raise
     base = branch.record().base
     chosen = Selection([relative(item, base) for item in only], [relative(item, base) for item in leave])
     noise = Selection((), () if everything else NOISE)
