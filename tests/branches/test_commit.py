@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,17 @@ class TestHardLinksOfARenamedDirectory:
     def test_a_branch_of_the_branch(self, linked: Branching) -> None:
         done = linked.tries("cat one/f moved/l", "child", "--from", "br")
         assert done.stdout == "new\nnew\n"
+
+
+@pytest.mark.slow
+def test_a_tree_deeper_than_the_stack(branching: Branching) -> None:
+    """A commit and its undo of directories whose path is longer than PATH_MAX, of which not all are open."""
+    script = "import os\nfor _ in range(1200): os.mkdir('dir'); os.chdir('dir')"
+    words = ["try", "-q", "--rw", sys.prefix, "--keep", "-n", "br", "--", sys.executable, "-c", script]
+    assert branching.unionfs(*words).returncode == 0
+    done = branching.unionfs("branch", "commit", "br")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = subprocess.run(["find", branching.base, "-type", "d"], check=True, capture_output=True)
+    assert found.stdout.count(b"\n") == 1201
+    branching.says("branch", "undo")
+    assert os.listdir(branching.base) == []
