@@ -47,11 +47,14 @@ def test_a_removed_working_directory(filled: Branching, area: Path) -> None:
     """The command starts in the base; without one there is a sentence, and no branch."""
     gone = 'mkdir "$0"; cd "$0"; rmdir "$0"; exec "$@"'
 
-    def call(*words: str | Path) -> cli_calls.Done:
+    def unionfs(*words: str | Path) -> cli_calls.Done:
         return cli_calls.call(
-            ("sh", "-c", gone, str(area / "gone"), *mounting.command(), "try", "-q", "--keep"), *words,
+            ("sh", "-c", gone, str(area / "gone"), *mounting.command()), *words,
             env={"UNIONFS_ROOT": str(filled.root)},
         )  # fmt: skip
+
+    def call(*words: str | Path) -> cli_calls.Done:
+        return unionfs("try", "-q", "--keep", *words)
 
     done = call("-n", "br", "-D", filled.base, "--", "sh", "-c", "pwd; echo > n")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{filled.base}\n", "")
@@ -59,6 +62,7 @@ def test_a_removed_working_directory(filled: Branching, area: Path) -> None:
     refused(call("-n", "other", "--", "true"), "the base . cannot be used: no such file or directory")
     refused(call("-n", "other", "-D", "below", "--", "true"), "the base below cannot be used")
     assert filled.stored() == ["branches/br"]
+    refused(unionfs("branch", "mount", "br", "mnt"), "is a relative path, but the current directory is gone")
 
 
 @pytest.mark.parametrize("make", [

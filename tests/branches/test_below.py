@@ -104,7 +104,9 @@ def test_a_command_s_changes_are_committed_and_undone(
     assert f"{below.base}/m, {below.base}/m/in below the base are covered by the branch, too" in done.stderr
     assert differing(old, below.tree()) == {}
     lines = branching.says("branch", "diff", "br").splitlines()
-    assert {"C m/  (mode 0755 -> 0711, times)", "D m/d/f2", "R m/ren -> m/d/moved/", "A m/in/p"} <= {*lines}
+    assert {
+        "C m/  (mode 0755 -> 0711, times)", "D m/d/f2", "R m/ren -> m/d/moved/", "A m/in/p  (fifo)",
+    } <= {*lines}  # fmt: skip
     content = branching.says("branch", "diff", "--content", "--only", "m/d/f1", "br")
     assert "--- a/m/d/f1\n+++ b/m/d/f1\n" in content
     # The next command goes on.

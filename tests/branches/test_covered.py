@@ -89,7 +89,7 @@ def test_an_ordinary_user_tries_the_whole_system(someone: User) -> None:
     script = "install -D -o root -m 0750 /bin/true /usr/local/lib/x/true; rm -r /etc/apt; echo >> /etc/hosts"
     done = someone.unionfs("try", "--keep", "-n", "sys", "-D", "/", "--", "sh", "-ec", script)
     lines = someone.unionfs("branch", "diff", "sys").stdout.splitlines()
-    assert {"A usr/local/lib/x/", "A usr/local/lib/x/true  (mode 0755)", "D etc/apt/"} <= {*lines}, lines
+    assert {"A usr/local/lib/x/", "A usr/local/lib/x/true  (mode 0750)", "D etc/apt/"} <= {*lines}, lines
     done = someone.host.run(
         "env", f"UNIONFS_ROOT={someone.root}", *someone.host.command, "branch", "commit", "sys"
     )
