@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from types import TracebackType
 
@@ -54,6 +55,11 @@ def reason(error: OSError) -> str:
 def path_in(error: OSError, otherwise: str = "") -> str:
     """Return the path that an error names. Calls on an fd name that, which says nothing."""
     return os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else otherwise
+
+
+def cure_for(error: OSError, otherwise: str) -> str:
+    """Return the cure for an error in a sentence: for a full disk that, else `otherwise`."""
+    return "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else otherwise
 
 
 class on_failure:

@@ -104,7 +104,9 @@ def test_a_command_s_changes_are_committed_and_undone(
     assert f"{below.base}/m, {below.base}/m/in below the base are covered by the branch, too" in done.stderr
     assert differing(old, below.tree()) == {}
     lines = branching.says("branch", "diff", "br").splitlines()
-    assert {"C m/  (mode 0755 -> 0711, times)", "D m/d/f2", "R m/ren -> m/d/moved/", "A m/in/p"} <= {*lines}
+    assert {
+        "C m/  (mode 0755 -> 0711, times)", "D m/d/f2", "R m/ren -> m/d/moved/", "A m/in/p  (fifo)",
+    } <= {*lines}  # fmt: skip
     content = branching.says("branch", "diff", "--content", "--only", "m/d/f1", "br")
     assert "--- a/m/d/f1\n+++ b/m/d/f1\n" in content
     # The next command goes on.
@@ -232,7 +234,7 @@ def test_conflicts(below: Below) -> None:
     branching.says("branch", "commit", "--theirs", "br")
     assert (below.base / "m/d/f1").read_text() == "one\n"
     assert (below.base / "m/in/d/f1").read_text() == "else\n"
-    assert branching.says("branch", "diff", "br") == "C m/in/d/f1  (times)\n"
+    assert branching.says("branch", "diff", "br") == "C m/in/d/f1  (content)\n"
 
 
 def test_texts_are_merged(below: Below) -> None:
@@ -398,7 +400,7 @@ def test_the_store_is_on_one_of_them(below: Below, branching: Branching) -> None
     old = tree(below.base / "m/in")
     done = branching.tries("ls m/store; echo more >> m/d/f1; echo > m/store/lost; echo > m/in/x; echo > x")
     assert done.stdout == ""
-    assert branching.says("branch", "diff", "br").splitlines() == ["C m/d/f1  (times)", "A m/in/x", "A x"]
+    assert branching.says("branch", "diff", "br").splitlines() == ["C m/d/f1  (content)", "A m/in/x", "A x"]
     inode = os.stat(branching.root / "branches/br/below/0/upper/d/f1").st_ino
     branching.says("branch", "commit", "br")
     assert (below.base / "m/d/f1").stat().st_ino == inode

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,39 @@ class TestHardLinksOfARenamedDirectory:
     def test_a_branch_of_the_branch(self, linked: Branching) -> None:
         done = linked.tries("cat one/f moved/l", "child", "--from", "br")
         assert done.stdout == "new\nnew\n"
+
+
+@pytest.mark.slow
+def test_a_tree_deeper_than_the_stack(branching: Branching) -> None:
+    """A commit and its undo of directories whose path is longer than PATH_MAX, of which not all are open."""
+    script = "import os\nfor _ in range(1200): os.mkdir('dir'); os.chdir('dir')"
+    words = ["try", "-q", "--rw", sys.prefix, "--keep", "-n", "br", "--", sys.executable, "-c", script]
+    assert branching.unionfs(*words).returncode == 0
+    done = branching.unionfs("branch", "commit", "br")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = subprocess.run(["find", branching.base, "-type", "d"], check=True, capture_output=True)
+    assert found.stdout.count(b"\n") == 1201
+    branching.says("branch", "undo")
+    assert os.listdir(branching.base) == []
+
+
+def test_hard_links_at_a_long_path(branching: Branching) -> None:
+    """A renamed directory is copied by a commit of a part: also links whose path is longer than PATH_MAX."""
+    here = os.open(branching.base, os.O_RDONLY)
+    try:
+        for name in ["top", *["d" * 200] * 25]:
+            os.mkdir(name, dir_fd=here)
+            below = os.open(name, os.O_RDONLY, dir_fd=here)
+            os.close(here)
+            here = below
+        os.close(os.open("one", os.O_CREAT | os.O_WRONLY, dir_fd=here))
+        os.link("one", "two", src_dir_fd=here, dst_dir_fd=here)
+    finally:
+        os.close(here)
+    branching.tries("mv top new; touch other")
+    branching.says("branch", "commit", "--only", "new", "--only", "top", "br")
+    words = ["find", branching.base / "new", "-type", "f", "-printf", "%i %f\\n"]
+    found = subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()
+    assert sorted(found[1::2]) == ["one", "two"]
+    assert found[0] == found[2]
+    assert os.listdir(branching.base) == ["new"]

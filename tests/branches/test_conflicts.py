@@ -118,7 +118,7 @@ def test_ours_and_theirs(filled: Branching) -> None:
     assert (filled.base / "d/f2").read_text() == "2\nbranch\n"
     # The branch stays with what was kept.
     assert filled.stored()[0] == "branches/br"
-    assert filled.says("branch", "diff", "br").splitlines() == ["C d/f1  (times)"]
+    assert filled.says("branch", "diff", "br").splitlines() == ["C d/f1  (content)"]
     undo(filled.store)
     assert differing(old, tree(filled.base)) == {}
     result = filled.commit(conflicts="ours")

@@ -35,7 +35,7 @@ def test_the_store_in_the_base_is_hidden(around: Branching) -> None:
     done = around.tries("ls deep/storage; cat a; echo more >> a; echo > deep/new; echo > deep/storage/lost")
     times = [os.stat(path).st_mtime for path in (around.base, around.root.parent)]
     assert done.stdout == "a\n"
-    assert around.says("branch", "diff", "br").splitlines() == ["C a  (times)", "A deep/new"]
+    assert around.says("branch", "diff", "br").splitlines() == ["C a  (content)", "A deep/new"]
     refused(around.unionfs("branch", "create", "--base", around.root, "other"), "is in the storage root")
     around.says("branch", "commit", "br")
     assert (around.base / "a").read_text() == "a\nmore\n"
@@ -71,7 +71,7 @@ def test_an_ordinary_user_s_home(someone: User) -> None:
     script = "echo more >> d/f1; ls -A .local/share/*"
     done = someone.unionfs("try", "--keep", "-n", "br", "--", "sh", "-ec", script)
     assert done.stdout == ""
-    assert someone.unionfs("branch", "diff", "br").stdout.splitlines() == ["C d/f1  (times)"]
+    assert someone.unionfs("branch", "diff", "br").stdout.splitlines() == ["C d/f1  (content)"]
     before = tree(someone.base / "gone")
     someone.unionfs("branch", "commit", "br")
     assert (someone.base / "d/f1").read_text() == "1\nmore\n"
@@ -89,7 +89,7 @@ def test_an_ordinary_user_tries_the_whole_system(someone: User) -> None:
     script = "install -D -o root -m 0750 /bin/true /usr/local/lib/x/true; rm -r /etc/apt; echo >> /etc/hosts"
     done = someone.unionfs("try", "--keep", "-n", "sys", "-D", "/", "--", "sh", "-ec", script)
     lines = someone.unionfs("branch", "diff", "sys").stdout.splitlines()
-    assert {"A usr/local/lib/x/", "A usr/local/lib/x/true", "D etc/apt/"} <= {*lines}, lines
+    assert {"A usr/local/lib/x/", "A usr/local/lib/x/true  (mode 0750)", "D etc/apt/"} <= {*lines}, lines
     done = someone.host.run(
         "env", f"UNIONFS_ROOT={someone.root}", *someone.host.command, "branch", "commit", "sys"
     )

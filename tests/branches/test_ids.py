@@ -9,11 +9,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
-from tests.branches.systems import System, look, make_package, system
+from tests.branches.systems import CONTROL, System, look, make_package, system
 from tests.mount.cli_calls import REPOSITORY, Done
 from tests.support.patience import patient
 
@@ -241,6 +242,66 @@ def test_ids_that_are_gone(someone: Someone) -> None:
     assert someone.stored() == ["br"]
 
 
+DOWNLOADS = ("var/cache/apt/archives", "var/lib/apt/lists")
+
+
+def test_downloads_of_apt(someone: Someone) -> None:
+    """Where only the user _apt may look for files, the command has an empty directory."""
+    for name in DOWNLOADS:
+        partial = someone.host.root / name / "partial"
+        partial.mkdir(parents=True, exist_ok=True)
+        (partial / "secret").write_text("secret\n")
+        os.chown(partial, 42, 0)
+        partial.chmod(0o700)
+    done = someone.tries(
+        f"cd /; for d in {' '.join(DOWNLOADS)}; do ls -A $d/partial; chown 42:0 $d/partial; "
+        "touch $d/partial/x; mv $d/partial/x $d/moved; touch $d/partial/y; done"
+    )
+    assert done.stdout == ""
+    assert someone.says("branch", "diff", "--all", "br").splitlines() == [
+        f"A {name}/moved" for name in DOWNLOADS
+    ]
+    # On top of it, and in a branch that changes nothing else.
+    words = ["try", "--from", "br", "-n", "two", "--", "ls", "-A", f"/{DOWNLOADS[0]}/partial"]
+    done = someone.calls(*words)
+    assert (done.returncode, done.stdout) == (0, "y\n"), done.stderr
+    assert someone.stored() == ["br"]
+    done = someone.calls("try", "-n", "none", "-D", "/", "--", "touch", f"/{DOWNLOADS[0]}/partial/x")
+    assert done.returncode == 0, done.stderr
+    assert someone.stored() == ["br"]
+    for name in DOWNLOADS:
+        assert os.listdir(someone.host.root / name / "partial") == ["secret"]
+
+
+def make_repository(host: System, package: Path) -> str:
+    """A repository of one package; returns apt's options for it."""
+    place = host.root / "srv/repository"
+    place.mkdir()
+    shutil.copy(package, place)
+    data = package.read_bytes()
+    (place / "Packages").write_text(
+        f"{CONTROL}Filename: ./probe.deb\nSize: {len(data)}\nSHA256: {sha256(data).hexdigest()}\n"
+    )
+    (host.root / "srv/list").write_text("deb [trusted=yes] copy:/srv/repository ./\n")
+    return "-q -o Dir::Etc::sourcelist=/srv/list -o Dir::Etc::sourceparts=- -o APT::Get::List-Cleanup=0"
+
+
+@pytest.mark.slow
+def test_a_package_is_downloaded(someone: Someone, area: Path) -> None:
+    """`apt-get update` and `install`, whose downloads belong to the user _apt."""
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        pytest.skip("apt-get or dpkg-deb is not installed")
+    options = make_repository(someone.host, make_package(area))
+    done = someone.tries(f"apt-get {options} update; apt-get {options} -y install probe; probe")
+    assert done.stdout.endswith("works\n")
+    assert "partial" not in done.stderr
+    lines = someone.says("branch", "diff", "--all", "br").splitlines()
+    assert "A usr/bin/probe  (mode 4755, owner 0:0)" in lines
+    assert any(line.startswith("A var/lib/apt/lists/_srv_repository_") for line in lines)
+    assert not any("partial" in line for line in lines)
+    someone.says("branch", "discard", "br")
+
+
 @pytest.mark.slow
 def test_a_package_is_installed(someone: Someone, area: Path) -> None:
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
@@ -258,6 +319,6 @@ def test_a_package_is_installed(someone: Someone, area: Path) -> None:
             assert found is not None
             assert (found[0], found[4]) == (expected[0], expected[4]), path
     lines = someone.says("branch", "diff", "br").splitlines()
-    assert "A usr/bin/probe" in lines
+    assert "A usr/bin/probe  (mode 4755, owner 0:0)" in lines
     someone.says("branch", "discard", "br")
     assert someone.stored() == []

@@ -6,13 +6,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-import unionfs.branches
 from tests.branches.branching import Branching, differing, killed_before, tree
 from tests.mount import cli_calls
 from tests.mount.cli_calls import refused
@@ -85,7 +83,7 @@ class TestTry:
         program = filled.area / "program"  # which may be in /tmp
         program.write_text("#!/bin/sh\nexit 5\n")
         program.chmod(0o755)
-        assert code(str(program)) == (127 if str(program).startswith("/tmp/") else 5)
+        assert code(str(program)) == (127 if str(program).startswith(("/tmp/", "/var/tmp/")) else 5)
         assert filled.stored() == []
 
     def test_a_signal_reaches_the_command(self, filled: Branching) -> None:
@@ -354,70 +352,3 @@ class TestBranches:
         assert "null is the device 1:3" in done.stderr
         assert done.stdout == "A null\nA tool\n"
         assert not (filled.base / "tool").exists()
-
-
-class TestDiff:
-    def test_what_changes(self, filled: Branching) -> None:
-        filled.tries(
-            "echo more >> a; chmod 0600 b; chown 5:6 c; mv sub dir; mkdir __pycache__; echo > "
-            "__pycache__/x.pyc; "
-            "ln -s a link; head -c 99 /dev/zero > bin"
-        )
-        assert filled.says("branch", "diff", "br").splitlines() == [
-            "C a  (times)", "C b  (mode 0644 -> 0600)", "A bin", "C c  (owner 0:0 -> 5:6)", "R sub -> dir/",
-            "A link", "and 2 in caches and temporary directories; --all lists them",
-        ]  # fmt: skip
-        text = filled.says("branch", "diff", "--content", "br")
-        assert "--- a/a\n+++ b/a\n@@ -1 +1,2 @@\n a\n+more\n" in text
-        assert "new: 99 bytes, sha256 " in text
-        assert "1 lines added" in filled.says("branch", "diff", "--stat", "br")
-        values = json.loads(filled.says("branch", "diff", "--json", "--all", "br"))
-        added = [item["path"] for item in values if item["change"] == "A"]
-        assert added == ["__pycache__", "__pycache__/x.pyc", "bin", "link"]
-        (owner,) = [item for item in values if item["path"] == "c"]
-        assert (owner["what"], owner["old"]["uid"], owner["new"]["uid"]) == (["owner"], 0, 5)
-        assert filled.says("branch", "diff", "--only", "a", "--except", "b", "br") == "C a  (times)\n"
-
-    def test_renamed_files(self, filled: Branching) -> None:
-        filled.tries("mv a sub/z; mv b y; echo changed >> y")
-        assert filled.says("branch", "diff", "br").splitlines() == ["D b", "R a -> sub/z", "A y"]
-
-
-class TestApi:
-    def test_a_branch(self, filled: Branching) -> None:
-        with unionfs.branches.branch(filled.base, root=str(filled.root)) as branch:
-            assert branch.run(["sh", "-c", "cat a; echo new > n"], capture_output=True).stdout == "a\n"
-            assert [(item["change"], item["path"]) for item in branch.diff()] == [("A", "n")]
-            branch.run(["sh", "-c", "cat > from"], input="given\n", check=True)
-            assert branch.commit()["done"]
-        assert (filled.base / "from").read_text() == "given\n"
-        assert filled.stored()[0].startswith("commits/")
-
-    def test_discarded_and_conflicts(self, filled: Branching) -> None:
-        with unionfs.branches.branch(filled.base, root=str(filled.root)) as branch:
-            with pytest.raises(subprocess.CalledProcessError):
-                branch.run(["sh", "-c", "echo x >> a; exit 2"], check=True)
-            (filled.base / "a").write_text("base\n")
-            with pytest.raises(unionfs.branches.ConflictError) as caught:
-                branch.commit()
-            assert caught.value.conflicts == [("changed", "a")]
-        assert filled.stored() == []
-        with pytest.raises(unionfs.branches.BranchError, match="cannot be used"):
-            unionfs.branches.branch(filled.base / "none", root=str(filled.root)).__enter__()
-
-    @pytest.mark.slow
-    def test_trio(self, filled: Branching) -> None:
-        script = (
-            "import sys, trio, unionfs.branches\n"
-            "async def main():\n"
-            "    async with unionfs.branches.trio_branch(sys.argv[1]) as b:\n"
-            "        await b.run(['touch', 'n'])\n"
-            "        print(len(await b.diff()), (await b.commit())['done'])\n"
-            "trio.run(main)\n"
-        )
-        done = cli_calls.call(
-            (sys.executable, "-c", script), filled.base, env={"UNIONFS_ROOT": str(filled.root)}
-        )
-        assert (done.stdout, done.stderr) == ("1 True\n", "")
-
-

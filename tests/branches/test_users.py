@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.branches.branching import differing, tree
-from tests.mount.cli_calls import Done, place
+from tests.mount.cli_calls import Done, place, wait_for
 from tests.mount.user_calls import UID, Host, ordinary_user
 
 FILL = """
@@ -89,3 +90,16 @@ def test_files_of_others_are_named(someone: User) -> None:
     (someone.base / "d/roots").write_text("root\n")
     someone.unionfs("try", "--keep", "-n", "br", "--", "rm", "-f", "d/roots")
     assert "d/roots belongs to uid 0, not to you" in someone.unionfs("branch", "commit", "br").stderr
+
+
+def test_the_daemon_of_a_mounted_branch_is_killed(someone: User) -> None:
+    """Its layer can be read: the diff needs no mount."""
+    someone.unionfs("try", "-q", "--keep", "-n", "br", "--", "sh", "-ec", "echo new > n")
+    # Nobody has opened its root, so the kernel would ask the daemon.
+    merged = someone.unionfs("branch", "mount", "br").stdout.strip()
+    (mount,) = json.loads(someone.unionfs("ls", "--json").stdout)
+    os.kill(mount["pid"], signal.SIGKILL)
+    assert wait_for(lambda: someone.host.run("ls", merged).returncode != 0)
+    assert someone.unionfs("branch", "diff", "br").stdout == "A n\n"
+    someone.unionfs("branch", "commit", "br")
+    assert (someone.base / "n").read_text() == "new\n"

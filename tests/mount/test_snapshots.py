@@ -304,6 +304,18 @@ def test_hard_links_of_a_lower(made: Snapshots) -> None:
     assert shown(made.union) == before
 
 
+def test_the_short_form(hybrid: Snapshots) -> None:
+    """A mount in place of a command."""
+    made = hybrid
+    assert succeed(unionfs("snapshot", made.union, "first")) == "first\n"
+    found = json.loads(succeed(unionfs("snapshot", made.union.name, "--json", cwd=made.union.parent)))
+    assert set(made.listed()) == {"first", found["name"]}
+    refused(unionfs("snapshot", made.area / "none"), "not an active unionfs mount")
+    done = unionfs("snapshot", "creat", made.union)
+    assert done.returncode == 1
+    assert "no such command 'creat'" in done.stderr
+
+
 def test_bad_input(hybrid: Snapshots) -> None:
     made = hybrid
     made.take("first")
@@ -697,7 +709,7 @@ def test_no_space_for_copies(root: None, area: Path, filesystem: Callable[..., P
             one.write(b"small")
             two.write(b"x" * (14 << 20))
             before = shown(top)
-            refused(unionfs("snapshot", "create", top, "first"), "no space left")
+            refused(unionfs("snapshot", "create", top, "first"), "no space left on device; free space.")
             assert shown(top) == before
             one.write(b" and more")
             two.write(b"y")

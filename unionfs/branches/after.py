@@ -6,6 +6,7 @@ mount shows the one on disk. So there xattrs are compared.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import zlib
@@ -33,8 +34,7 @@ def states(entry: Journal, tree: Beneath) -> dict[str, list[int]]:
             found[move.path] = _numbers(status(*tree.parent(os.fsencode(move.path))))
             continue
         with suppress(FileNotFoundError):
-            at, name = tree.parent(os.fsencode(move.path))
-            _look(found, move.path, at, name, in_branch=entry.parent is not None)
+            _look(found, tree, move.path, in_branch=entry.parent is not None)
     for setting in entry.settings:
         if setting.path not in found:
             with suppress(FileNotFoundError), Owned(tree.directory(os.fsencode(setting.path))) as fd:
@@ -57,19 +57,35 @@ def _numbers(st: os.stat_result | None) -> list[int]:
     return [] if st is None else [st.st_ino, st.st_mode, st.st_uid, st.st_gid]
 
 
-def _look(found: dict[str, list[int]], path: str, at: int, name: bytes, *, in_branch: bool) -> None:
+def _look(found: dict[str, list[int]], tree: Beneath, path: str, *, in_branch: bool) -> None:
+    at, name = tree.parent(os.fsencode(path))
     st = os.stat(name, dir_fd=at, follow_symlinks=False)
-    if not stat.S_ISDIR(st.st_mode):
-        numbers = [st.st_ino, st.st_mode, st.st_uid, st.st_gid]
-        last = _xattrs(at, name) if in_branch else st.st_ctime_ns
-        found[path] = [*numbers, st.st_size, st.st_mtime_ns, last]
-        return
-    found[path] = _numbers(st)
-    with Owned(os.open(name, os.O_PATH | _DIRECTORY, dir_fd=at)) as fd:
-        with Owned(open_for_listing(fd)) as listing:
-            names = sorted(os.listdir(listing))
-        for below in names:
-            _look(found, f"{path}/{below}", fd, os.fsencode(below), in_branch=in_branch)
+    found[path] = _state(st, at, name, in_branch=in_branch)
+    # Trees may be deeper than Python's stack, and than the limit of open files.
+    waiting = [path] if stat.S_ISDIR(st.st_mode) else []
+    while waiting:
+        above = waiting.pop()
+        try:
+            fd = tree.directory(os.fsencode(above))
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            found[above] = []  # a mount, which is no state of a commit
+            continue
+        with Owned(fd), Owned(open_for_listing(fd)) as listing:
+            for name in map(os.fsencode, os.listdir(listing)):
+                st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                below = f"{above}/{os.fsdecode(name)}"
+                found[below] = _state(st, fd, name, in_branch=in_branch)
+                if stat.S_ISDIR(st.st_mode):
+                    waiting.append(below)
+
+
+def _state(st: os.stat_result, at: int, name: bytes, *, in_branch: bool) -> list[int]:
+    if stat.S_ISDIR(st.st_mode):
+        return _numbers(st)
+    last = _xattrs(at, name) if in_branch else st.st_ctime_ns
+    return [st.st_ino, st.st_mode, st.st_uid, st.st_gid, st.st_size, st.st_mtime_ns, last]
 
 
 def _xattrs(at: int, name: bytes) -> int:

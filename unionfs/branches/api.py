@@ -16,23 +16,30 @@ import secrets
 import subprocess
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
-from unionfs.branches.calling import call, in_thread, program
+from unionfs.branches.calling import call, in_thread, program, run_to_end
+from unionfs.errors import quoted
 
 _CONFLICTS = 3
+Path: TypeAlias = str | os.PathLike[str]
+Decision: TypeAlias = Literal["stop", "ours", "theirs", "merge"]
 
 
 class BranchError(Exception):
     """A branch cannot be used: one sentence, as of the command line."""
 
+    branch: str | None = None
+    """The name of the branch that `commit` did not commit, and which is kept."""
+
 
 class ConflictError(BranchError):
     """A commit was stopped, and nothing changed: the same paths were changed below the branch, too."""
 
-    def __init__(self, conflicts: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, conflicts: Sequence[tuple[str, str]], branch: str) -> None:
         paths = "one path was" if len(conflicts) == 1 else f"{len(conflicts)} paths were"
-        super().__init__(f"{paths} changed below the branch, too; nothing was committed.")
+        super().__init__(f"{paths} changed below branch {branch}, too; nothing was committed.")
+        self.branch = branch
         self.conflicts = conflicts
         """The change below (`changed`, `added`, `removed`), and the path."""
 
@@ -45,15 +52,16 @@ class Branch:
         self.name = name
         self._root = root
         self._kept = False
+        self._failed = False
 
     def run(
         self,
-        command: Sequence[str | os.PathLike[str]],
+        command: Sequence[Path],
         *,
         check: bool = False,
         capture_output: bool = False,
         input: str | None = None,
-        cwd: str | os.PathLike[str] | None = None,
+        cwd: Path | None = None,
         network: bool = True,
         hide: Sequence[str] = (),
         writable: Sequence[str] = (),
@@ -63,24 +71,33 @@ class Branch:
         Raises CalledProcessError if it fails and `check` is set. Its `returncode` is 1 with a sentence on
         stderr if the branch cannot be used.
         """
+        given: dict[str, Any] = {"input": input} if input is not None else {"stdin": subprocess.DEVNULL}
+        return subprocess.run(
+            self._words(command, network, hide, writable), cwd=cwd or self.base, check=check, text=True,
+            errors="surrogateescape", capture_output=capture_output, **given,
+        )  # fmt: skip
+
+    def _words(
+        self, command: Sequence[Path], network: bool, hide: Sequence[str], writable: Sequence[str]
+    ) -> list[str]:
+        """The call of `unionfs try`."""
         words = ["try", "--keep", "--quiet", "-n", self.name, *self._options()]
         words += [] if network else ["--net", "none"]
         words += [word for path in hide for word in ("--hide", path)]
         words += [word for path in writable for word in ("--rw", path)]
-        given: dict[str, Any] = {"input": input} if input is not None else {"stdin": subprocess.DEVNULL}
-        return subprocess.run(
-            [*program(), *words, "--", *(os.fspath(word) for word in command)],
-            cwd=cwd or self.base, check=check, text=True, errors="surrogateescape",
-            capture_output=capture_output, **given,
-        )  # fmt: skip
+        return [*program(), *words, "--", *(os.fspath(word) for word in command)]
 
     @property
     def base(self) -> str:
         """The directory that it lies over."""
-        found = [values for values in self._call("ls") if values["name"] == self.name]
-        if not found:
+        values = self._listed()
+        if values is None:
             raise BranchError(f"there is no branch {self.name}.")
-        return str(found[0]["base"])
+        return str(values["base"])
+
+    def _listed(self) -> dict[str, Any] | None:
+        """What `unionfs branch ls --json` prints of it; None if it does not exist."""
+        return next((values for values in self._call("ls") if values["name"] == self.name), None)
 
     def diff(self, *, content: bool = False, everything: bool = True) -> list[dict[str, Any]]:
         """The changes, as of `unionfs branch diff --json`; without `everything` no caches and temporary
@@ -96,21 +113,29 @@ class Branch:
         *,
         only: Sequence[str] = (),
         leave: Sequence[str] = (),
-        conflicts: Literal["stop", "ours", "theirs", "merge"] = "stop",
+        conflicts: Decision = "stop",
         dry_run: bool = False,
     ) -> dict[str, Any]:
         """Apply it to what lies below it; returns the result, as of `unionfs branch commit --json`.
 
-        Raises ConflictError, also of a dry run, and BranchError.
+        Raises ConflictError, also of a dry run, and BranchError. The branch is then kept after the `with`
+        block, even if the error is caught, unless a later call commits or discards it; after a dry run only
+        if the error leaves the block.
         """
         words = [word for path in only for word in ("--only", path)]
         words += [word for path in leave for word in ("--except", path)]
         words += [] if conflicts == "stop" else [f"--{conflicts}"]
         words += ["--dry-run"] if dry_run else []
-        found = self._call("commit", *words, self.name)
+        self._failed = self._failed or not dry_run
+        try:
+            found = self._call("commit", *words, self.name)
+        except BranchError as error:
+            error.branch = self.name
+            raise
         assert isinstance(found, dict)
         if found["conflicts"] and not found["done"] and conflicts in ("stop", "merge"):
-            raise ConflictError([(what, path) for what, path in found["conflicts"]])
+            raise ConflictError([(what, path) for what, path in found["conflicts"]], self.name)
+        self._failed = self._failed and dry_run
         return found
 
     def keep(self) -> None:
@@ -121,9 +146,12 @@ class Branch:
         """Remove it with its changes. Raises BranchError."""
         self._call("discard", self.name)
 
-    def end(self) -> None:
-        """Remove it unless it is kept or gone: the end of a `with` block. Raises BranchError."""
-        if not self._kept and any(values["name"] == self.name for values in self._call("ls")):
+    def end(self, error: BaseException | None = None) -> None:
+        """Remove it unless it is kept or gone, or could not be committed: the end of a `with` block, which
+        `error` leaves. Raises BranchError.
+        """
+        failed = self._failed or (isinstance(error, BranchError) and error.branch == self.name)
+        if not (self._kept or failed) and self._listed() is not None:
             self.discard()
 
     def _options(self) -> list[str]:
@@ -134,25 +162,43 @@ class Branch:
         return call(words, BranchError, codes=(0, _CONFLICTS))
 
 
+def _opened(base: Path | None, name: str | None, parent: str | None, root: str | None) -> Branch:
+    """A kept branch of that name, or a new one. Raises BranchError."""
+    found = Branch(name or f"api-{secrets.token_hex(4)}", root)
+    values = None if name is None else found._listed()
+    if values is None:
+        over = ["--base", os.fspath(base)] if base is not None else []
+        over += ["--from", parent] if parent is not None else []
+        found._call("create", "--no-mount", *over, found.name)
+        return found
+    is_other = base is not None and (values["parent"] or os.path.realpath(base) != values["base"])
+    if is_other or (parent is not None and values["parent"] != parent):
+        below = quoted(values["base"]) if values["parent"] is None else f"branch {values['parent']}"
+        wanted = quoted(os.fspath(base)) if base is not None else f"branch {parent}"
+        raise BranchError(f"branch {name} lies over {below}, not over {wanted}; choose another name.")
+    found.keep()
+    return found
+
+
 @contextmanager
 def branch(
-    base: str | os.PathLike[str] | None = None,
+    base: Path | None = None,
     *,
     name: str | None = None,
     parent: str | None = None,
     root: str | None = None,
 ) -> Iterator[Branch]:
     """A new branch over the directory `base`, or over the branch `parent`; it is removed at the end unless
-    it was committed or kept. Raises BranchError.
+    it was committed or kept, or its commit failed. If there is a branch `name` over the same, that one is
+    continued, and stays until it is committed or discarded. Raises BranchError.
     """
-    found = Branch(name or f"api-{secrets.token_hex(4)}", root)
-    over = ["--base", os.fspath(base)] if base is not None else []
-    over += ["--from", parent] if parent is not None else []
-    found._call("create", "--no-mount", *over, found.name)
+    found = _opened(base, name, parent, root)
     try:
         yield found
-    finally:
-        found.end()
+    except BaseException as error:
+        found.end(error)
+        raise
+    found.end()
 
 
 class TrioBranch:
@@ -162,20 +208,48 @@ class TrioBranch:
         self._branch = branch
         self.name = branch.name
 
-    async def run(self, command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        """See `Branch.run`."""
-        result: subprocess.CompletedProcess[str] = await in_thread(self._branch.run, command, **options)
-        return result
+    async def run(
+        self,
+        command: Sequence[Path],
+        *,
+        check: bool = False,
+        capture_output: bool = False,
+        input: str | None = None,
+        cwd: Path | None = None,
+        network: bool = True,
+        hide: Sequence[str] = (),
+        writable: Sequence[str] = (),
+    ) -> subprocess.CompletedProcess[str]:
+        """See `Branch.run`. When it is cancelled, the command gets SIGTERM, and after five seconds everything
+        in it is killed.
+        """
+        here = cwd or await self.base()
+        words = self._branch._words(command, network, hide, writable)
+        done = await run_to_end(words, cwd=here, input=input, capture_output=capture_output)
+        if check:
+            done.check_returncode()
+        return done
 
-    async def diff(self, **options: Any) -> list[dict[str, Any]]:
+    async def base(self) -> str:
+        """See `Branch.base`."""
+        return await in_thread(lambda: self._branch.base)
+
+    async def diff(self, *, content: bool = False, everything: bool = True) -> list[dict[str, Any]]:
         """See `Branch.diff`."""
-        result: list[dict[str, Any]] = await in_thread(self._branch.diff, **options)
-        return result
+        return await in_thread(self._branch.diff, content=content, everything=everything)
 
-    async def commit(self, **options: Any) -> dict[str, Any]:
-        """See `Branch.commit`."""
-        result: dict[str, Any] = await in_thread(self._branch.commit, **options)
-        return result
+    async def commit(
+        self,
+        *,
+        only: Sequence[str] = (),
+        leave: Sequence[str] = (),
+        conflicts: Decision = "stop",
+        dry_run: bool = False,
+    ) -> dict[str, Any]:
+        """See `Branch.commit`. It is not cancelled before its end."""
+        return await in_thread(
+            self._branch.commit, only=only, leave=leave, conflicts=conflicts, dry_run=dry_run
+        )
 
     async def discard(self) -> None:
         """See `Branch.discard`."""
@@ -188,16 +262,23 @@ class TrioBranch:
 
 @asynccontextmanager
 async def trio_branch(
-    base: str | os.PathLike[str] | None = None, **options: Any
+    base: Path | None = None,
+    *,
+    name: str | None = None,
+    parent: str | None = None,
+    root: str | None = None,
 ) -> AsyncIterator[TrioBranch]:
     """As `branch`, for trio."""
     # For start-up time: only programs that use trio need it.
     import trio
 
-    manager = branch(base, **options)
-    found = await in_thread(manager.__enter__)
+    found = await in_thread(_opened, base, name, parent, root)
+    cause: BaseException | None = None
     try:
         yield TrioBranch(found)
+    except BaseException as error:
+        cause = error
+        raise
     finally:
         with trio.CancelScope(shield=True):
-            await in_thread(manager.__exit__, None, None, None)
+            await in_thread(found.end, cause)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    import trio
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_GRACE_SECONDS = 5
 
 
 def program() -> list[str]:
@@ -28,9 +37,39 @@ def call(words: Sequence[str], error: type[Exception], *, codes: Sequence[int] =
     return json.loads(done.stdout)
 
 
-async def in_thread(function: Any, *arguments: Any, **options: Any) -> Any:
+async def in_thread(function: Callable[_P, _R], *arguments: _P.args, **options: _P.kwargs) -> _R:
     """Run a function in a thread of trio."""
     # For start-up time: only programs that use trio need it.
     import trio
 
     return await trio.to_thread.run_sync(partial(function, *arguments, **options))
+
+
+async def run_to_end(
+    words: Sequence[str], *, cwd: str | os.PathLike[str], input: str | None, capture_output: bool
+) -> subprocess.CompletedProcess[str]:
+    """Run a program, as subprocess.run with `text` does. When trio cancels it, it gets SIGTERM, and is killed
+    if that does not end it.
+    """
+    # For start-up time: only programs that use trio need it.
+    import trio
+
+    given = subprocess.DEVNULL if input is None else input.encode(errors="surrogateescape")
+    done = await trio.run_process(
+        words, stdin=given, cwd=cwd, capture_stdout=capture_output, capture_stderr=capture_output,
+        check=False, deliver_cancel=_end,
+    )  # fmt: skip
+    return subprocess.CompletedProcess(done.args, done.returncode, _text(done.stdout), _text(done.stderr))
+
+
+async def _end(process: trio.Process) -> None:
+    # For start-up time: only programs that use trio need it.
+    import trio
+
+    process.terminate()
+    await trio.sleep(_GRACE_SECONDS)
+    process.kill()
+
+
+def _text(data: bytes | None) -> Any:
+    return None if data is None else io.TextIOWrapper(io.BytesIO(data), errors="surrogateescape").read()

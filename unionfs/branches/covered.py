@@ -1,7 +1,8 @@
-"""What is in a base but not in its filesystem's branch: mounts below it, and the store, if it is in the base.
+"""What is in a base but not in its filesystem's branch: mounts below it, and what is hidden.
 
-The store is hidden: the layer has an opaque directory in its place, which no diff shows and no commit
-applies.
+Hidden is the store, if it is in the base, and from an ordinary user's branch of the whole system what apt
+downloads into: directories of the user _apt, in which nobody else may look for a file. The layer has an
+opaque directory in their place, which no diff shows and no commit applies.
 """
 
 from __future__ import annotations
@@ -11,18 +12,28 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from unionfs.branches.record import WHOLE, Record
 from unionfs.errors import UserError, on_failure, quoted
 from unionfs.sys.mountinfo import MountEntry, mounted_at, read_mountinfo
 from unionfs.union.hiding import hide, parts_below
 
 _KINDS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "zfs", "jfs", "tmpfs")
 """Filesystems that keep all attributes and belong to this host alone. An overlay is mostly a container's."""
+_DOWNLOADS = ("/var/cache/apt/archives/partial", "/var/lib/apt/lists/partial")
 _FLAGS = ("noexec", "nosuid", "nodev")
 
 
 def store_in(base: str, root: str) -> tuple[str, ...] | None:
     """The names on the path from a base to the storage root; None if that is not below the base."""
     return parts_below(base, os.path.realpath(root))
+
+
+def hidden_in(record: Record, root: str) -> list[tuple[str, ...]]:
+    """The names on the paths from the base of a branch or part to each directory that it hides."""
+    found = [store_in(record.base, root)]
+    if record.uid != 0 and (record.whole or record.base) == WHOLE:
+        found += [parts_below(record.base, path) for path in _DOWNLOADS]
+    return [parts for parts in found if parts]
 
 
 def refuse_inside(base: str, root: str) -> None:
@@ -35,19 +46,37 @@ def refuse_inside(base: str, root: str) -> None:
         )
 
 
-def hide_store(upper: str, base: str, root: str, *, userxattr: bool) -> None:
-    """Hide a store in the base from the branch. Raises UserError."""
-    parts = store_in(base, root)
-    if parts is not None:
+def hide_in(upper: str, record: Record, root: str) -> None:
+    """Hide from a new branch or part what it shall hide. Raises UserError."""
+    store = store_in(record.base, root)
+    for parts in hidden_in(record, root):
+        path = os.path.join(record.base, *parts)
+        # A parent hides these already, or has something else there.
+        if parts != store and (record.parent is not None or not _is_directory_on(path, record.base)):
+            continue
         with on_failure(
-            f"the storage root {quoted(root)}, which is in the base {quoted(base)}, cannot be hidden from "
-            "the branch", "give one elsewhere by --root or UNIONFS_ROOT",
-        ):  # fmt: skip
-            hide(upper, base, parts, userxattr=userxattr)
-            for count in range(len(parts), -1, -1):
-                below, above = (os.path.join(place, *parts[:count]) for place in (upper, base))
-                st = os.lstat(above)
-                os.utime(below, ns=(st.st_atime_ns, st.st_mtime_ns))
+            f"{quoted(path)}, which is in the base {quoted(record.base)}, cannot be hidden from the branch",
+            "give another storage root by --root or UNIONFS_ROOT",
+        ):
+            _hide(upper, record.base, parts, userxattr=record.userxattr)
+
+
+def _is_directory_on(path: str, base: str) -> bool:
+    """Whether there is a directory, on the base's own filesystem, without a symlink on the way."""
+    try:
+        st = os.lstat(path)
+    except OSError:
+        return False
+    is_own = st.st_dev == os.lstat(base).st_dev and os.path.realpath(path) == path
+    return is_own and stat.S_ISDIR(st.st_mode)
+
+
+def _hide(upper: str, base: str, parts: Sequence[str], *, userxattr: bool) -> None:
+    hide(upper, base, parts, userxattr=userxattr)
+    for count in range(len(parts), -1, -1):
+        below, above = (os.path.join(place, *parts[:count]) for place in (upper, base))
+        st = os.lstat(above)
+        os.utime(below, ns=(st.st_atime_ns, st.st_mtime_ns))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unionfs.branches.view import View, kind_of
+from unionfs.settings.words import c_quoted
 from unionfs.sys.attributes import FileAttributes
 from unionfs.sys.fds import Owned
 from unionfs.union.diff import Change, Object, in_order
@@ -57,7 +58,7 @@ class Difference:
     new: Side | None
     old: Side | None
     what: tuple[str, ...] = ()
-    """The attributes that differ: type, content, target, mode, owner, xattrs, times."""
+    """The attributes that differ, of two sides: type, content, target, mode, owner, xattrs, times."""
     source: bytes | None = None
     """The former path of a renamed object."""
     change: Change = field(repr=False, default_factory=lambda: Change(None, b""))
@@ -101,7 +102,7 @@ class Describer:
 
     def difference(self, path: bytes, change: Change) -> Difference | None:
         """Describe a change; None if no attribute differs. Raises OSError."""
-        new, old = self._side(change, change.new), self._side(change, change.old)
+        new, old = self._side(change, change.new), self._side(change, change.old, old=True)
         if new is None or old is None:
             return Difference("D" if new is None else "A", path, new, old, change=change)
         if new.kind == old.kind == "directory":
@@ -111,12 +112,13 @@ class Describer:
             return None
         return Difference("C", path, new, old, what, change=change)
 
-    def _side(self, change: Change, found: Object | None) -> Side | None:
+    def _side(self, change: Change, found: Object | None, *, old: bool = False) -> Side | None:
         if found is None:
             return None
         if found.is_directory:
             return Side(self._view.of_directory(found), 0)
-        with self._view.entry(change.name, found, old=found is change.old) as entry:
+        # A name that shows a copy of the index has the same object on both sides.
+        with self._view.entry(change.name, found, old=old) as entry:
             target = os.readlink(b"", dir_fd=entry.fd) if stat.S_ISLNK(entry.st.st_mode) else None
             return Side(self._view.attributes_of(entry), entry.st.st_size, target)
 
@@ -127,15 +129,19 @@ class Describer:
             yield "content"
         elif new.target != old.target:
             yield "target"
-        now, before = new.attributes, old.attributes
-        if stat.S_IMODE(now.mode) != stat.S_IMODE(before.mode):
-            yield "mode"
-        if (now.uid, now.gid) != (before.uid, before.gid):
-            yield "owner"
-        if now.xattrs != before.xattrs:
-            yield "xattrs"
-        if now.mtime_ns != before.mtime_ns:
-            yield "times"
+        yield from _attributes(new.attributes, old.attributes)
+
+    def _carried(self, item: Difference) -> tuple[str, ...]:
+        """The attributes of a renamed object that differ. Raises OSError."""
+        assert item.new is not None
+        assert item.old is not None
+        now, before = item.new.attributes, item.old.attributes
+        if item.new.kind == "directory" and item.removed is not None:
+            assert item.change.new is not None
+            assert item.removed.old is not None
+            now, before = self._view.compared(item.change.new, item.removed.old)
+            now = now._replace(mtime_ns=before.mtime_ns)
+        return tuple(_attributes(now, before))
 
     # -- contents -----------------------------------------------------------------------------------------
 
@@ -147,6 +153,8 @@ class Describer:
     def _same_data(self, one: tuple[Change, bool], other: tuple[Change, bool]) -> bool:
         with ExitStack() as files:
             fds = [files.enter_context(Owned(self._open(*side))) for side in (one, other)]
+            if os.path.sameopenfile(*fds):
+                return True  # it is the lower's: only metadata was copied, or a directory was renamed
             while True:
                 first, second = (os.read(fd, _CHUNK) for fd in fds)
                 if first != second:
@@ -217,10 +225,8 @@ class Describer:
             return None
         if sum(map(len, texts)) > _MOST_LINES:
             return None
-        path = os.fsdecode(item.path)
-        former = path if item.source is None else os.fsdecode(item.source)
-        before = "/dev/null" if item.old is None else f"a/{former}"
-        after = "/dev/null" if item.new is None else f"b/{path}"
+        before = "/dev/null" if item.old is None else _header(b"a/" + (item.source or item.path))
+        after = "/dev/null" if item.new is None else _header(b"b/" + item.path)
         return list(difflib.unified_diff(texts[0], texts[1], fromfile=before, tofile=after, lineterm=""))
 
     # -- renames ------------------------------------------------------------------------------------------
@@ -241,6 +247,7 @@ class Describer:
             if former is not None:
                 gone.add(former.path)
                 item.kind, item.source, item.old, item.removed = "R", former.path, former.old, former.change
+                item.what = self._carried(item)
                 moved.append(item)
                 if item.new.kind == "directory":
                     inside.append(item.path + b"/")
@@ -272,6 +279,22 @@ class Describer:
             if other.path not in gone and self._same_data((item.change, True), (other.change, False)):
                 return other
         return None
+
+
+def _attributes(now: FileAttributes, before: FileAttributes) -> Iterator[str]:
+    if stat.S_IMODE(now.mode) != stat.S_IMODE(before.mode):
+        yield "mode"
+    if (now.uid, now.gid) != (before.uid, before.gid):
+        yield "owner"
+    if now.xattrs != before.xattrs:
+        yield "xattrs"
+    if now.mtime_ns != before.mtime_ns:
+        yield "times"
+
+
+def _header(name: bytes) -> str:
+    """A name in a line of `---` or `+++`: without a tab patch(1) takes it to end at a space."""
+    return c_quoted(name) + ("\t" if b" " in name else "")
 
 
 def _look(side: Side) -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ from unionfs.branches.view import View
 from unionfs.daemon.live import LiveMount, live_mounts
 from unionfs.daemon.orders import ask_for, give
 from unionfs.daemon.snapshotting import LACKS_NAMES
-from unionfs.errors import UserError, on_failure, quoted, reason
+from unionfs.errors import UserError, cure_for, on_failure, quoted, reason
 from unionfs.images.indexed import opened_index
 from unionfs.settings.names import check_name
 from unionfs.storage.snapshot_record import Record
@@ -113,7 +113,7 @@ def complete_links(mountpoint: str) -> None:
     except OSError as error:
         raise UserError(
             f"{quoted(mountpoint)} cannot have a snapshot: hard links cannot be completed: {error.strerror}; "
-            f"{_CURE}."
+            f"{cure_for(error, _CURE)}."
         ) from error
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from unionfs.branches.beneath import Beneath
 from unionfs.branches.merging import Merged
 from unionfs.branches.plan import Put, has_below
 from unionfs.branches.sharing import Sharing
@@ -147,7 +148,7 @@ class Stager:
             st = entry.st
             key = hash((st.st_dev, st.st_ino)) if st.st_nlink > 1 else 0
             if key and (first := self._links.get(key)) is not None:
-                os.link(first, name, src_dir_fd=self._at, dst_dir_fd=at, follow_symlinks=False)
+                self._link(first, at, name)
                 return
             if key and not entry.indexed and self._linked(at, name, path, found):
                 self._links[key] = staged
@@ -166,6 +167,12 @@ class Stager:
                 attributes.write(at, name, new, attributes.unsupported)
             if key:
                 self._links[key] = staged
+
+    def _link(self, staged: bytes, at: int, name: bytes) -> None:
+        """Hard link a staged object, whose path may be longer than PATH_MAX."""
+        above, _, last = staged.rpartition(b"/")
+        with Owned(Beneath(self._at).directory(above)) as fd:
+            os.link(last, name, src_dir_fd=fd, dst_dir_fd=at, follow_symlinks=False)
 
     def _own(self, path: bytes, found: Object) -> int | None:
         """The inode number of a file that can be moved from the layer; None for others."""

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
-from unionfs.branches.covered import hide_store, refuse_inside
+from unionfs.branches.covered import hide_in, refuse_inside
 from unionfs.branches.ids import Ids, entered, overflow
 from unionfs.branches.record import Record
 from unionfs.errors import UserError, on_failure, quoted, reason
@@ -146,7 +146,7 @@ class Store:
             for part in ("work", "merged"):
                 os.mkdir(f"{new}/{part}", 0o700)
             _make_root(f"{new}/upper", below)
-            hide_store(f"{new}/upper", record.base, self.root, userxattr=record.userxattr)
+            hide_in(f"{new}/upper", record, self.root)
             jsonfiles.write(f"{new}/{_RECORD}", record.to_json(), sync=False)
             os.rename(new, branch.path)
         except OSError as error:

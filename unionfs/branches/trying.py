@@ -128,10 +128,12 @@ class _Try:
             with suppress(OSError), directory(merged) as fd:
                 syncfs(fd)
             umount(merged)
-        except UserError as error:
-            self._complain(str(error))
-            with suppress(UserError):
+        except UserError:
+            # A copy of the mount in another namespace keeps it busy, which the user need not end.
+            try:
                 umount(merged, lazy=True)
+            except UserError as error:
+                self._complain(str(error))
 
     def _check(self) -> None:
         """Refuse a missing directory or command before anything is started. Raises UserError."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from unionfs.branches.covered import store_in
+from unionfs.branches.covered import hidden_in
 from unionfs.branches.ids import overflow
 from unionfs.branches.store import Branch, may_own
 from unionfs.core.places import Place
@@ -52,17 +52,17 @@ class View:
         merge: Merge,
         root: Change,
         index: Index | None,
-        hidden: Sequence[str] | None = None,
+        hidden: Sequence[Sequence[bytes]] = (),
         others: tuple[int, int] | None = None,
     ) -> None:
-        """`hidden`: the way to a directory that the branch hides, whose changes do not count. `others`: the
+        """`hidden`: the ways to directories that the branch hides, whose changes do not count. `others`: the
         owner and group of what belongs to no id of this user namespace, which is shown as uid 0's.
         """
         self.merge = merge
         self._others = others
         self.root = root
-        if hidden:
-            self._leave_out([os.fsencode(name) for name in hidden])
+        for names in hidden:
+            self._leave_out(names)
         self._index = index
         #: The paths of lowers' names that show a copy of the index, with a leading slash.
         self.linked: list[bytes] = []
@@ -287,10 +287,11 @@ def viewed(branch: Branch) -> Iterator[View]:
     )
     with ExitStack() as resources:
         try:
-            merge, root = resources.enter_context(compared(branch.upper, branch.lowers(), markers))
+            hidden = [[*map(os.fsencode, names)] for names in hidden_in(record, branch.store.root)]
+            merge, root = resources.enter_context(compared(branch.upper, branch.lowers(), markers, hidden))
             index = resources.enter_context(opened_index(branch.work, merge))
             others = None if record.ids is None else (overflow("uid"), overflow("gid"))
-            view = View(merge, root, index, store_in(record.base, branch.store.root), others)
+            view = View(merge, root, index, hidden, others)
         except OSError as error:
             at = f"{quoted(os.fsdecode(error.filename))}: " if error.filename else ""
             raise UserError(

@@ -15,7 +15,7 @@ import trio
 from unionfs.core.places import Layer
 from unionfs.daemon.serving import Serving
 from unionfs.daemon.syncing import write_back
-from unionfs.errors import UserError, on_failure, quoted
+from unionfs.errors import UserError, cure_for, on_failure, quoted, reason
 from unionfs.fuse.operations import Operations
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.names import check_name
@@ -62,7 +62,16 @@ class Snapshotting:
     # -- orders ---------------------------------------------------------------------------------------------
 
     async def obey(self, order: str, question: dict[str, Any]) -> dict[str, Any]:
-        """Carry out the order `snapshot` or `restore`. Raises UserError, OSError."""
+        """Carry out the order `snapshot` or `restore`. Raises UserError."""
+        try:
+            return await self._carried_out(order, question)
+        except OSError as error:
+            raise UserError(
+                f"{quoted(self._serving.settings.mountpoint)} cannot change its layers: {reason(error)}; "
+                f"{cure_for(error, 'try again')}."
+            ) from error
+
+    async def _carried_out(self, order: str, question: dict[str, Any]) -> dict[str, Any]:
         name = question.get("name")
         if not isinstance(name, str | None):
             raise UserError("the name of a snapshot must be text; give another one.")

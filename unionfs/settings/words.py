@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from datetime import datetime
 
+_C_ESCAPES = {
+    '"': '\\"', "\\": "\\\\", "\a": "\\a", "\b": "\\b", "\t": "\\t", "\n": "\\n", "\v": "\\v",
+    "\f": "\\f", "\r": "\\r",
+}  # fmt: skip
+
 
 def printable(text: str, keep: str = "") -> str:
     """Return the text with unprintable characters escaped, except those in `keep`."""
@@ -13,6 +18,25 @@ def printable(text: str, keep: str = "") -> str:
         char if char.isprintable() or char in keep else char.encode("unicode_escape").decode()
         for char in text
     )
+
+
+def c_quoted(name: bytes) -> str:
+    """Return a file name as git(1) shows it in a diff: unchanged, or in double quotes with the escapes of C
+    if it has a quote, a backslash, or what is not printable. As with git's `core.quotePath` off, other
+    characters of UTF-8 stay as they are.
+    """
+    text = name.decode("utf-8", "surrogateescape")
+    if text.isprintable() and not {'"', "\\"} & {*text}:
+        return text
+    return '"' + "".join(map(_c_escaped, text)) + '"'
+
+
+def _c_escaped(char: str) -> str:
+    if char in _C_ESCAPES:
+        return _C_ESCAPES[char]
+    if char.isprintable():
+        return char
+    return "".join(f"\\{byte:03o}" for byte in char.encode("utf-8", "surrogateescape"))
 
 
 def moment(seconds: float, timespec: str = "seconds") -> str:

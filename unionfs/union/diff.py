@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Final
 
@@ -49,17 +49,18 @@ def diff(
 
 @contextmanager
 def compared(
-    upper: str, lowers: Sequence[str], markers: Markers
+    upper: str, lowers: Sequence[str], markers: Markers, hidden: Collection[Sequence[bytes]] = ()
 ) -> Iterator[tuple[Merge, Change]]:
     """The root of all changes, and the merge in which their objects are found while the context lasts.
 
-    Arguments and errors are those of `diff`.
+    `hidden`: the names on the paths to directories below which nothing is compared, since the upper hides
+    them; those of the lowers need not be readable. Other arguments and errors are those of `diff`.
     """
     with ExitStack() as resources:
         layers = _opened([upper, *lowers], resources)
         merge = Merge(layers, markers, directory_fds=256)
         resources.callback(merge.close)
-        yield merge, _Comparison(merge, layers).run()
+        yield merge, _Comparison(merge, layers, hidden).run()
 
 
 def _opened(paths: Sequence[str], resources: ExitStack, first: int = 0) -> list[Layer]:
@@ -136,6 +137,14 @@ class Change:
         #: What the name is now, and what it was before.
         self.new, self.old = new, old
 
+    def names(self) -> tuple[bytes, ...]:
+        """The names on the path from the root."""
+        found, change = [], self
+        while change.parent is not None:
+            found.append(change.name)
+            change = change.parent
+        return tuple(reversed(found))
+
     def report(self, kind: str) -> None:
         """List this name as ``kind``, and as ``C`` every parent directory not listed yet."""
         change: Change | None = self
@@ -188,9 +197,13 @@ class Object:
 class _Comparison:
     """Walks both merged trees side by side, with a list of pending directories instead of recursion."""
 
-    def __init__(self, merge: Merge, layers: Sequence[Layer]) -> None:
+    def __init__(
+        self, merge: Merge, layers: Sequence[Layer], hidden: Collection[Sequence[bytes]] = ()
+    ) -> None:
         self._merge = merge
         self._layers = layers
+        self._hidden = {tuple(names) for names in hidden}
+        self._last_hidden = {names[-1] for names in self._hidden}
         self._todo: list[tuple[Change, list[Place], list[Place]]] = []
         #: The places found in the directories being compared, so that equal ones are one object.
         self._places: dict[tuple[Place | None, bytes], Place] = {}
@@ -202,6 +215,8 @@ class _Comparison:
         self._todo.append((root, now, before))
         while self._todo:
             change, now, before = self._todo.pop()
+            if change.name in self._last_hidden and change.names() in self._hidden:
+                continue
             self._places.clear()
             try:
                 names = self._candidates(now, before)

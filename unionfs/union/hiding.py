@@ -12,6 +12,7 @@ from unionfs.sys.fds import Owned
 
 _OPAQUE: Final = "overlay.opaque"
 _FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_PATH: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def _name(userxattr: bool) -> str:
@@ -33,10 +34,11 @@ def hide(upper: str, lower: str, parts: Sequence[str], *, userxattr: bool) -> No
     """
     if is_hidden(upper, parts, userxattr=userxattr):
         return
-    here, there = Owned(os.open(upper, _FLAGS)), Owned(os.open(lower, _FLAGS))
+    here, there = Owned(os.open(upper, _FLAGS)), Owned(os.open(lower, _PATH))
     for part in parts:
         with here as parent, there as source:
-            there = Owned(os.open(part, _FLAGS, dir_fd=source))
+            # The hidden one need not be readable.
+            there = Owned(os.open(part, _PATH, dir_fd=source))
             try:
                 os.mkdir(part, 0o700, dir_fd=parent)
                 here = Owned(os.open(part, _FLAGS, dir_fd=parent))

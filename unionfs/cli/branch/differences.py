@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import click
 
-from unionfs.cli.branch.common import complete_branches, json_option, print_json, root_option
+from unionfs.cli.branch.common import complete_branches, json_option, print_json, root_option, tell
 from unionfs.cli.run import on_terminal
 from unionfs.cli.terminal import shell_word
 from unionfs.settings.sizes import shown_size
@@ -19,6 +20,7 @@ from unionfs.sys.fds import directory
 if TYPE_CHECKING:
     from unionfs.branches.describe import Difference, Side
 
+_CAPABILITY = b"security.capability"
 _COLOURS = {"A": "green", "C": "yellow", "D": "red", "R": "cyan"}
 
 
@@ -51,7 +53,8 @@ def diff(
     as_json: bool, name: str,
 ) -> None:  # fmt: skip
     """Show what the branch NAME changes: A(dded), C(hanged), D(eleted) or R(enamed), the path, and for a
-    change what it changes: type, content, target, mode, owner, xattrs, times.
+    change what it changes: type, content, target, mode, owner, xattrs, or merely times. Of what is added, the
+    target of a symlink, and the mode if it is executable, set-id, sticky or writable for all.
 
     A pattern covers what it matches and all below it; with a slash it is matched from the root of the
     branch, else with each name.
@@ -67,9 +70,13 @@ def diff(
     branch = Store(root).existing(name)
     enter(branch.record().ids)
     for entry in filter(None, map(mount_of, all_of(branch))):
-        # What programs have written may be in the page cache of the mount.
-        with directory(entry.settings.mountpoint) as fd:
-            syncfs(fd)
+        # What programs have written may be in the page cache of the mount; a killed daemon's is lost.
+        try:
+            with directory(entry.settings.mountpoint) as fd:
+                syncfs(fd)
+        except OSError:
+            if entry.is_alive():
+                raise
     base = branch.record().base
     chosen = Selection([relative(item, base) for item in only], [relative(item, base) for item in leave])
     noise = Selection((), () if everything else NOISE)
@@ -78,7 +85,10 @@ def diff(
         found = [item for item in describer.differences() if chosen.has(b"/" + item.path)]
         shown = [item for item in found if noise.has(b"/" + item.path)]
         if as_json:
-            print_json([values_of(describer, item, form) for item in found if everything or item in shown])
+            print_json([values_of(describer, item, form) for item in shown])
+            if left := len(found) - len(shown):
+                # The list has no place for it.
+                tell(f"{left} changes in caches and temporary directories are left out; --all lists them.")
             return
         lines = [*rendered(describer, shown, form), *hidden(len(found) - len(shown))]
     show(lines)
@@ -127,8 +137,30 @@ def _line(item: Difference) -> str:
     words = f"{item.kind} {shell_word(item.path)}{'/' if _is_directory(item) else ''}"
     if item.source is not None:
         words = f"R {shell_word(item.source)} -> {shell_word(item.path)}{'/' if _is_directory(item) else ''}"
-    details = [_detail(word, item.old, item.new) for word in item.what if word != "content"]
+    if item.new is not None and item.new.target is not None and (item.kind == "A" or "type" in item.what):
+        words += f" -> {shell_word(item.new.target)}"
+    details = [*_unusual(item.new)] if item.kind == "A" and item.new is not None else _details(item)
     return f"{words}  ({', '.join(details)})" if details else words
+
+
+def _details(item: Difference) -> list[str]:
+    what = item.what
+    if {"type", "content", "target"} & {*what}:
+        what = tuple(word for word in what if word != "times")  # they go along with it
+    return [_detail(word, item.old, item.new) for word in what]
+
+
+def _unusual(side: Side) -> Iterator[str]:
+    """What a reviewer should know of a new object besides its name: programs, rights, devices."""
+    mode = stat.S_IMODE(side.attributes.mode)
+    if side.kind not in ("file", "directory", "symlink"):
+        yield side.kind
+    if mode & {"symlink": 0, "directory": 0o7002}.get(side.kind, 0o7113):
+        yield f"mode {mode:04o}"
+    if side.kind == "file" and mode & (stat.S_ISUID | stat.S_ISGID):
+        yield f"owner {side.attributes.uid}:{side.attributes.gid}"
+    if _CAPABILITY in side.attributes.xattrs:
+        yield f"xattrs {os.fsdecode(_CAPABILITY)}"
 
 
 def _is_directory(item: Difference) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ import click
 from unionfs.cli.branch.common import complete_branches, root_option, tell
 from unionfs.cli.completing import complete_directories, complete_files
 from unionfs.cli.run import complain
-from unionfs.errors import UserError, quoted
+from unionfs.errors import UserError, on_failure, quoted, reason
 
 if TYPE_CHECKING:
     from unionfs.branches.describe import Difference
@@ -71,13 +72,14 @@ def try_(
     with --keep, the branch stays, and how to go on is printed. A new branch without changes is removed.
 
     The exit code is the command's; 128 plus the signal's number if a signal ended it; 126 or 127 if it
-    cannot be executed or found; 1 if the branch cannot be used, or not be committed by --commit; 3 if that
-    met conflicts.
+    cannot be executed or found; 1 if the branch cannot be used, or not be committed; 3 if that met conflicts.
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.store import Store
 
     store = Store(root)
+    if report is not None:
+        _refuse_unwritable(report)
     fresh, branch = _branch(store, name, base, parent)
     code = _run(store, branch, fresh, wish)
     if code in _NOT_STARTED and not branch.exists():
@@ -104,7 +106,7 @@ def _branch(store: Store, name: str | None, base: str | None, parent: str | None
         raise click.UsageError("-D and --from exclude each other")
     if name is not None and (branch := store.branch(name)).exists():
         record = branch.record()
-        if base is not None and os.path.realpath(base) != record.base:
+        if base is not None and not _is_same(base, record.base):
             raise UserError(
                 f"branch {quoted(name)} lies over {quoted(record.base)}, not over {quoted(base)}; "
                 "leave -D out, or "
@@ -124,13 +126,28 @@ def _branch(store: Store, name: str | None, base: str | None, parent: str | None
     return True, create(store, name, base or ".", parent)
 
 
+def _is_same(base: str, real: str) -> bool:
+    """Whether a path leads to `real`; not if it is relative and the working directory is gone."""
+    with suppress(FileNotFoundError):
+        return os.path.realpath(base) == real
+    return False
+
+
+def _here() -> str:
+    """The working directory, `/` if it was removed."""
+    with suppress(FileNotFoundError):
+        return os.getcwd()
+    os.chdir("/")
+    return "/"
+
+
 def _ids(base: str) -> Ids | None:
     """The ids of an ordinary user's command on the whole system, which is uid 0 of a user namespace."""
     # For start-up time: --help and completion do not need it.
     from unionfs.branches.ids import inside, of_user
     from unionfs.branches.record import WHOLE
 
-    if os.geteuid() == 0 or os.path.realpath(base) != WHOLE:
+    if os.geteuid() == 0 or not _is_same(base, WHOLE):
         return None
     ids = of_user()
     if not isinstance(ids, str):
@@ -152,8 +169,8 @@ def _run(store: Store, branch: Branch, fresh: bool, wish: dict[str, Any]) -> int
 
     try:
         enter(branch.record().ids)
-        return try_on(store, branch, Wish(here=os.getcwd(), **wish), tell)
-    except UserError as error:
+        return try_on(store, branch, Wish(here=_here(), **wish), tell)
+    except (UserError, OSError) as error:
         with suppress(UserError):
             if fresh and _is_empty(branch):
                 branch.remove()
@@ -186,6 +203,9 @@ def _afterwards(
         return code
     if not quiet:
         print("\n".join(lines or [f"branch {branch.name}: no changes"]), file=sys.stderr)
+    if then == "commit" and code != 0:
+        tell(f"branch {branch.name} was not committed, since the command's exit code is {code}.")
+        then = "keep"
     return _do(store, branch, code, then or _asked(branch), quiet=quiet)
 
 
@@ -232,12 +252,33 @@ def _changes(branch: Branch, views: list[Viewed]) -> tuple[list[Difference], lis
     return found, [*lines, *hidden(len(found) - len(shown)), f"branch {branch.name}: {total(found)}"]
 
 
-def _write(path: str, values: object) -> None:
-    if path == "-":
-        print(json.dumps(values, indent=2))
+def _refuse_unwritable(report: str) -> None:
+    """Refuse a report that cannot be written, before the command runs. Raises UserError."""
+    if report == "-":
         return
-    with open(path, "w", encoding="utf-8") as out:
-        json.dump(values, out, indent=2)
+    place = report if os.path.lexists(report) else os.path.dirname(report) or "."
+    with on_failure(f"the report {quoted(report)} cannot be written", "name another file by --report"):
+        if os.path.isdir(report):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        os.stat(place)
+        if not os.access(place, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _write(path: str, values: object) -> None:
+    """Write the report. An error does not prevent what comes after."""
+    text = json.dumps(values, indent=2)
+    if path == "-":
+        print(text)
+        return
+    try:
+        with open(path, "w", encoding="utf-8") as out:
+            out.write(text)
+    except OSError as error:
+        tell(
+            f"the report {quoted(path)} cannot be written: {reason(error)}; `unionfs branch diff --json` "
+            "shows the changes."
+        )
 
 
 def _asked(branch: Branch) -> str:
@@ -269,10 +310,10 @@ def _do(store: Store, branch: Branch, code: int, then: str, *, quiet: bool) -> i
         diff.main(["--content", "--root", store.root, name], standalone_mode=False)
     if then == "discard":
         branch.remove()
-    elif then == "commit" and code == 0:
+    elif then == "commit":
         result = commit(store, name, Wish())
         report(name, result)
-        return CONFLICTS if result.stopped else 0
+        return CONFLICTS if result.stopped else code
     elif not quiet:
         print(
             f"kept as branch {name}: unionfs branch diff {name} | commit {name} | shell {name} | "
