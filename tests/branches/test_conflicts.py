@@ -304,7 +304,7 @@ def test_no_space(root: None, branching: Branching, filesystem: object) -> None:
     (branching.base / "a").write_text("a")
     branching.tries("rm a; head -c 9000000 /dev/urandom > big; echo x > x")
     before = tree(branching.base)
-    with pytest.raises(UserError, match="no space left on device; nothing was changed"):
+    with pytest.raises(UserError, match=r"big: no space left on device; nothing was changed. Free space\."):
         branching.commit()
     assert differing(before, tree(branching.base)) == {}
     assert branching.stored() == ["branches/br"]

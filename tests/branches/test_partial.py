@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
 
-from tests.branches.branching import Branching, Tree, differing, tree
+from tests.branches.branching import Branching, Tree, differing, killed_before, tree
+from tests.branches.test_below import SCRIPT as BELOW_SCRIPT
+from tests.branches.test_below import Below, below, stack
 from tests.branches.test_interrupted import killed_at, steps_of
+from tests.branches.test_users import User, someone
+from unionfs.branches import apply
 from unionfs.branches.undo import undo
 from unionfs.errors import UserError
+
+__all__ = ["below", "someone", "stack"]
 
 FILL = """
 mkdir -p d/e/deep gone/deep repl ren/deep links
@@ -331,3 +337,77 @@ def test_path_names_of_the_new_base(branching: Branching, area: Path) -> None:
     branching.commit(only=["m"])
     assert listed(branching) == {"n": "A", "n/a": "A", "n/a/x": "A"}
     assert os.listdir(area / "storage/branches/br/upper") == ["n"]
+
+
+BELOW_ONLY = ["d", "m/d/f1", "m/gone", "m/in/e"]
+
+
+def test_filesystems_below_killed_at_every_step(below: Below) -> None:
+    """Each has a layer of its own, which loses what is committed there."""
+    branching, old = below.branching, without_times(below.tree())
+    branching.tries(BELOW_SCRIPT)
+    changes = listed(branching)
+    steps = steps_of(lambda: branching.commit(only=BELOW_ONLY))
+    assert {"move /upper/d", "move /upper/gone", "set /upper"} <= {*steps}
+    new, left = without_times(below.tree()), listed(branching)
+    assert len(left) < len(changes)
+    undo(branching.store)
+    assert (listed(branching), without_times(below.tree())) == (changes, old)
+    for index, step in enumerate(steps):
+        killed_at(index, lambda: branching.commit(only=BELOW_ONLY))
+        with pytest.raises(UserError, match="has no changes") if step == "ended" else nullcontext():
+            branching.commit(only=BELOW_ONLY)
+        assert differing(new, without_times(below.tree())) == {}, step
+        undo(branching.store)
+        assert differing(old, without_times(below.tree())) == {}, step
+    assert listed(branching) == changes
+    branching.commit(only=BELOW_ONLY)
+    assert listed(branching) == left
+    assert branching.commit().conflicts == []
+    assert (below.base / "m/d/f1").read_text() == "1\nmore\n"
+    assert not (below.base / "m/gone").exists()
+
+
+def test_of_an_ordinary_user(someone: User) -> None:
+    """With markers in `user.*` xattrs, and directories that the user may not write."""
+    old = tree(someone.base)
+    script = """
+    chmod u+w d/ro; echo in > d/ro/in; rm d/ro/f; chmod 0500 d/ro; rm -r gone; echo x >> d/f2
+    mkdir -p n/a n/b; echo a > n/a/a; echo b > n/b/b; chmod 0555 n/a n/b n
+    """
+    someone.unionfs("try", "--keep", "-n", "br", "--", "sh", "-ec", script)
+    someone.unionfs("branch", "commit", "--only", "d/ro", "--only", "n/a", "br")
+    diff = someone.unionfs("branch", "diff", "br").stdout.splitlines()
+    assert [line.split("  ")[0] for line in diff] == ["C d/f2", "D gone/", "A n/b/", "A n/b/b"]
+    assert (someone.base / "d/ro/in").read_text() == "in\n"
+    someone.unionfs("branch", "undo")
+    assert differing(without_times(old), without_times(tree(someone.base))) == {}
+    someone.unionfs("branch", "commit", "--only", "d/ro", "--only", "n/a", "br")
+    someone.unionfs("branch", "commit", "br")
+    assert sorted(str(path.relative_to(someone.base / "n")) for path in (someone.base / "n").rglob("*")) == [
+        "a", "a/a", "b", "b/b",
+    ]  # fmt: skip
+    assert not (someone.base / "gone").exists()
+
+
+def test_on_another_filesystem(branching: Branching, filesystem: Callable[..., Path]) -> None:
+    """What leaves the layer is not kept, since the commit cannot be undone."""
+    base = filesystem("tmpfs", 16 << 20) / "base"
+    base.mkdir()
+    assert os.system(f"cd {base} && sh -ec '{FILL}'") == 0
+    branching.tries(SCRIPT, "br", "-D", base)
+    shown = branching.shown()
+    seen: list[str] = []
+    apply.set_hook(seen.append)
+    branching.commit(only=["d/f1"])
+    apply.set_hook(None)
+    steps = [step for step in seen if step not in ("begun", "ended")]
+    for name, step in zip(["d", "new/er", "gone", "repl", "top"], ["applied", *steps[-4:]], strict=True):
+        killed_before(step, lambda name=name: branching.commit(only=[name]))
+        with suppress(UserError):
+            branching.commit(only=[name])
+        assert not [path for path in listed(branching) if path.startswith(name)], (name, step)
+        assert branching.stored() == ["branches/br"], step
+        assert differing(without_times(shown), without_times(branching.shown())) == {}, step
+    assert branching.commit().conflicts == []
+    assert differing(without_times(shown), without_times(tree(base, links=False))) == {}

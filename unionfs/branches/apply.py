@@ -63,7 +63,7 @@ class Application:
                 try:
                     self._do(move)
                 except OSError as error:
-                    raise _at(move.path, error) from error
+                    raise at_path(move.path, error) from error
         finally:
             self._from.close()
         for setting in self._journal.settings:
@@ -71,7 +71,7 @@ class Application:
             try:
                 self._set(setting.path, setting.new, setting.old)
             except OSError as error:
-                raise _at(setting.path, error) from error
+                raise at_path(setting.path, error) from error
         step("all done")
 
     def backward(self) -> None:
@@ -237,7 +237,7 @@ def _expect(move: Move, here: os.stat_result | None) -> None:
         raise _changed(move)
 
 
-def _at(path: str, error: OSError) -> OSError:
+def at_path(path: str, error: OSError) -> OSError:
     """The error, with the path in the base."""
     return OSError(error.errno, os.strerror(error.errno or 0), path[1:] or ".")
 

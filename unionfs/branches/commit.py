@@ -8,6 +8,7 @@ everything.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from unionfs.branches import beneath, journal, links, seen, writers
-from unionfs.branches.apply import look, step
+from unionfs.branches.apply import at_path, look, step
 from unionfs.branches.covered import Fixed
 from unionfs.branches.ending import discard, end_in_parent, go_on, recover
 from unionfs.branches.journal import Journal, Move, Setting
@@ -31,7 +32,7 @@ from unionfs.branches.sites import Site, prepare
 from unionfs.branches.staging import Stager
 from unionfs.branches.store import Store
 from unionfs.branches.together import Viewed, all_viewed
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, path_in, quoted, reason
 from unionfs.sys import calls
 from unionfs.sys.attributes import attributes
 from unionfs.sys.fds import Owned
@@ -177,8 +178,8 @@ class _Commit:
             except OSError as error:
                 discard(self._store, sites)
                 raise UserError(
-                    f"branch {quoted(self._branch.name)} cannot be committed: {reason(error)}; nothing was "
-                    "changed. Free space, or check the permissions."
+                    f"branch {quoted(self._branch.name)} cannot be committed: {_where(error)}"
+                    f"{reason(error)}; nothing was changed. {_cure(error)}"
                 ) from error
             except BaseException:
                 discard(self._store, sites)
@@ -316,33 +317,40 @@ class _Part:
 
     def prepare(self, site: Site) -> None:
         """Prepare the new objects, and describe the operations in the journal. Raises OSError."""
-        entry, tree, new = site.entry, site.tree, site.new
+        entry, new = site.entry, site.new
         base = self._view.merge.roots[-1].layer if self.record.parent is None else None
         sharing = Sharing(self._view, entry) if base is not None and self._may_share(entry, new) else None
         stager = Stager(self._view, new, self._selection.has, base, self._texts, sharing)
         for number, item in enumerate(self.plan.steps):
-            step(f"prepare {os.fsdecode(item.path)}")
-            if isinstance(item, Rename):
-                assert item.old.st is not None
-                path, source = os.fsdecode(item.path), os.fsdecode(item.source)
-                entry.moves.append(Move(path, number, item.old.st.st_ino, None, source=source))
-                continue
-            before = self._before(item, tree)
-            inode, known = (None, None) if before is None else (before.st_ino, look(before))
-            if isinstance(item, Put):
-                staged = stager.put(b"%d" % number, item)
-                mode = staged.mode if staged.is_directory else None
-                path, shared = os.fsdecode(item.path), [*staged.shared]
-                entry.moves.append(
-                    Move(path, number, staged.inode, inode, mode, known, own=staged.own, shared=shared)
-                )
-            else:
-                entry.moves.append(Move(os.fsdecode(item.path), number, None, inode, None, known))
+            try:
+                step(f"prepare {os.fsdecode(item.path)}")
+                self._prepare_one(site, stager, number, item)
+            except OSError as error:
+                raise at_path(os.fsdecode(self._above + item.path), error) from error
         for change in self.plan.sets:
             path = os.fsdecode(change.path)
             former = path if change.former is None else os.fsdecode(change.former)
             entry.settings.append(Setting(path, change.new, change.old, former))
         calls.syncfs(new)
+
+    def _prepare_one(self, site: Site, stager: Stager, number: int, item: Put | Drop | Rename) -> None:
+        entry = site.entry
+        if isinstance(item, Rename):
+            assert item.old.st is not None
+            path, source = os.fsdecode(item.path), os.fsdecode(item.source)
+            entry.moves.append(Move(path, number, item.old.st.st_ino, None, source=source))
+            return
+        before = self._before(item, site.tree)
+        inode, known = (None, None) if before is None else (before.st_ino, look(before))
+        if isinstance(item, Put):
+            staged = stager.put(b"%d" % number, item)
+            mode = staged.mode if staged.is_directory else None
+            path, shared = os.fsdecode(item.path), [*staged.shared]
+            entry.moves.append(
+                Move(path, number, staged.inode, inode, mode, known, own=staged.own, shared=shared)
+            )
+        else:
+            entry.moves.append(Move(os.fsdecode(item.path), number, None, inode, None, known))
 
     @property
     def leaves_layer(self) -> bool:
@@ -386,6 +394,19 @@ class _Part:
             return None if item.old is None else item.old.st
         at, name = tree.parent(item.path)
         return os.stat(name, dir_fd=at, follow_symlinks=False)
+
+
+def _where(error: OSError) -> str:
+    path = path_in(error)
+    return f"{quoted(path)}: " if path else ""
+
+
+def _cure(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "Free space."
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return "Check the permissions, or leave it out by --except."
+    return "Leave it out by --except."
 
 
 def _may_write(fd: int) -> bool:

@@ -31,6 +31,7 @@ class _Level:
     path: bytes
     found: Object
     change: Change | None
+    children: dict[bytes, Change]
     names: list[bytes]
     is_new: bool
     """Whether the branch has added it, and the base gets a part of it."""
@@ -77,15 +78,15 @@ class Leaving:
     def _level(self, path: bytes, found: Object, change: Change | None, *, is_new: bool = False) -> _Level:
         with Owned(open_for_listing(self._view.merge.gate.fd(found.parts[0]))) as listing:
             names = sorted(map(os.fsencode, os.listdir(listing)))
-        return _Level(path, found, change, names, is_new)
+        children = {} if change is None else {child.name: child for child in change.children}
+        return _Level(path, found, change, children, names, is_new)
 
     def _look(self, level: _Level, name: bytes) -> _Level | None:
         """Note what becomes of one entry; returns a directory that must be looked through."""
         path = level.path + b"/" + name
-        put, children = self._puts.get(path), level.change.children if level.change is not None else ()
         if level.is_new:
             return self._look_in_new(level, name, path)
-        change = next((child for child in children if child.name == name), None)
+        put, change = self._puts.get(path), level.children.get(name)
         if path in self._drops or (put is not None and put.is_whole):
             level.gone.append(name)
         elif put is not None:
