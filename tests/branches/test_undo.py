@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.branches.branching import Branching
+from tests.branches.branching import Branching, killed_before
 from tests.branches.test_interrupted import killed_at, steps_of
 from unionfs.branches.undo import undo
 from unionfs.errors import UserError
@@ -66,6 +66,23 @@ def test_not_one_before_a_commit_that_cannot_be_undone(
         with pytest.raises(UserError, match=r"branch third to .* cannot be undone, since"):
             undo(branching.store)
     assert (branching.base / "a").read_text() == "2\n"
+
+
+def test_one_that_went_on_after_a_later_one(branching: Branching, other: Path) -> None:
+    """The last is the one that ended last, though it began before."""
+    branching.tries("echo 3 > a", "second", "-D", other)
+    branching.tries("echo x > x", "third")
+    killed_before("applied", lambda: branching.commit("second"))
+    other.rename(branching.area / "away")
+    branching.commit("third")
+    (branching.area / "away").rename(other)
+    assert branching.commit("second").went_on
+    assert undo(branching.store).branch == "second"
+    assert (other / "a").read_text() == "1\n"
+    with pytest.raises(UserError, match=r"of branch second to .* was undone already"):
+        undo(branching.store)
+    assert (branching.base / "x").exists()
+    assert branching.stored() == ["branches/second"]
 
 
 def test_a_directory_that_others_have_changed_since(branching: Branching, other: Path) -> None:

@@ -159,8 +159,8 @@ def _keep(store: Store, entry: Journal) -> None:
 def _forget_former(store: Store, entry: Journal) -> None:
     """Remove what former commits keep, which can be undone no longer. Raises OSError."""
     for id in store.commit_ids():
-        other = journal.read(store, id) if id < entry.id else None
-        if other is not None and other.state == journal.DONE:
+        other = journal.read(store, id) if id != entry.id else None
+        if other is not None and other.state == journal.DONE and other.ended < entry.ended:
             _forget(store, other)
 
 

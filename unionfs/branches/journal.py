@@ -291,6 +291,8 @@ def ids_of(store: Store, name: str | None = None) -> Ids | None:
         return branch.record().ids
     found = (read(store, id) for id in reversed(store.commit_ids()))
     entries = [entry for entry in found if entry is not None and name in (None, entry.branch)]
+    if name is None:
+        entries.sort(key=lambda entry: entry.ended, reverse=True)
     # An interrupted undo is finished before another begins.
     entries.sort(key=lambda entry: not (entry.state == BACK and entry.ended))
     return entries[0].ids if entries else None

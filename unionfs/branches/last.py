@@ -19,6 +19,8 @@ class Last:
     """The last commit."""
 
     id: str
+    ended: int
+    """When all was in place: one that went on after a kill may have begun before others."""
     branch: str
     target: str
     """The base, or `branch NAME`."""
@@ -30,9 +32,9 @@ def note(store: Store, entry: Journal, *, undone: bool = False) -> None:
     """Write that a commit is the last, or that it is undone, unless there was a later one. Raises OSError."""
     with suppress(UserError):
         found = read(store)
-        if found is not None and found.id > entry.id:
+        if found is not None and found.ended > entry.ended:
             return
-    values = Last(entry.id, entry.branch, entry.target, entry.can_undo, undone)
+    values = Last(entry.id, entry.ended, entry.branch, entry.target, entry.can_undo, undone)
     jsonfiles.write(_path(store), asdict(values))
 
 

@@ -58,9 +58,10 @@ def _last(store: Store) -> Journal:
         )
     entries = [journal.read(store, id) for id in store.commit_ids()]
     done = [entry for entry in entries if entry is not None and entry.state == journal.DONE]
-    if not done or (found is not None and done[-1].id != found.id):
+    done = [entry for entry in done if found is None or entry.id == found.id]
+    if not done:
         raise UserError("there is no commit to undo: none was made, or what it kept is gone.")
-    return done[-1]
+    return max(done, key=lambda entry: entry.ended)
 
 
 def _refuse_all_changed(store: Store, last: Journal) -> None:
