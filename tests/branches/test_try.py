@@ -226,7 +226,7 @@ class TestBranches:
         assert filled.says("branch", "commit", "br") == (
             f"committed br to {base}; it cannot be undone: the store is on another filesystem\n"
         )
-        assert "no commit to undo" in str(filled.unionfs("branch", "undo").stderr)
+        assert "cannot be undone, since its base is not on" in str(filled.unionfs("branch", "undo").stderr)
 
     def test_many_names_take_no_time(self, filled: Branching) -> None:
         """A branch is made without a look at its base: no entry of it is opened or listed."""
