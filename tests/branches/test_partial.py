@@ -327,6 +327,10 @@ def test_to_a_parent(tried: Branching) -> None:
     undo(tried.store)
     assert listed(tried, "child") == changes
     tried.commit("child", only=["d", "new/er"])
+    tried.tries("echo again >> d/f1", "child")
+    with pytest.raises(UserError, match="was changed in branch child since"):
+        undo(tried.store)
+    tried.tries("sed -i /again/d d/f1", "child")
     assert tried.commit("child").conflicts == []
     assert differing(without_times(shown), without_times(tried.shown("br"))) == {}
 

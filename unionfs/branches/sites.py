@@ -33,11 +33,13 @@ class Site:
 
 
 @contextmanager
-def sites(store: Store, entry: Journal, *, make: bool) -> Iterator[list[Site]]:
-    """The trees of a commit; with `make` also the directories `new` and `old`. Raises UserError, OSError."""
+def sites(store: Store, entry: Journal, *, make: bool, bases: bool = True) -> Iterator[list[Site]]:
+    """The trees of a commit, or without `bases` the layers only; with `make` also the directories `new` and
+    `old`. Raises UserError, OSError.
+    """
     with ExitStack() as resources:
         found = []
-        for one in entry.every:
+        for one in (one for one in entry.every if bases or one.of_layer):
             tree = resources.enter_context(_opened(store, one))
             if tree is None:
                 continue

@@ -35,8 +35,7 @@ def undo(store: Store) -> Journal:
                     unmounted(one)
             if last.parent is not None:
                 _refuse_changed_parent(store, last)
-            else:
-                _refuse_all_changed(store, last)
+            _refuse_all_changed(store, last)
             last.turns(journal.BACK)
             step("undo")
             journal.mark(store, last)
@@ -65,7 +64,8 @@ def _last(store: Store) -> Journal:
 
 
 def _refuse_all_changed(store: Store, last: Journal) -> None:
-    with sites(store, last, make=False) as found:
+    # A parent is not mounted now.
+    with sites(store, last, make=False, bases=last.parent is None) as found:
         for site in found:
             _refuse_changed(site.entry, site.tree)
 
