@@ -183,6 +183,17 @@ def test_after_a_kill(place: Place, two: list[View]) -> None:
     assert [parsed(os.fsencode(name))[1].pid for name in names] == [entry(place.root / "second").pid]  # type: ignore[index]
 
 
+def test_a_long_wait_is_told(place: Place, two: list[View]) -> None:
+    one, other = two
+    succeed(mount(place, one, place.merged))
+    pid = entry(place.merged).pid
+    kill(pid)
+    done = mount(place, other, place.root / "second", seconds=8)
+    assert done.returncode == 0, done.stderr
+    assert f"has a lease of process {pid} of this host, through another mount" in done.stderr
+    assert done.stderr.endswith("waiting until it runs out after 8\n")
+
+
 @pytest.mark.parametrize("turn", range(3))
 def test_one_of_many_takes_it_over(place: Place, turn: int) -> None:
     with views(place.root, 5) as hosts:

@@ -27,6 +27,7 @@ from unionfs.daemon.outliving import holder_for
 from unionfs.daemon.runtime import RuntimeDirectory, runtime_directory
 from unionfs.errors import DeadMountError, MountRefusedError, UserError, quoted
 from unionfs.settings.mount import MountSettings
+from unionfs.sys.fds import Owned
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.manager import Manager
 from unionfs.sys.mountinfo import mounted_at
@@ -115,6 +116,19 @@ class CapturedStderr:
         """Let go of the real stderr: fd 2 becomes /dev/null."""
         self.release()
         to_null([2])
+
+
+class _Waits(logging.Handler):
+    """Also shows the caller the warnings of a mount that waits for the lease of its upper."""
+
+    def __init__(self, captured: CapturedStderr) -> None:
+        super().__init__(logging.WARNING)
+        self._captured = captured
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print it, if the caller is still there."""
+        with suppress(OSError), Owned(self._captured.saved()) as fd:
+            os.write(fd, os.fsencode(f"unionfs: {record.getMessage()}\n"))
 
 
 def explain(error: BaseException, printed: str) -> str:
@@ -298,11 +312,14 @@ def _serve_detached(settings: MountSettings, path: str, kept: set[int], report: 
     captured = _detach(kept)
     directory = RuntimeDirectory(path)
     logs.to_host(settings.log_level, directory, settings.mountpoint)
+    waits, leases = _Waits(captured), logging.getLogger("unionfs.union.leases")
+    leases.addHandler(waits)
     usable = False
 
     def on_usable() -> None:
         nonlocal usable
         usable = True
+        leases.removeHandler(waits)
         captured.discard()
         CALLER.goes()
         try:
@@ -314,6 +331,7 @@ def _serve_detached(settings: MountSettings, path: str, kept: set[int], report: 
     try:
         on_disk = _serve(settings, directory, on_usable, foreground=False)
     except BaseException as error:
+        leases.removeHandler(waits)
         if usable or not isinstance(error, UserError):
             log.exception("the daemon failed")
         if usable:

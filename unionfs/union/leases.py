@@ -47,6 +47,8 @@ _FORCE_SYNC: Final = 0x2000
 """AT_STATX_FORCE_SYNC: ask the server, so that a listing is not an outdated one (fs/nfs/inode.c)."""
 _BASIC_STATS: Final = 0x7FF
 _POLL_SECONDS: Final = 1.0
+_TELL_SECONDS: Final = 6.0
+"""The caller is told that a mount waits, which it does this long only for an owner that may be dead."""
 _LONGEST_HOST: Final = 48
 """Bytes. Some encrypting filesystems have names of at most 143 bytes."""
 
@@ -321,11 +323,7 @@ class _Claim:
         """Wait until names have not changed for as long as a lease runs; False if they were removed.
         Raises LayerError if one is renewed."""
         runs = max([seconds(), *(found[1].seconds for name in names if (found := parsed(name)) is not None)])
-        if names:
-            log.info(
-                "upper %s has a lease of %s; waiting %g seconds to see whether it is renewed",
-                quoted(self._upper), _described(names[0]), runs,
-            )  # fmt: skip
+        tell_after = _TELL_SECONDS if names else runs
         pause = min(_POLL_SECONDS, runs / 20)
         unchanged, last = 0.0, clock()
         while unchanged < runs:
@@ -338,6 +336,12 @@ class _Claim:
             # A server that did not answer kept the owner from renewing it, too.
             unchanged += min(clock() - last, 2 * pause)
             last = clock()
+            if unchanged >= tell_after:
+                tell_after = runs
+                log.warning(
+                    "upper %s has a lease of %s, which has not been renewed for %.0f seconds; waiting until "
+                    "it runs out after %.0f", quoted(self._upper), _described(names[0]), unchanged, runs,
+                )  # fmt: skip
         return True
 
     def _refusal(self, name: bytes) -> LayerError:
