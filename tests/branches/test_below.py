@@ -237,6 +237,24 @@ def test_conflicts(below: Below) -> None:
     assert branching.says("branch", "diff", "br") == "C m/in/d/f1  (content)\n"
 
 
+def test_a_conflict_keeps_the_branch_for_all(below: Below) -> None:
+    """What another filesystem has got leaves the layer, too, with a renamed directory."""
+    branching = below.branching
+    (below.base / "d").mkdir(exist_ok=True)
+    (below.base / "d/f").write_text("old\n")
+    inside = sorted(path.name for path in (below.base / "m/ren").rglob("*"))
+    assert inside
+    branching.tries("mv m/ren m/moved; echo o > d/f")
+    (below.base / "d/f").write_text("else\n")
+    branching.says("branch", "commit", "--theirs", "br")
+    assert branching.says("branch", "diff", "br") == "C d/f  (content)\n"
+    (below.base / "m/moved/later").write_text("later\n")
+    branching.says("branch", "commit", "--ours", "br")
+    assert (below.base / "d/f").read_text() == "o\n"
+    moved = below.base / "m/moved"
+    assert sorted(path.name for path in moved.rglob("*")) == sorted([*inside, "later"])
+
+
 def test_texts_are_merged(below: Below) -> None:
     path = below.base / "m/text"
     path.write_text("".join(f"{number}\n" for number in range(20)))

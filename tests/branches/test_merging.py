@@ -113,3 +113,13 @@ def test_no_original_of_a_base_that_has_changed(branching: Branching, text: Path
     branching.tries("sed -i s/^2$/ours/ t")
     assert [path for _, path in branching.commit(conflicts="merge").conflicts] == [b"/t"]
     assert "theirs" in text.read_text()
+
+
+@pytest.mark.parametrize("other", ["e", "z"])
+def test_names_of_one_file_are_not_merged(branching: Branching, text: Path, other: str) -> None:
+    branching.tries(f"{OURS}; ln t {other}")
+    theirs(text)
+    result = branching.commit(conflicts="merge")
+    what = "changed, not merged: the branch has other names (links) of it"
+    assert (result.done, result.merged, result.conflicts) == (False, [], [(what, b"/t")])
+    assert text.read_text() == "".join([*LINES[:15], "theirs\n", *LINES[16:]])

@@ -112,3 +112,48 @@ def test_names_are_quoted(branching: Branching) -> None:
         out = branching.says("branch", *words)
         assert out.count("\n") == 1, out
         assert repr(str(base)) in out, out
+
+
+class TestOtherNames:
+    """A branch is known by when it was made: it may have another name now, and another one its name."""
+
+    def test_of_a_part_to_a_parent(self, branching: Branching) -> None:
+        branching.tries("echo 1 > one", "parent")
+        branching.tries("echo 2 > two; echo 3 > three", "child", "--from", "parent")
+        branching.commit("child", only=["two"])
+        branching.says("branch", "rename", "child", "renamed")
+        undo(branching.store)
+        assert branching.says("branch", "diff", "renamed").splitlines() == ["A three", "A two"]
+        assert branching.says("branch", "diff", "parent") == "A one\n"
+
+    def test_over_the_parent(self, branching: Branching) -> None:
+        branching.tries("echo 1 > one", "parent")
+        for content in ("two", "three"):
+            branching.tries(f"echo > {content}", "fix", "--from", "parent")
+            if content == "two":
+                branching.commit("fix")
+        with pytest.raises(UserError, match=r"cannot be changed by a commit of fix, since others lie over"):
+            undo(branching.store)
+
+    def test_of_a_killed_undo(self, branching: Branching) -> None:
+        branching.tries("echo 2 > a; echo 2 > b", "br")
+        branching.commit("br", only=["a"])
+        branching.says("branch", "rename", "br", "renamed")
+        killed_before("given back", lambda: undo(branching.store))
+        branch = branching.store.branch("renamed")
+        with pytest.raises(UserError, match="was interrupted"), branch.claimed("mounted"):
+            pass
+        undo(branching.store)
+        assert branching.says("branch", "diff", "renamed").splitlines()[0] == "A a"
+
+
+def test_a_killed_one_whose_base_is_gone(branching: Branching, other: Path) -> None:
+    branching.tries("echo 2 > a", "second", "-D", other)
+    branching.commit("second")
+    killed_before("given back", lambda: undo(branching.store))
+    other.rename(branching.area / "away")
+    with pytest.raises(UserError, match=str(other)):
+        undo(branching.store)
+    (branching.area / "away").rename(other)
+    assert undo(branching.store).branch == "second"
+    assert (other / "a").read_text() == "1\n"

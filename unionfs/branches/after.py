@@ -10,7 +10,8 @@ import errno
 import os
 import stat
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from unionfs.branches.beneath import Beneath, status
 from unionfs.branches.journal import Journal
@@ -30,16 +31,28 @@ def states(entry: Journal, tree: Beneath) -> dict[str, list[int]]:
         found[move.path] = []
         if move.source is not None:
             # Its content is renamed with it; changes in it have moves of their own.
-            found[move.source] = _numbers(status(*tree.parent(os.fsencode(move.source))))
-            found[move.path] = _numbers(status(*tree.parent(os.fsencode(move.path))))
+            for path in (move.source, move.path):
+                found[path] = []
+                with _may_be_gone():
+                    found[path] = _numbers(status(*tree.parent(os.fsencode(path))))
             continue
-        with suppress(FileNotFoundError):
+        with _may_be_gone():
             _look(found, tree, move.path, in_branch=entry.parent is not None)
     for setting in entry.settings:
         if setting.path not in found:
-            with suppress(FileNotFoundError), Owned(tree.directory(os.fsencode(setting.path))) as fd:
+            with _may_be_gone(), Owned(tree.directory(os.fsencode(setting.path))) as fd:
                 found[setting.path] = _numbers(os.fstat(fd))
     return found
+
+
+@contextmanager
+def _may_be_gone() -> Iterator[None]:
+    """A path that is missing, or in which something is not a directory any more."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
 
 
 def reached(entry: Journal, tree: Beneath) -> dict[str, list[int]]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -132,6 +132,9 @@ class _Commit:
         result = Result(record.base if record.parent is None else f"branch {record.parent}")
         for part in self._parts:
             part.compare(result)
+        if any(part.is_partial for part in self._parts):
+            for part in self._parts:
+                part.lets_branch_stay()
         is_empty = all(part.plan.is_empty for part in self._parts)
         if (wish.only or wish.leave) and is_empty and not (result.conflicts or result.skipped):
             name = quoted(self._branch.name)
@@ -149,7 +152,7 @@ class _Commit:
         if record.parent is None:
             result.undo = self._apply(record.base, record.base_inode).can_undo
         else:
-            with parent_claimed(self._store, self._branch.name, record.parent) as parent:
+            with parent_claimed(self._store, self._branch.name, record.created, record.parent) as parent:
                 with mounted(parent) as place:
                     entry = self._apply(place, os.stat(place).st_ino, parent.record().created)
                 end_in_parent(self._store, entry, parent)
@@ -248,12 +251,8 @@ class _Part:
             ]  # fmt: skip
         result.conflicts += [(item.what, above + item.path) for item in conflicts]
         stay = [item.path for item in conflicts] if wish.conflicts == THEIRS else []
-        try:
-            self.plan = self._plan(stay)
-        except OSError as error:
-            raise UserError(
-                f"branch {quoted(self._branch.name)} cannot be read: {reason(error)}; nothing was changed."
-            ) from error
+        with self._reading():
+            self.plan = self._plan(stay, is_whole=self._selection.is_all and not stay)
         if self.record.parent is None:
             self._fixed(self.plan)
         result.skipped += [above + path for path in self.plan.skipped]
@@ -267,14 +266,30 @@ class _Part:
         if self.record.parent is None:
             result.hazards += writers.hazards(self._view, self.plan, self.record.base, above)
 
-    def _plan(self, stay: Sequence[bytes]) -> Plan:
+    def lets_branch_stay(self) -> None:
+        """Also take what is committed out of the layer if all of it is: another part keeps the branch. Raises
+        UserError.
+        """
+        if not self.is_partial:
+            with self._reading():
+                self.plan = self._plan([], is_whole=False)
+
+    def _plan(self, stay: Sequence[bytes], *, is_whole: bool) -> Plan:
         plan = Planner(self._view, self._selection, links.whole(self._view, stay)).plan()
-        is_whole = self._selection.is_all and not stay
         if is_whole and self.record.parent is None and renames_directories(self.record.base):
             return with_renames(self._view, plan)
         if not is_whole and not plan.is_empty:
             self._leaving = Leaving(self._view, plan, self._selection, self._above)
         return plan
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"branch {quoted(self._branch.name)} cannot be read: {reason(error)}; nothing was changed."
+            ) from error
 
     def owners(self) -> list[str]:
         """A sentence if objects belong to ids which only root could give them. Raises OSError."""
@@ -406,7 +421,7 @@ def _cure(error: OSError) -> str:
         return "Free space."
     if error.errno in (errno.EACCES, errno.EPERM):
         return "Check the permissions, or leave it out by --except."
-    return "Leave it out by --except."
+    return "Leave it out by --except." if path_in(error) else "Check the disk of the store."
 
 
 def _may_write(fd: int) -> bool:

@@ -102,7 +102,7 @@ def _go_on(store: Store, found: Sequence[Site]) -> None:
         for site in found:
             calls.syncfs(site.tree.fd)
             site.entry.has_reached(reached(site.entry, site.tree) if entry.can_undo else {})
-        entry.is_applied()
+        entry.is_applied(after=last.ended(store))
         journal.write_after(store, entry)
         step("ending")
         if entry.parent is None:
@@ -160,7 +160,9 @@ def _forget_former(store: Store, entry: Journal) -> None:
     """Remove what former commits keep, which can be undone no longer. Raises OSError."""
     for id in store.commit_ids():
         other = journal.read(store, id) if id != entry.id else None
-        if other is not None and other.state == journal.DONE and other.ended < entry.ended:
+        if other is None or other.ids != entered():
+            continue  # a command with that branch's ids does it
+        if other.state == journal.DONE and other.ended < entry.ended:
             _forget(store, other)
 
 
@@ -168,10 +170,9 @@ def _forget(store: Store, other: Journal) -> None:
     """Remove what a former commit keeps. Raises OSError."""
     if any(one.stays for one in other.all):
         try:
-            with sites(store, other, make=False) as found:
+            with sites(store, other, make=False, only=lambda one: one.stays) as found:
                 for site in found:
-                    if site.entry.stays:
-                        remove_stage(site)
+                    remove_stage(site)
         except UserError:
             return  # its filesystem is not mounted: the next commit tries again
     journal.forget(store, other.id)
@@ -287,7 +288,7 @@ def finish(store: Store, entry: Journal) -> bool:
     """Complete or revert a commit. Returns whether it was completed. Raises UserError, OSError."""
     if entry.parent is None:
         return _settle(store, entry)
-    with parent_claimed(store, entry.branch, entry.parent) as parent:
+    with parent_claimed(store, entry.branch, entry.made, entry.parent) as parent:
         if parent.record().created != entry.parent_made:
             raise UserError(
                 f"the branch that {quoted(entry.branch)} was committed to is gone, and another has its name "

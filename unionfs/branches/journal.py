@@ -152,9 +152,9 @@ class Journal:
         """Remember the states of the paths after the commit, if it can be undone."""
         self.after = after
 
-    def is_applied(self) -> None:
-        """Enter the state in which all is in place."""
-        self.state, self.ended = ENDING, time.time_ns()
+    def is_applied(self, *, after: int) -> None:
+        """Enter the state in which all is in place; `after`: when the last commit ended, before this one."""
+        self.state, self.ended = ENDING, max(time.time_ns(), after + 1)
 
     @property
     def can_undo(self) -> bool:

@@ -38,6 +38,14 @@ def note(store: Store, entry: Journal, *, undone: bool = False) -> None:
     jsonfiles.write(_path(store), asdict(values))
 
 
+def ended(store: Store) -> int:
+    """When the last commit ended; 0 if that is not known."""
+    with suppress(UserError):
+        if (found := read(store)) is not None:
+            return found.ended
+    return 0
+
+
 def read(store: Store) -> Last | None:
     """The note; None if there is none. Raises UserError if it is damaged."""
     try:

@@ -12,11 +12,12 @@ import os
 import subprocess
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
+from unionfs.branches import links
 from unionfs.branches.describe import Describer, Difference
 from unionfs.branches.journal import attributes_from_json, attributes_to_json
 from unionfs.branches.seen import Conflict, State, is_same, state, without_ctime
@@ -68,14 +69,18 @@ def keep_originals(
 
 
 def merged(
-    branch: Branch, view: View, conflicts: Iterable[Conflict], seen: Mapping[str, State]
+    branch: Branch, view: View, conflicts: Sequence[Conflict], seen: Mapping[str, State]
 ) -> tuple[dict[bytes, Merged], dict[bytes, str]]:
     """Those conflicts that can be merged, and, of others, which attributes differ. Raises UserError without
     git.
     """
     describer, found, refused = Describer(view), dict[bytes, Merged](), dict[bytes, str]()
+    linked = {path for group in links.groups(view) for path in group.paths} if conflicts else set()
     for conflict in conflicts:
         change = conflict.change
+        if conflict.path in linked:
+            refused[conflict.path] = f"{conflict.what}, not merged: the branch has other names (links) of it"
+            continue
         item = describer.difference(conflict.path[1:], change) if conflict.what == "changed" else None
         if item is None or item.kind != "C" or conflict.path.rpartition(b"/")[2] != change.name:
             continue

@@ -133,12 +133,13 @@ def unmounted(branch: Branch) -> None:
 
 
 @contextmanager
-def parent_claimed(store: Store, child: str, parent: str) -> Iterator[Branch]:
-    """The parent of the branch `child`, claimed to be changed. Raises UserError, also if others lie over
-    it.
+def parent_claimed(store: Store, child: str, made: int, parent: str) -> Iterator[Branch]:
+    """The parent of the branch that was `made` as `child`, claimed to be changed. Raises UserError, also if
+    others lie over it.
     """
     below = store.existing(parent)
-    if others := [name for name in store.children(parent) if name != child]:
+    others = [name for name in store.children(parent) if store.branch(name).record().created != made]
+    if others:
         names = ", ".join(quoted(name) for name in others)
         raise UserError(
             f"branch {quoted(parent)} cannot be changed by a commit of {quoted(child)}, since others lie "

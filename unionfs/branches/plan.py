@@ -190,11 +190,7 @@ def all_below(view: View, path: bytes, *objects: Object) -> Iterator[tuple[bytes
 
 def has_below(view: View, has: Callable[[bytes], bool], found: Object, path: bytes) -> bool:
     """Whether something below a directory is selected. Raises OSError."""
-    for name in view.names(found):
-        child, below = view.child(found, name), path + b"/" + name
-        if has(below) or (child and child.is_directory and has_below(view, has, child, below)):
-            return True
-    return False
+    return any(has(below) for below, _ in all_below(view, path, found))
 
 
 def hazards(view: View, plan: Plan, above: bytes) -> list[str]:

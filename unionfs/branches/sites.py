@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
@@ -33,13 +33,15 @@ class Site:
 
 
 @contextmanager
-def sites(store: Store, entry: Journal, *, make: bool, bases: bool = True) -> Iterator[list[Site]]:
-    """The trees of a commit, or without `bases` the layers only; with `make` also the directories `new` and
-    `old`. Raises UserError, OSError.
+def sites(
+    store: Store, entry: Journal, *, make: bool, only: Callable[[Journal], bool] = lambda _: True
+) -> Iterator[list[Site]]:
+    """The trees of a commit, or `only` those of some of its journals; with `make` also the directories `new`
+    and `old`. Raises UserError, OSError.
     """
     with ExitStack() as resources:
         found = []
-        for one in (one for one in entry.every if bases or one.of_layer):
+        for one in filter(only, entry.every):
             tree = resources.enter_context(_opened(store, one))
             if tree is None:
                 continue

@@ -73,14 +73,6 @@ class Store:
             return [self.branch(name) for name in sorted(os.listdir(self.path)) if is_name(name, "branch")]
         return []
 
-    def made(self) -> set[int]:
-        """When the branches were made: of each another moment."""
-        found = set()
-        for branch in self.branches():
-            with suppress(UserError):
-                found.add(branch.record().created)
-        return found
-
     def children(self, name: str) -> list[str]:
         """The names of the branches that lie over a branch."""
         found = []
@@ -270,7 +262,7 @@ class Branch:
         for id in self.store.commit_ids():
             with suppress(OSError, ValueError, KeyError, TypeError):
                 state = jsonfiles.read(f"{self.store.commits}/{id}/{STATE_FILE}")
-                if (state["branch"], state["made"]) == (self.name, made) and state["state"] in _PENDING:
+                if state["made"] == made and state["state"] in _PENDING:
                     raise UserError(
                         f"a commit of branch {quoted(self.name)} was interrupted, so it cannot be {what}; "
                         f"`unionfs branch commit {quoted(self.name)}` goes on with it."

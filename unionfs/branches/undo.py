@@ -21,7 +21,7 @@ def undo(store: Store) -> Journal:
     """Undo the last commit of this store, and restore its branch. Returns its journal. Raises UserError."""
     with store.committing():
         pending = _interrupted(store)
-        recover(store)
+        recover(store, None if pending is None else pending.branch)
         if pending is not None and journal.read(store, pending.id) is None:
             return pending
         last = _last(store)
@@ -65,7 +65,7 @@ def _last(store: Store) -> Journal:
 
 def _refuse_all_changed(store: Store, last: Journal) -> None:
     # A parent is not mounted now.
-    with sites(store, last, make=False, bases=last.parent is None) as found:
+    with sites(store, last, make=False, only=lambda one: last.parent is None or one.of_layer) as found:
         for site in found:
             _refuse_changed(site.entry, site.tree)
 
@@ -78,7 +78,7 @@ def _refuse_changed_parent(store: Store, last: Journal) -> None:
             f"{quoted(parent.name)}, to which it went, is gone or has another name."
         )
     with (
-        parent_claimed(store, last.branch, parent.name), mounted(parent) as merged,
+        parent_claimed(store, last.branch, last.made, parent.name), mounted(parent) as merged,
         beneath.opened(merged, last.inode) as tree,
     ):  # fmt: skip
         _refuse_changed(last, tree)

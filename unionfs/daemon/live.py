@@ -214,20 +214,28 @@ def _remove_orphans(directory: RuntimeDirectory, known: Container[str]) -> None:
     """Remove the sockets and half-written entries of dead daemons without an entry."""
     for file in directory.names():
         name, _, suffix = file.partition(".")
-        if suffix in ("sock", "json.new") and name not in known and _is_of_dead(name):
+        is_ours = suffix in ("sock", "json.new") and _is_entry_name(name)
+        if is_ours and name not in known and _is_of_dead(directory, name):
             directory.remove(file)
 
 
-def _is_of_dead(name: str) -> bool:
-    """Return whether `name` is the `entry_name` of a process that has ended."""
+def _is_entry_name(name: str) -> bool:
     pid, _, started = name.partition("-")
-    return pid.isdecimal() and started.isdecimal() and not is_alive(int(pid), int(started))
+    return pid.isdecimal() and started.isdecimal()
+
+
+def _is_of_dead(directory: RuntimeDirectory, name: str) -> bool:
+    """Return whether `name` is the `entry_name` of a daemon that has ended.
+
+    One in another PID namespace listens before it has an entry.
+    """
+    pid, _, started = name.partition("-")
+    return not is_alive(int(pid), int(started)) and not listens(directory.address(f"{name}.sock"))
 
 
 def _remove_unreadable(directory: RuntimeDirectory, name: str) -> None:
     """Remove an unreadable entry, unless the daemon whose pid is in the name is alive."""
-    pid, _, started = name.partition("-")
-    if not (pid.isdecimal() and started.isdecimal() and is_alive(int(pid), int(started))):
+    if not _is_entry_name(name) or _is_of_dead(directory, name):
         directory.remove(f"{name}.json", f"{name}.sock")
 
 

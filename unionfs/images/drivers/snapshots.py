@@ -86,7 +86,8 @@ class Snapshots(Driver):
                 try:
                     kept = self._new_base(key, layer)
                 except BaseException:
-                    self._discard(key)  # it may have filled what it is on
+                    with suppress(UserError, OSError):  # `prune` tries it again
+                        self._discard(key)  # it may have filled what it is on
                     raise
                 lowers = list(layer.lowers)
                 with directory(self._home(key)) as fd:
