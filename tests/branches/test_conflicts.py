@@ -200,6 +200,16 @@ def test_files_that_are_open_for_writing_are_a_hazard(filled: Branching) -> None
 # -- hostile --------------------------------------------------------------------------------------------
 
 
+def test_a_file_replaced_below_and_then_removed(filled: Branching) -> None:
+    filled.tries("echo branch >> d/f1")
+    (filled.base / "d/other").write_text("base\n")
+    (filled.base / "d/other").rename(filled.base / "d/f1")
+    assert filled.commit(dry_run=True).conflicts == [("changed", b"/d/f1")]
+    (filled.base / "d/f1").unlink()
+    assert filled.commit().conflicts == [("removed", b"/d/f1")]
+    assert not (filled.base / "d/f1").exists()
+
+
 def test_a_name_added_where_the_branch_has_replaced_a_directory(filled: Branching) -> None:
     filled.tries("rm -r d; mkdir d; mv keep kept")
     for name in ("d/new", "keep/new"):

@@ -96,7 +96,9 @@ def look(branch: Branch, view: View) -> tuple[Mapping[str, State], list[Conflict
                 new = True
                 known[key] = now
                 if _is_younger(item.old, session):
-                    known[key] = None if _was_made_since(view, item, session) else False
+                    # What the branch has itself may be a copy of a file that the base replaced since.
+                    is_own = item.change.old is item.old
+                    known[key] = None if not is_own and _was_made_since(view, item, session) else False
                 if item.old is None and item.change.new is not None and not item.change.new.is_directory:
                     moved.append(item)
             if not is_same(known[key], now) and not _is_as_below(view, item):
