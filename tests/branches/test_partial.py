@@ -346,6 +346,7 @@ def test_path_names_of_the_new_base(branching: Branching, area: Path) -> None:
 BELOW_ONLY = ["d", "m/d/f1", "m/gone", "m/in/e"]
 
 
+@pytest.mark.slow
 def test_filesystems_below_killed_at_every_step(below: Below) -> None:
     """Each has a layer of its own, which loses what is committed there."""
     branching, old = below.branching, without_times(below.tree())

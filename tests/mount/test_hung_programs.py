@@ -25,7 +25,7 @@ from tests.mount.hung_programs import Glusterfs, Rclone, Sshfs
 from tests.support.patience import patient
 from tests.support.world import errno_of
 
-pytestmark = pytest.mark.slow_on("direct-passthrough", "direct-cached")
+pytestmark = pytest.mark.slow_on("direct-passthrough", "direct-cached", "pyfuse3")
 
 REMOTES: dict[str, Start] = {
     "sshfs": partial(Sshfs, itself=True),
@@ -69,6 +69,7 @@ def test_an_ssh_server_that_is_killed(root: None, area: Path, session: str) -> N
         assert errno_of(os.stat, place.top / "only/missing") == errno.ENOENT
 
 
+@pytest.mark.slow
 def test_one_brick_of_two(root: None, area: Path, session: str) -> None:
     """Calls wait until glusterfs goes on with the other brick; the others do not wait."""
     start = partial(Glusterfs, patience=3, count=1)
@@ -83,6 +84,7 @@ def test_one_brick_of_two(root: None, area: Path, session: str) -> None:
         assert (area / "upper/only/chmod").read_bytes() == b"chmod" * 20_000
 
 
+@pytest.mark.slow
 def test_both_bricks(root: None, area: Path, session: str) -> None:
     """Calls wait until glusterfs reports that it has no connection, as natively, and succeed later."""
     start = partial(Glusterfs, patience=3)

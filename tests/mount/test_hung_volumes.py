@@ -119,6 +119,7 @@ def test_umount(host: Host, how: list[str]) -> None:
     assert os.listdir(one) == []
 
 
+@pytest.mark.slow
 def test_a_plugin_that_is_stopped(host: Host) -> None:
     """Its volume in use stays usable, and is unmounted without it."""
     one, two = host.union("one", "far"), host.union("two", "near")
