@@ -273,7 +273,8 @@ def test_it_was_taken_over(
     assert figures(place.merged)["lost_because"].startswith(f"process {new} of host elsewhere has taken")
     log = Path(inspected(place.merged)["log"]).read_text()
     assert "must not be changed any more" in log
-    assert unionfs("snapshot", "create", place.merged).returncode == 1
+    for words in (("snapshot", "create"), ("sync",)):
+        refused(unionfs(*words, place.merged), str(place.merged), "has taken its lease over; unmount it.")
     succeed(unionfs("umount", "--force", place.merged))
     assert wait_for(lambda: gone(pid))
     assert (there / "open").read_bytes() == (there / "base").read_bytes() == b"of the second"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.unit.union_support import ME, OpenUnion, get, names, open_union
+from unionfs.core.steps import Workplace
 from unionfs.union.changes import Changes
 
 __all__ = ["open_union"]
@@ -26,6 +28,13 @@ def test_only_what_was_not_put_into_place_is_discarded(tmp_path: Path, open_unio
         (work / os.fsdecode(placed.name)).touch()
     assert os.listdir(work) == [os.fsdecode(placed.name)]
     assert os.listdir(tmp_path / "upper/there") == ["in"]
+
+
+def test_names_differ_between_daemons() -> None:
+    """Another host may use the same directory when this one removes what it has left there by its name."""
+    ours, others = ({Workplace(-1).next_name() for _ in range(9)} for _ in range(2))
+    assert len(ours | others) == 18
+    assert all(re.fullmatch(rb"#[0-9a-f]+", name) for name in ours)
 
 
 def test_a_change_that_was_made_does_not_fail_by_what_is_left(

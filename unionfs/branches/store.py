@@ -250,7 +250,7 @@ class Branch:
                 ) from error
             self._refuse_pending(what)
             with on_failure(f"branch {quoted(self.name)} cannot be {what}", "check its directory"):
-                leases.refuse_if_led(self.upper)
+                leases.refuse_if_led(self.upper, alone=True)
             yield
 
     def _refuse_pending(self, what: str) -> None:

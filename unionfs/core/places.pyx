@@ -52,6 +52,7 @@ SHARED = {
     0x0BD00BD0: "Lustre", 0x01021997: "9p", 0x5346414F: "AFS", 0x73757245: "Coda", 0x01161970: "GFS2",
     0x7461636F: "OCFS2", 0x786F4256: "a VirtualBox share", 0x47504653: "GPFS", 0x19830326: "BeeGFS",
     0xAAD7AAEA: "PanFS", 0xBEEFDEAD: "StorNext", 0xA501FCF5: "VxFS", 0xBACBACBC: "a VMware share",
+    0x20030528: "OrangeFS",
 }
 
 #: Those of them whose calls wait for a server and which answer statx(2) with AT_STATX_DONT_SYNC without it, which `marks`

@@ -6,6 +6,8 @@ None, after undoing what it did, where a system call fails before the change is 
 object that decides may do it in its own way, or report the error.
 """
 
+import os
+
 from libc.errno cimport EACCES, EEXIST, EINVAL, ENOENT, ENOSYS, EOPNOTSUPP, EPERM
 from libc.errno cimport errno as c_errno
 from libc.stdio cimport snprintf
@@ -64,6 +66,9 @@ cdef class Workplace:
 
     def __init__(self, int fd):
         self.fd = fd
+        # Another host may work in the same directory before this one finds that its lease was lost, and what
+        # this one then still removes or renames must be its own.
+        self.number = int.from_bytes(os.urandom(6))
 
     def close(self):
         """Close what it has opened."""

@@ -49,6 +49,9 @@ if TYPE_CHECKING:
 _SYNC_MICROSECONDS: Final = 600_000_000
 """How long the service manager lets the upper be written at the end."""
 
+_LEASE_SECONDS: Final = 5.0
+"""How long an order waits for the upper's lease to be renewed."""
+
 log = logging.getLogger(__name__)
 
 
@@ -95,8 +98,8 @@ class Service:
             else:
                 self._announcement = Announcement(settings, directory, former.entry)
                 self._stack = former.layers()
-            undo.callback(self._stack.close)
-            if former is None:
+            if former is None:  # else the mount lives on, for another daemon
+                undo.callback(self._stack.close)
                 _recover(self._stack, settings)
             self._outliving = Outliving(settings, directory, self._stack, holder, foreground=foreground)
             # Before the union notes the capabilities to restore after it acted as a caller: capset(2) of
@@ -222,15 +225,25 @@ class Service:
             **more_for(question, self._operations.latencies),
         }
 
-    @property
-    def _lost(self) -> str:
-        """Why the upper must not be changed any more, as a clause; else empty."""
-        return "" if self._stack.lease is None else self._stack.lease.lost
+    async def _refusal(self, order: str) -> str:
+        """Why an order is not carried out for lack of the upper's lease, with the cure; else empty."""
+        fence, lease = self._operations.fence, self._stack.lease
+        if fence is None or lease is None or order == END:
+            return ""
+        with trio.move_on_after(_LEASE_SECONDS):
+            await fence.passed()
+        if fence.passes:
+            return ""
+        silent = "the lease of its upper cannot be renewed; try again when the filesystem answers"
+        why = f"{lease.lost}; unmount it" if lease.lost else silent
+        if order in ("snapshot", "restore"):
+            return f"{quoted(self._serving.settings.mountpoint)} cannot change its layers: {why}"
+        return why
 
     async def _obey(self, order: str, question: dict[str, Any]) -> dict[str, Any]:
         try:
-            if self._lost and order != END:
-                return failed(self._lost)
+            if why_not := await self._refusal(order):
+                return failed(why_not)
             if order in ("snapshot", "restore"):
                 return await self._snapshotting.obey(order, question)
             if order == "sync":
@@ -267,7 +280,8 @@ class Service:
         if self._storage is not None:
             self._storage.give_back()
         self._announcement.mark_ending()
-        if not self._lost:  # else work is another host's
+        lease = self._stack.lease
+        if lease is None or lease.is_sure():  # else work may be another host's
             self._operations.union.work.close()
         if not settings.volatile:
             try:

@@ -66,10 +66,11 @@ class Snapshotting:
         try:
             return await self._carried_out(order, question)
         except OSError as error:
-            raise UserError(
-                f"{quoted(self._serving.settings.mountpoint)} cannot change its layers: {reason(error)}; "
-                f"{cure_for(error, 'try again')}."
-            ) from error
+            why = reason(error)
+            if ";" not in why:  # that of a lower that does not answer has its cure
+                why = f"{why}; {cure_for(error, 'try again')}"
+            place = quoted(self._serving.settings.mountpoint)
+            raise UserError(f"{place} cannot change its layers: {why}.") from error
 
     async def _carried_out(self, order: str, question: dict[str, Any]) -> dict[str, Any]:
         name = question.get("name")

@@ -17,6 +17,7 @@ from unionfs.core.copyup import SmallCopyUps
 from unionfs.core.files import OpenFile
 from unionfs.core.node import Attributes, Node
 from unionfs.core.setting import Change
+from unionfs.fuse.fence import Fence
 from unionfs.fuse.inline import in_thread, may_wait
 from unionfs.sys.fds import Owned
 from unionfs.union.copyup import CopyUp
@@ -43,8 +44,9 @@ class _Running(NamedTuple):
 class CopyUps:
     """Copies objects up, and counts them."""
 
-    def __init__(self, union: Union, copy_up: CopyUp) -> None:
+    def __init__(self, union: Union, copy_up: CopyUp, fence: Fence | None = None) -> None:
         self.union = union
+        self._fence = fence
         self._copy_up = copy_up
         self._small = small_copy_ups(copy_up)
         self._count = 0
@@ -247,6 +249,7 @@ class CopyUps:
         try:
             # Ends early if the request is cancelled.
             await in_thread(copy.copy, trio.from_thread.check_cancelled)
+            await self._may_finish(copy)
         finally:
             self._ended(copy, done)
 
@@ -274,12 +277,19 @@ class CopyUps:
         copy.begins()
         try:
             await trio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=self._patient)
+            await self._may_finish(copy)
         except BaseException:
             abandoned = True
             if over or claim.acquire(blocking=False):
                 self._left(copy, done)
             raise
         self._ended(copy, done)
+
+    async def _may_finish(self, copy: FileCopy | DataCopy) -> None:
+        """The upper's lease may have run out while the data was copied: wait until it is renewed. Raises
+        OSError (EIO) if it was lost."""
+        if self._fence is not None and isinstance(copy, FileCopy):  # the other is complete, in its place
+            await self._fence.must_pass()
 
     def _left(self, copy: FileCopy | DataCopy, done: trio.Event) -> None:
         """The thread of a copy has ended, and its request before it. Both may find that out."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import math
+import os
 from typing import Final
 
 import trio
@@ -9,6 +12,7 @@ import trio
 from unionfs.union.leasekeeper import Keeper
 
 _LOOK_SECONDS: Final = 0.02
+_HURRY_SECONDS: Final = 1.0
 
 
 class Fence:
@@ -16,6 +20,7 @@ class Fence:
 
     def __init__(self, lease: Keeper) -> None:
         self._lease = lease
+        self._hurried = -math.inf
 
     @property
     def passes(self) -> bool:
@@ -27,6 +32,13 @@ class Fence:
         while not self._lease.passes:
             if self._lease.lost:
                 return False
-            self._lease.hurry()
+            if (now := trio.current_time()) >= self._hurried + _HURRY_SECONDS:
+                self._hurried = now
+                self._lease.hurry()
             await trio.sleep(_LOOK_SECONDS)
         return True
+
+    async def must_pass(self) -> None:
+        """Wait until they may be. Raises OSError (EIO) if they never will."""
+        if not self.passes and not await self.passed():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))

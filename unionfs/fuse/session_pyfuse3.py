@@ -161,6 +161,8 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
                 except Wanted:
                     pid, is_caller = self._caller(kind, args)
                     await self.operations.asides.make_for(memo, pid, is_caller=is_caller)
+                    if self.operations.fence is not None:
+                        await self.operations.fence.must_pass()
         finally:
             memo.close()
 

@@ -127,7 +127,8 @@ class LayerStack:
                 lease = _lease(upper_fd, upper, resources, alone=alone)
                 work_fd = opening.prepare_work(work_root, work, upper_fd, resources)
                 if volatile:
-                    opening.mark_volatile(work_fd, resources)
+                    opening.mark_volatile(work_fd)
+                    resources.callback(_unmark, work_fd, lease)
                 layers.append(Layer(0, upper, upper_fd, is_upper=True, quiet="noatime" in atime))
             elif scratch is not None:
                 resources.callback(os.close, scratch)
@@ -164,7 +165,7 @@ class LayerStack:
         atime: Sequence[str] = (),
     ) -> LayerStack:
         """The same layers, by the fds that a former daemon of the mount had open; see :meth:`kept`.
-        Removes its temporaries. Raises ``LayerError``, ``OSError``."""
+        Removes its temporaries. Raises ``LayerError``, ``OSError``; then only the fds are closed."""
         privileged = has_capability(CAP_SYS_ADMIN)
         with _Files() as resources:
             for fd in kept["files"]:
@@ -172,12 +173,11 @@ class LayerStack:
             work_root, work_fd = kept["work_root"], kept["work"]
             lease = None
             if kept["lease"] is not None:
-                lease = Keeper(leases.Lease.resume(upper or "", **kept["lease"]))
-                resources.callback(lease.end)
+                resumed = leases.Lease.resume(upper or "", **kept["lease"])
+                resumed.renew()  # another host may be about to take it over
+                lease = Keeper(resumed)
             if work_fd >= 0 and (lease is None or not lease.lost):
                 remove_leftovers(kept["layers"][0], work_fd)
-                if volatile:
-                    resources.callback(remove, work_fd, b"incompat")
             layers: list[Layer] = []
             paths = [*([upper or ""] if work_fd >= 0 else []), *lowers]
             for path, fd in zip(paths, kept["layers"], strict=True):
@@ -191,6 +191,11 @@ class LayerStack:
             for layer, mapped in zip(layers, kept["mapped"], strict=True):
                 if mapped:
                     layer.has_mapped_ids()
+            # Not before: after a failure the mount lives on, for another daemon.
+            if lease is not None:
+                resources.callback(lease.end)
+            if volatile and work_fd >= 0:
+                resources.callback(_unmark, work_fd, lease)
             stack = cls(layers, work_root, work_fd, markers, resources.pop_all(), shown, lease)
             stack.volatile, stack.features = volatile, chosen
             return stack
@@ -351,6 +356,12 @@ def _lease(upper_fd: int, upper: str, resources: ExitStack, *, alone: bool) -> K
     parent = os.open(b"..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=upper_fd)
     resources.callback(os.close, parent)
     return leased(upper_fd, upper, parent, resources, alone=alone)
+
+
+def _unmark(work_fd: int, lease: Keeper | None) -> None:
+    """Remove the mark of a volatile mount, unless it may be another host's by now."""
+    if lease is None or lease.is_sure():
+        remove(work_fd, b"incompat")
 
 
 def leased(upper_fd: int, upper: str, parent: int, resources: ExitStack, *, alone: bool) -> Keeper:

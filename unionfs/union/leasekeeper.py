@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from typing import Any, Final
 
 from unionfs.errors import LayerError, quoted, reason
@@ -12,6 +13,7 @@ from unionfs.union.leases import Lease, clock
 _EVERY: Final = 1 / 6
 """Of the time that a lease runs it is renewed once, and tried again five times as often."""
 _END_SECONDS: Final = 5.0
+_LOOK_SECONDS: Final = 0.02
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +61,24 @@ class Keeper:
     def end(self) -> None:
         """Renew it no more, and remove it, unless the server does not answer: then it runs out."""
         self._ended = True
+        self._lease.leave()
         self._wake.set()
         if self._one.acquire(timeout=_END_SECONDS):
             self._lease.end()
             self._one.release()
+
+    def is_sure(self) -> bool:
+        """The same as :attr:`passes`, but if it is in doubt, wait a while for the server to tell."""
+        if self._thread is None:
+            if not self.passes:
+                self._renew()
+            return self.passes
+        deadline = clock() + _END_SECONDS
+        if not self.passes:
+            self.hurry()
+        while not self.passes and not self.lost and clock() < deadline:
+            time.sleep(_LOOK_SECONDS)
+        return self.passes
 
     def kept(self) -> dict[str, Any]:
         """What another process with the same open files needs to go on with it: JSON-able."""

@@ -23,12 +23,13 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import secrets
 import socket
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Final
 
@@ -40,6 +41,8 @@ from unionfs.sys.fds import Owned, close_quietly, open_for_listing
 SUFFIX: Final = ".lease"
 _SECONDS: Final = 30.0
 """How long a lease runs without a renewal, if UNIONFS_LEASE_SECONDS, for tests, does not say otherwise."""
+_MOST_SECONDS: Final = 600.0
+"""A name that says more is not a lease's: nobody should wait for that long."""
 _VERSION: Final = "1"
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _GONE: Final = (errno.ENOENT, errno.ESTALE)
@@ -63,8 +66,15 @@ def clock() -> float:
 def seconds() -> float:
     """How long a lease of this process runs without a renewal."""
     with suppress(ValueError):
-        return float(os.environ.get("UNIONFS_LEASE_SECONDS", _SECONDS))
+        return _checked(float(os.environ.get("UNIONFS_LEASE_SECONDS", _SECONDS)))
     return _SECONDS
+
+
+def _checked(runs: float) -> float:
+    """Returns the seconds that a lease runs. Raises ValueError if they are none."""
+    if not 0 < runs <= _MOST_SECONDS:
+        raise ValueError(runs)
+    return runs
 
 
 def filesystem(fd: int) -> str | None:
@@ -111,7 +121,7 @@ def parsed(name: bytes) -> tuple[int, Owner] | None:
         if parts[0] != _VERSION:
             return None
         _, sequence, token, runs, pid, device, boot, host = parts
-        owner = Owner(token, float(runs.replace(",", ".")), int(pid), int(device), boot, host)
+        owner = Owner(token, _checked(float(runs.replace(",", "."))), int(pid), int(device), boot, host)
         return int(sequence), owner
     except ValueError:
         return None
@@ -126,22 +136,25 @@ class Lease:
         self.upper = upper
         self.parent = parent
         self.fd = fd
+        #: What the name says now. A lease that was resumed names this process from its first renewal on.
         self.owner = owner
+        self._next = owner
         self.sequence = sequence
         #: Until when, by :func:`clock`, nobody else can have it.
         self.until = until
         #: Why it cannot come back, as a clause; empty while it can.
         self.lost = ""
+        self._left = False
 
     @classmethod
     def resume(cls, upper: str, parent: int, fd: int, token: str) -> Lease:
-        """The lease of a former daemon of the mount, which is not valid before it is renewed."""
-        for name in _names(fd):
-            found = parsed(name)
-            if found is not None and found[1].token == token:
-                return cls(upper, parent, fd, found[1], found[0], 0.0)
-        lease = cls(upper, parent, fd, Owner.here(fd), 0, 0.0)
-        lease.lost = lease._why()
+        """The lease of a former daemon of the mount, which is not valid before it is renewed. Raises
+        OSError if the server cannot tell."""
+        lease = cls(upper, parent, fd, Owner(token, seconds(), os.getpid(), 0, _boot(), ""), 0, 0.0)
+        if lease._found():
+            lease._next = replace(lease.owner, pid=os.getpid())
+        else:
+            lease.lost = lease._why()
         return lease
 
     def renew(self) -> None:
@@ -150,7 +163,7 @@ class Lease:
         for attempt in range(2):
             try:
                 # The second step is for a server that made the first one, whose answer was lost with it.
-                if self._step() or self._step():
+                if self._step() or self._step() or (self._found() and self._step()):
                     self.until = began + self.owner.seconds * 2 / 3
                     return
                 break
@@ -162,16 +175,30 @@ class Lease:
         self.lost = self._why()
 
     def _step(self) -> bool:
-        old, new = (self.owner.name(number) for number in (self.sequence, self.sequence + 1))
-        self.sequence += 1
+        old, new = self.owner.name(self.sequence), self._next.name(self.sequence + 1)
+        made = True
         try:
             os.rename(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        except FileNotFoundError:
+            made = False
+        self.owner = self._next
+        self.sequence += 1
+        return made
+
+    def _found(self) -> bool:
+        """Whether it is there, perhaps with another sequence, which is taken over. Raises OSError if the
+        server cannot tell."""
+        try:
+            names = _names(self.fd)
         except OSError as error:
-            if error.errno == errno.ENOENT:
-                return False
-            self.sequence -= 1
-            raise
-        return True
+            if error.errno not in _GONE:
+                raise
+            return False
+        for sequence, owner in filter(None, map(parsed, names)):
+            if owner.token == self.owner.token:
+                self.owner, self.sequence = owner, sequence
+                return True
+        return False
 
     def _open_again(self) -> bool:
         """After ESTALE: the directory that has the name now, if there is one."""
@@ -180,6 +207,8 @@ class Lease:
         except FileNotFoundError:
             return False
         with Owned(fd):
+            if self._left:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
             os.dup2(fd, self.fd, inheritable=False)
         return True
 
@@ -188,6 +217,10 @@ class Lease:
             for name in _names(self.fd):
                 return f"{_described(name)} has taken its lease over"
         return "its lease was removed"
+
+    def leave(self) -> None:
+        """Its fds may be closed, and their numbers be those of other files: open it no more."""
+        self._left = True
 
     def end(self) -> None:
         """Remove it. An error is logged: it runs out."""
@@ -220,14 +253,14 @@ def claim(upper_fd: int, upper: str, parent: int, *, alone: bool) -> Lease:
         ) from error
 
 
-def refuse_if_led(upper: str) -> None:
+def refuse_if_led(upper: str, *, alone: bool) -> None:
     """Raises LayerError if another host, or another mount of the filesystem, has a lease on an upper that is
-    renewed. Changes nothing; a missing upper is nobody's. Raises OSError."""
+    renewed. `alone`: as in :func:`claim`. Changes nothing; a missing upper is nobody's. Raises OSError."""
     flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
     with suppress(FileNotFoundError), Owned(os.open(upper, flags)) as fd:
         if filesystem(fd) is not None:
             with Owned(os.open(os.path.dirname(upper), flags)) as parent:
-                _Claim(fd, upper, parent, alone=True).refuse_if_led()
+                _Claim(fd, upper, parent, alone=alone).refuse_if_led()
 
 
 class _Claim:
@@ -256,12 +289,15 @@ class _Claim:
 
     def refuse_if_led(self) -> None:
         """See the function of that name."""
-        with suppress(FileNotFoundError):
+        try:
             fd, _ = self._open(make=False)
             with Owned(fd):
                 names = _names(fd)
                 if not self._is_dead(fd, names):
                     self._watch(fd, names)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
 
     def _open(self, *, make: bool) -> tuple[int, bool]:
         """An O_PATH fd of the lease's directory, and whether it was there. Raises OSError, LayerError."""
@@ -323,7 +359,7 @@ class _Claim:
         """Wait until names have not changed for as long as a lease runs; False if they were removed.
         Raises LayerError if one is renewed."""
         runs = max([seconds(), *(found[1].seconds for name in names if (found := parsed(name)) is not None)])
-        tell_after = _TELL_SECONDS if names else runs
+        tell_after = _TELL_SECONDS if names else math.inf
         pause = min(_POLL_SECONDS, runs / 20)
         unchanged, last = 0.0, clock()
         while unchanged < runs:
@@ -337,7 +373,7 @@ class _Claim:
             unchanged += min(clock() - last, 2 * pause)
             last = clock()
             if unchanged >= tell_after:
-                tell_after = runs
+                tell_after = math.inf
                 log.warning(
                     "upper %s has a lease of %s, which has not been renewed for %.0f seconds; waiting until "
                     "it runs out after %.0f", quoted(self._upper), _described(names[0]), unchanged, runs,

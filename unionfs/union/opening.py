@@ -19,7 +19,7 @@ from unionfs.sys import calls, detached
 from unionfs.sys.attributes import drop_acls
 from unionfs.sys.fds import Owned, close_quietly
 from unionfs.sys.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
-from unionfs.sys.trees import empty_directory, remove
+from unionfs.sys.trees import empty_directory
 from unionfs.union.images import is_image, open_image
 from unionfs.union.leftovers import check_leftovers, check_work
 from unionfs.union.mending import mend
@@ -136,12 +136,11 @@ def prepare_work(fd: int, path: str, upper_fd: int, resources: ExitStack) -> int
     return inner
 
 
-def mark_volatile(work_fd: int, resources: ExitStack) -> None:
-    """Mark upper and work as those of a volatile mount, until `resources` are closed. A crash leaves it:
-    they cannot be trusted, so every mount refuses them (super.c, ovl_create_volatile_dirty).
+def mark_volatile(work_fd: int) -> None:
+    """Mark upper and work as those of a volatile mount, until its end. A crash leaves it: they cannot
+    be trusted, so every mount refuses them (super.c, ovl_create_volatile_dirty).
     """
     os.mkdir(b"incompat", 0o700, dir_fd=work_fd)
-    resources.callback(remove, work_fd, b"incompat")
     with Owned(os.open(b"incompat", _DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work_fd)) as fd:
         os.mkdir(b"volatile", 0o700, dir_fd=fd)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC

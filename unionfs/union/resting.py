@@ -83,7 +83,7 @@ def _lease(fd: int, upper: str, resources: ExitStack, *, alone: bool, writable: 
     OSError."""
     above = os.path.dirname(upper)
     if not writable and not os.access(above, os.W_OK, effective_ids=True):
-        leases.refuse_if_led(upper)
+        leases.refuse_if_led(upper, alone=alone)
         return
     parent = opening.open_lower(above, False)
     resources.callback(os.close, parent)

@@ -290,8 +290,7 @@ class Loop:
             self._waiting_aside += 1
             try:
                 await self._asides.make(memo)
-                while self._hold is not None:
-                    await self._hold.wait()
+                await self._may_go_on()
             finally:
                 self._waiting_aside -= 1
             if message is not None:
@@ -305,6 +304,16 @@ class Loop:
                 return await self._answered(request, memo)
             except Wanted:
                 continue
+
+    async def _may_go_on(self) -> None:
+        """Wait as before reading a request. Raises OSError (EIO) if the upper's lease was lost meanwhile."""
+        while True:
+            if self._hold is not None:
+                await self._hold.wait()
+            elif self._fence is not None and not self._fence.passes:
+                await self._fence.must_pass()
+            else:
+                return
 
     async def _answered(self, request: Request, memo: Memo) -> Reply | None:
         waiting = self._waiting.get(request.number)
