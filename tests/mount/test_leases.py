@@ -381,7 +381,7 @@ def test_branches_respect_it(place: Place, two: list[View], elsewhere: Host) -> 
         start_new_session=True,
     )  # fmt: skip
     try:
-        assert wait_for(lambda: list((one.at / "root").rglob("begun")) != [], 30)
+        assert wait_for(lambda: _below(one.at / "root", "begun") not in ([], None), 30)
         environment["UNIONFS_ROOT"] = str(other.at / "root")
         for again in (("branch", "commit", "mine"), ("branch", "discard", "mine")):
             refused(call(there, *again, env=environment, timeout=patient(60)), "unmount it there")
@@ -389,11 +389,19 @@ def test_branches_respect_it(place: Place, two: list[View], elsewhere: Host) -> 
     finally:
         os.killpg(session.pid, signal.SIGTERM)
         session.wait(patient(20))
-    assert wait_for(lambda: list((other.at / "root").rglob("*.lease")) == [], 20)
+    assert wait_for(lambda: _below(other.at / "root", "*.lease") == [], 20)
     environment["UNIONFS_ROOT"] = str(other.at / "root")
     done = call(there, "branch", "commit", "mine", env=environment, timeout=patient(60))
     assert done.returncode == 0, done.stderr
     assert (base / "file").read_text() == "changed\n"
+
+
+def _below(directory: Path, pattern: str) -> list[Path] | None:
+    """What is found; None if the tree was changed meanwhile."""
+    try:
+        return list(directory.rglob(pattern))
+    except FileNotFoundError:
+        return None
 
 
 def test_no_lease_is_needed(place: Place, two: list[View], area: Path) -> None:
