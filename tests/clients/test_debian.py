@@ -33,7 +33,7 @@ def installed(root: Path) -> set[str]:
     return set(debian.chroot(root, "dpkg-query -W -f '${Package} ${Status}\\n'").splitlines())
 
 
-@pytest.mark.slow_on("pyfuse3", "direct-cached", "direct-passthrough")
+@pytest.mark.slow
 def test_packages_are_installed_verified_and_removed(root_tree: Path, area: Path, session: str) -> None:
     with union_over(root_tree, area, session) as merged:
         before = installed(merged)

@@ -75,7 +75,7 @@ def make_source_archive(directory: Path, name: str) -> Path:
 
 @pytest.mark.watchdog(280)
 @pytest.mark.timeout(300)
-@pytest.mark.slow_on("pyfuse3", "direct-cached", "direct-passthrough")
+@pytest.mark.slow
 def test_environment_and_installations(area: Path, session: str) -> None:
     """The environment is created on the union, then changed in a second union over the first one's upper."""
     (area / "lower").mkdir()

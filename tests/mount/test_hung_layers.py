@@ -264,6 +264,7 @@ def test_a_snapshot_while_requests_wait(root: None, area: Path, session: str) ->
         assert stat.S_IMODE((area / "upper/only/chmod").stat().st_mode) == 0o604
 
 
+@pytest.mark.slow_on("pyfuse3", "direct-cached", "direct-passthrough")
 def test_a_refresh(place: Place) -> None:
     """It is refused, while everything else goes on; later it shows the changes."""
     area = place.area
@@ -317,6 +318,7 @@ def test_a_refresh_of_many(root: None, area: Path, session: str) -> None:
         assert _shown(place.top / "only") == natively
 
 
+@pytest.mark.slow_on("pyfuse3", "direct-cached", "direct-passthrough")
 def test_a_snapshot_that_is_restored(root: None, area: Path, session: str) -> None:
     """That is refused while a lower does not answer, and nothing waits for it."""
     if session == "pyfuse3":
@@ -342,6 +344,7 @@ def test_a_snapshot_that_is_restored(root: None, area: Path, session: str) -> No
         assert (place.top / "only/read").read_bytes() == b"read" * 20_000
 
 
+@pytest.mark.slow_on("pyfuse3", "direct-cached", "direct-passthrough")
 def test_a_large_copy_up_is_shown(root: None, area: Path, session: str) -> None:
     """How far it is: in `inspect`, `stats` and `top`."""
     with standing(area, session, seconds=0.01) as place:

@@ -122,6 +122,7 @@ def skip_unless_possible(session: str) -> None:
         pytest.skip(reason)
 
 
+@pytest.mark.slow_on("pyfuse3", "direct-cached", "direct-passthrough")
 def test_a_second_mount_is_refused(place: Place, two: list[View], session: str) -> None:
     """Also with another work directory; and nothing is changed by it. Afterwards it can be mounted, also by
     kernel overlayfs."""

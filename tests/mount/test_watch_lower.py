@@ -408,7 +408,7 @@ def _texts(root: Path) -> dict[str, str] | None:
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
-@pytest.mark.slow_on("pyfuse3", "direct-cached", "direct-passthrough")
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.watchdog(380)
 def test_a_checkout_of_ten_thousand_files(tree: Mount) -> None:

@@ -247,6 +247,7 @@ while time.monotonic() < deadline:
 """
 
 
+@pytest.mark.slow
 def test_one_at_a_time(upper: Path) -> None:
     """Processes that take it, keep it, come back too late, end and die at random never have it together."""
     words = [sys.executable, "-c", CONTENDER, str(upper)]
