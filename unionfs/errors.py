@@ -62,6 +62,11 @@ def cure_for(error: OSError, otherwise: str) -> str:
     return "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else otherwise
 
 
+def with_cure(why: str, cure: str) -> str:
+    """Return a cause and a cure for a sentence: a cause with a semicolon has its own."""
+    return why if ";" in why else f"{why}; {cure}"
+
+
 class on_failure:
     """Raises a UserError `COMPLAINT: CAUSE; CURE.` for an error of the block, OSError or one of `errors`."""
 

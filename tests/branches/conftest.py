@@ -17,3 +17,12 @@ def branching(root: None, area: Path) -> Iterator[Branching]:
     with cleaned(area):
         yield Branching(area)
     apply.set_hook(None)
+
+
+@pytest.fixture
+def filled(branching: Branching) -> Branching:
+    """With some files in its base."""
+    for name in ("a", "b", "c"):
+        (branching.base / name).write_text(f"{name}\n")
+    (branching.base / "sub").mkdir()
+    return branching

@@ -55,6 +55,7 @@ class System:
         environment = {
             "PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), "HOME": "/root", "TMPDIR": "/tmp",
             "UNIONFS_RESIDENT_SECONDS": "0", "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8",
+            "PYTHONDONTWRITEBYTECODE": "1",  # beside this package, in the tree that is compared
         }  # fmt: skip
         return subprocess.run(
             ["chroot", str(self.root), *words], capture_output=True, text=True, env=environment, cwd="/",

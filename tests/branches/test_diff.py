@@ -19,14 +19,6 @@ NAMES = [b"plain", b"with space", b"new\nline", b'"quoted"', b"back\\slash", INV
          b"tab\tname", b"bell\a\b\v\f\r", b"esc\x1b[31m", b"del\x7f"]  # fmt: skip
 
 
-@pytest.fixture
-def filled(branching: Branching) -> Branching:
-    for name in ("a", "b", "c"):
-        (branching.base / name).write_text(f"{name}\n")
-    (branching.base / "sub").mkdir()
-    return branching
-
-
 def lines_of(filled: Branching, *words: str) -> list[str]:
     return filled.says("branch", "diff", *words, "br").splitlines()
 

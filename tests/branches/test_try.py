@@ -19,14 +19,6 @@ from tests.mount.run_calls import Containers, Terminal
 from tests.support import areas, mounting
 
 
-@pytest.fixture
-def filled(branching: Branching) -> Branching:
-    for name in ("a", "b", "c"):
-        (branching.base / name).write_text(f"{name}\n")
-    (branching.base / "sub").mkdir()
-    return branching
-
-
 class TestTry:
     def test_the_command_sees_the_branch_at_its_path(self, filled: Branching) -> None:
         done = filled.unionfs(

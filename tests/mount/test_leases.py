@@ -297,14 +297,18 @@ def suspended(view: View, pid: int, what: str) -> Iterator[None]:
         view.go_on()
 
 
+def _outliving(place: Place, view: View, monkeypatch: pytest.MonkeyPatch) -> Outliving:
+    monkeypatch.setenv("UNIONFS_LEASE_SECONDS", str(SECONDS))
+    return Outliving(place, "--session", "direct", layers=("-l", place.lower, *view.layers))
+
+
 @RESENDS
 def test_a_mount_that_outlives_its_daemon(
     place: Place, two: list[View], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next daemon goes on with the same lease."""
-    monkeypatch.setenv("UNIONFS_LEASE_SECONDS", str(SECONDS))
     one, other = two
-    outliving = Outliving(place, "--session", "direct", layers=("-l", place.lower, *one.layers))
+    outliving = _outliving(place, one, monkeypatch)
     token = _token(one)
     (place.merged / "file").write_text("before")
     for _ in range(3):
@@ -335,9 +339,8 @@ def test_a_next_daemon_without_the_lease(
     place: Place, two: list[View], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another host took it over before it began: it answers EIO."""
-    monkeypatch.setenv("UNIONFS_LEASE_SECONDS", str(SECONDS))
     one, other = two
-    outliving = Outliving(place, "--session", "direct", layers=("-l", place.lower, *one.layers))
+    outliving = _outliving(place, one, monkeypatch)
     now = outliving.entry()
     assert now.holder is not None
     with stopped(now.holder[0]):

@@ -32,7 +32,7 @@ from unionfs.branches.sites import Site, prepare
 from unionfs.branches.staging import Stager
 from unionfs.branches.store import Store
 from unionfs.branches.together import Viewed, all_viewed
-from unionfs.errors import UserError, path_in, quoted, reason
+from unionfs.errors import UserError, cure_for, path_in, quoted, reason
 from unionfs.sys import calls
 from unionfs.sys.attributes import attributes
 from unionfs.sys.fds import Owned
@@ -111,10 +111,9 @@ def commit(store: Store, name: str, wish: Wish) -> Result:
 
 def _committed(store: Store, name: str) -> Journal | None:
     """The last commit, if it was of that branch."""
-    for id in reversed(store.commit_ids()):
-        entry = journal.read(store, id)
-        return entry if entry is not None and entry.branch == name else None
-    return None
+    ids = store.commit_ids()
+    entry = journal.read(store, ids[-1]) if ids else None
+    return entry if entry is not None and entry.branch == name else None
 
 
 class _Commit:
@@ -194,10 +193,13 @@ class _Commit:
         """The layers that something is taken out of, if the branch stays."""
         found = []
         for one in entry.all if entry.keep else ():
-            part = next(part for part in self._parts if part.key == one.key)
+            part = self._part(one)
             if part.leaves_layer:
                 found.append(part.layer_site(resources, one))
         return found
+
+    def _part(self, entry: Journal) -> _Part:
+        return next(part for part in self._parts if part.key == entry.key)
 
     def _prepare(self, resources: ExitStack, entry: Journal, sites: Sequence[Site]) -> None:
         """Prepare all new objects, and write the journal. Raises OSError."""
@@ -206,7 +208,7 @@ class _Commit:
         step("begun")
         for site in sites:
             prepare(self._store, site, resources)
-            part = next(part for part in self._parts if part.key == site.entry.key)
+            part = self._part(site.entry)
             part.prepare_layer(site) if site.entry.of_layer else part.prepare(site)
         entry.turns(journal.ON)
         step("prepared")
@@ -417,11 +419,10 @@ def _where(error: OSError) -> str:
 
 
 def _cure(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "Free space."
     if error.errno in (errno.EACCES, errno.EPERM):
         return "Check the permissions, or leave it out by --except."
-    return "Leave it out by --except." if path_in(error) else "Check the disk of the store."
+    otherwise = "leave it out by --except" if path_in(error) else "check the disk of the store"
+    return f"{cure_for(error, otherwise).capitalize()}."
 
 
 def _may_write(fd: int) -> bool:

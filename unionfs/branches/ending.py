@@ -115,8 +115,7 @@ def end_in_parent(store: Store, entry: Journal, parent: Branch) -> None:
     with Owned(os.open(parent.upper, _DIRECTORY)) as layer, suppress(FileNotFoundError), times_kept(layer):
         os.rename(entry.stage, _kept_stage(store, entry), src_dir_fd=layer)
     step("stage moved")
-    branch = store.branch(entry.branch)
-    if branch.exists() and branch.record().created == entry.made and entry.keep:
+    if entry.keep and (branch := stayed(store, entry)) is not None:
         _accept(store, branch, entry)
     _keep(store, entry)
 
@@ -128,12 +127,11 @@ def _kept_stage(store: Store, entry: Journal) -> bytes:
 def _end(store: Store, found: Sequence[Site]) -> None:
     """Keep the replaced objects for `undo`, or remove them, and remove the branch. All is in place."""
     entry = found[0].entry
-    branch = store.branch(entry.branch)
-    is_there = branch.exists() and branch.record().created == entry.made
-    if is_there and entry.keep:
+    branch = stayed(store, entry)
+    if branch is not None and entry.keep:
         _accept(store, branch, entry)
     if not entry.can_undo:
-        if is_there and not entry.keep:
+        if branch is not None and not entry.keep:
             branch.remove()
         step("branch removed")
         last.note(store, entry)
@@ -145,8 +143,7 @@ def _end(store: Store, found: Sequence[Site]) -> None:
 
 def _keep(store: Store, entry: Journal) -> None:
     """Keep the replaced objects for `undo`, and drop those of earlier commits."""
-    branch = store.branch(entry.branch)
-    if branch.exists() and branch.record().created == entry.made and not entry.keep:
+    if not entry.keep and (branch := stayed(store, entry)) is not None:
         os.rename(branch.path, f"{journal.directory(store, entry.id)}/branch")
         step("branch moved")
     last.note(store, entry)

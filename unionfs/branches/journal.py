@@ -11,7 +11,8 @@
     ROOT/commits/ID/branch          the branch, after its commit, for `undo`
 
 A commit that changes filesystems below the base has a journal in the journal for each (`others`), whose files
-are `after-K.json`, `seen-K.json` and `layer-K`. It keeps its directories on them for `undo`.
+are `after-K.json`, `seen-K.json` and `layer-K`; the states of layers are in `after-layer.json` and
+`after-K-layer.json`. It keeps its directories on them for `undo`.
 
 Before the state is `on` nothing has changed in the base; then the commit is applied, or, in the state `back`,
 reverted. Each operation names its objects by inode numbers, which show whether it was applied.
@@ -271,16 +272,17 @@ def former_states(store: Store, journal: Journal) -> str:
 
 def _own_file(store: Store, journal: Journal, name: str) -> str:
     """A file of a commit, or of one of the others in it."""
-    return f"{directory(store, journal.id)}/{name}{_suffix(journal)}.json"
+    layer = "-layer" if journal.of_layer else ""
+    return f"{directory(store, journal.id)}/{name}{_suffix(journal)}{layer}.json"
 
 
 def layer_stage(store: Store, journal: Journal) -> str:
     """The directory of what a commit takes out of a layer."""
-    return f"{directory(store, journal.id)}/layer{f'-{journal.key}' if journal.key else ''}"
+    return f"{directory(store, journal.id)}/layer{_suffix(journal)}"
 
 
 def _suffix(journal: Journal) -> str:
-    return (f"-{journal.key}" if journal.key else "") + ("-layer" if journal.of_layer else "")
+    return f"-{journal.key}" if journal.key else ""
 
 
 def ids_of(store: Store, name: str | None = None) -> Ids | None:

@@ -29,7 +29,6 @@ from unionfs.sys.attributes import FileAttributes
 _FILE = "originals.zip"
 _MOST_BYTES = 64 << 20
 _ACL = b"system.posix_acl_access"
-_ABSENT = b"absent"
 _T = TypeVar("_T")
 
 
@@ -109,13 +108,13 @@ def _merge_attributes(
     else:
         uid, gid = ours.uid, ours.gid
     # An access ACL has the mode in it, and the mode a part of the ACL.
-    mode, acl = _merge_values("mode", *((side.mode, side.xattrs.get(_ACL, _ABSENT)) for side in sides))
+    mode, acl = _merge_values("mode", *((side.mode, side.xattrs.get(_ACL)) for side in sides))
     xattrs = {_ACL: acl}
     for name in {name for side in sides for name in side.xattrs} - {_ACL}:
         label = f"xattr {os.fsdecode(name)}"
-        xattrs[name] = _merge_values(label, *(side.xattrs.get(name, _ABSENT) for side in sides))
+        xattrs[name] = _merge_values(label, *(side.xattrs.get(name) for side in sides))
     times = max(ours.atime_ns, theirs.atime_ns), max(ours.mtime_ns, theirs.mtime_ns)
-    kept = {name: value for name, value in xattrs.items() if value is not _ABSENT}
+    kept = {name: value for name, value in xattrs.items() if value is not None}
     return FileAttributes(mode, uid, gid, *times, kept)
 
 

@@ -78,7 +78,7 @@ def _opened(store: Store, entry: Journal) -> Iterator[beneath.Beneath | None]:
 
 
 def stayed(store: Store, entry: Journal) -> Branch | None:
-    """The branch of a commit that stays, whatever its name is now; None if it is gone."""
+    """The branch of a commit, whatever its name is now; None if it is gone."""
     named = store.branch(entry.branch)
     for branch in [*([named] if named.exists() else []), *store.branches()]:
         with suppress(UserError):

@@ -8,11 +8,12 @@ import os
 import signal
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 from unionfs.branches.plan import Plan, Rename, all_below
 from unionfs.branches.view import View
 from unionfs.errors import quoted
+from unionfs.sys.fds import Owned
 from unionfs.union.diff import Object
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -39,8 +40,7 @@ def hazards(view: View, plan: Plan, base: str, above: bytes) -> list[str]:
     """A sentence about each file whose writer would go on with the former one; `above`: what belongs before
     paths for messages. Raises OSError.
     """
-    with _without_notices():
-        written = [path for path, found in _replaced(view, plan) if _has_writer(view, path, found)]
+    written = [path for path, found in _replaced(view, plan) if _has_writer(view, path, found)]
     users = _users({os.path.join(base, os.fsdecode(path[1:])) for path in written}) if written else {}
     sentences = []
     for path in written:
@@ -67,25 +67,8 @@ def _has_writer(view: View, path: bytes, found: Object) -> bool:
         fd = os.open(path.rpartition(b"/")[2], _READ, dir_fd=view.merge.gate.fd(found.parts[0]))
     except OSError:
         return False  # it is not this user's
-    # Many thousand files are looked at so, each by three system calls.
-    try:
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-    except OSError as error:
-        return error.errno == errno.EAGAIN
-    finally:
-        os.close(fd)
-    return False
-
-
-@contextmanager
-def _without_notices() -> Iterator[None]:
-    """Ignore that a lease is broken by a writer that comes now: the signal would end this process."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGIO})
-    try:
-        yield
-    finally:
-        signal.sigtimedwait({signal.SIGIO}, 0)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with Owned(fd):
+        return is_written(fd) is True
 
 
 def _users(paths: set[str]) -> dict[str, list[str]]:

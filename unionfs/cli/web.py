@@ -38,7 +38,7 @@ def web(address: str, port: int, path: str | None, seconds: float, root: str | N
     volumes, containers and branches of the storage root. They change nothing. While
     the command runs, it keeps the figures of the last 360 looks in memory.
 
-    Every page requires the token in the printed address: anyone who has that address can see all pages.
+    Every page requires the token in the printed address, so keep that address to yourself.
     The connection is not encrypted: from elsewhere use ssh, as below.
 
     Needs the extra `web` of the package: pip install 'unionfs[web]'.

@@ -10,7 +10,7 @@ import time
 from typing import Any, Final
 
 from unionfs.daemon.live import LiveMount, live_mounts
-from unionfs.errors import UserError, quoted
+from unionfs.errors import UserError, quoted, with_cure
 
 END: Final = "end"
 """The order to end, and to cut off who uses the mount."""
@@ -52,7 +52,7 @@ def give(mount: LiveMount, order: str, what: str, cure: str) -> None:
         return
     why = answer.get("failed")
     if isinstance(why, str):
-        raise UserError(f"{place} cannot be {what}: {why if ';' in why else f'{why}; {cure}'}.")
+        raise UserError(f"{place} cannot be {what}: {with_cure(why, cure)}.")
     raise UserError(
         f"{place} cannot be {what}: its daemon (pid {mount.pid}) is of an earlier version; mount it again."
     )

@@ -15,7 +15,7 @@ import trio
 from unionfs.core.places import Layer
 from unionfs.daemon.serving import Serving
 from unionfs.daemon.syncing import write_back
-from unionfs.errors import UserError, cure_for, on_failure, quoted, reason
+from unionfs.errors import UserError, cure_for, on_failure, quoted, reason, with_cure
 from unionfs.fuse.operations import Operations
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.names import check_name
@@ -66,9 +66,7 @@ class Snapshotting:
         try:
             return await self._carried_out(order, question)
         except OSError as error:
-            why = reason(error)
-            if ";" not in why:  # that of a lower that does not answer has its cure
-                why = f"{why}; {cure_for(error, 'try again')}"
+            why = with_cure(reason(error), cure_for(error, "try again"))
             place = quoted(self._serving.settings.mountpoint)
             raise UserError(f"{place} cannot change its layers: {why}.") from error
 

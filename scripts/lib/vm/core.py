@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shlex
 import subprocess
-import tempfile
 import tomllib
 from pathlib import Path
 
 from scripts.lib.vm import host, image
-from scripts.lib.vm.errors import VmError
 
 _BUILD = """
 cd {source}
@@ -23,14 +20,8 @@ cd {source}
 def compiled(kernel: image.Kernel) -> Path:
     """A tar of the core's modules for the image's Python; built by root if missing. Raises VmError."""
     requirements, sources = _requirements(), _sources()
-    target = kernel.root.with_name(f"core-{_key(requirements, sources)}.tar")
-    if target.exists():
-        return target
-    if os.geteuid() != 0:
-        raise VmError("The core is not compiled for this image yet, which only root can do: run it as root.")
-    print("Compiling the core for it", flush=True)
-    with tempfile.TemporaryDirectory(prefix="core-", dir=kernel.root.parent) as name:
-        work = Path(name)
+
+    def make(work: Path) -> Path:
         tree = work / "upper" / image.SOURCE[1:]
         tree.mkdir(parents=True)
         subprocess.run(["cp", "--parents", *sources, tree], cwd=image.REPOSITORY, check=True)
@@ -40,8 +31,10 @@ def compiled(kernel: image.Kernel) -> Path:
         made = sorted(str(path.relative_to(tree)) for path in tree.glob("unionfs/core/*.so"))
         words: list[str | Path] = ["tar", "-c", "--owner=0", "--group=0", "-f", work / "core.tar", *made]
         subprocess.run(words, cwd=tree, check=True)
-        (work / "core.tar").rename(target)
-    return target
+        return work / "core.tar"
+
+    target = kernel.root.with_name(f"core-{_key(requirements, sources)}.tar")
+    return image.made_once(target, "the core", make)
 
 
 def _sources() -> list[str]:

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,6 +247,23 @@ def chroot(
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", **(env or {}),
         },
     )  # fmt: skip
+
+
+def made_once(target: Path, what: str, make: Callable[[Path], Path], *, note: str = "") -> Path:
+    """A file beside an image; if it is missing, root makes it: `make` gets an empty directory there, and
+    returns a file in it, which becomes `target`. Raises VmError.
+    """
+    if target.exists():
+        return target
+    if os.geteuid() != 0:
+        raise VmError(
+            f"{what[0].upper()}{what[1:]} is not compiled for this image yet, which only root can do: run it "
+            "as root."
+        )
+    print(f"Compiling {what} for it{note}", flush=True)
+    with tempfile.TemporaryDirectory(prefix=f"{target.stem}-", dir=target.parent) as name:
+        make(Path(name)).rename(target)
+    return target
 
 
 def chroot_over(

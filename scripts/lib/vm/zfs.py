@@ -6,12 +6,9 @@ image: in an emulated machine that would take hours.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 from scripts.lib.vm import image
-from scripts.lib.vm.errors import VmError
 
 # Without the file no-autoinstall, the package would compile the module for the host's kernel.
 _BUILD = """
@@ -38,14 +35,10 @@ tar -c -f /tmp/zfs.tar -C / -T /tmp/names
 
 def built(kernel: image.Kernel) -> Path:
     """A tar of the files to add to the image's root; built by root if missing. Raises VmError."""
-    target = kernel.root.with_name("zfs.tar")
-    if target.exists():
-        return target
-    if os.geteuid() != 0:
-        raise VmError("ZFS is not compiled for this image yet, which only root can do: run it as root.")
-    print("Compiling ZFS for it; this takes 10 minutes or more, once", flush=True)
-    with tempfile.TemporaryDirectory(prefix="zfs-", dir=kernel.root.parent) as name:
+
+    def make(work: Path) -> Path:
         script = _BUILD.format(release=kernel.release)
-        upper = image.chroot_over(kernel, Path(name), script, doing="compiling ZFS")
-        (upper / "tmp/zfs.tar").rename(target)
-    return target
+        return image.chroot_over(kernel, work, script, doing="compiling ZFS") / "tmp/zfs.tar"
+
+    note = "; this takes 10 minutes or more, once"
+    return image.made_once(kernel.root.with_name("zfs.tar"), "ZFS", make, note=note)
