@@ -89,7 +89,7 @@ def test_without_an_upper(place: Place) -> None:
         os.mkdir(mount.top / "new")
 
 
-@pytest.mark.parametrize("words", ["-f", "-v {}:/v", "--session pyfuse3", "--watch-lower"])
+@pytest.mark.parametrize("words", ["-f", "--session pyfuse3", "--watch-lower"])
 def test_not_available(place: Place, words: str) -> None:
     """`inspect` says why; a killed daemon leaves a dead mount, as without the option."""
     (place.root / "data").mkdir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,17 +99,16 @@ def test_what_enters_is_hunted(cell: Cell, options: list[str]) -> None:
     """A process of the container looks at each new one, before it has become the command."""
     if options and not cell.prison.is_root:
         pytest.skip("an ordinary user's container has no capabilities")
-    mark = f"mark-{os.getpid()}"
-    (Path("/tmp") / mark).mkdir()
+    mark = Path(tempfile.mkdtemp(prefix="mark-", dir="/tmp"))  # shared with other runs' PID namespaces
     try:
-        hunter = _HUNTER.replace("MARK", f"tmp/{mark}").replace("'", "'\\''")
+        hunter = _HUNTER.replace("MARK", f"tmp/{mark.name}").replace("'", "'\\''")
         cell.up(*options, script=f"{PYTHON} -c '{hunter}'; cat /tmp/seen; echo end; {_WAIT}")
         for _ in range(12):
             assert cell.exec("cell", "true").returncode == 0
         assert cell.exec("cell", "touch", "/tmp/over").returncode == 0
         assert wait_for(lambda: "end\n" in cell.said())
     finally:
-        (Path("/tmp") / mark).rmdir()
+        mark.rmdir()
     seen = set(cell.said().partition("up\n")[2].splitlines()) - {"end", "up"}
     assert not [line for line in seen if "done" in line or "outside" in line], seen
     assert "environ True" not in seen

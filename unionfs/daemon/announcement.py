@@ -79,10 +79,11 @@ class Announcement:
             with suppress(OSError):
                 self._entry.save()
 
-    def held_by(self, holder: int) -> None:
-        """Enter the pid of the holder of this daemon's files."""
+    def held_by(self, holder: int, guardian: int | None) -> None:
+        """Enter the pid of the holder of this daemon's files, and that of the guardian of its storage."""
         if self._entry is not None:
-            self._entry = replace(self._entry, holder=(holder, start_time(holder) or 0))
+            watching = None if guardian is None else _process(guardian)
+            self._entry = replace(self._entry, holder=_process(holder), guardian=watching)
             with suppress(OSError):
                 self._entry.save()
 
@@ -97,3 +98,7 @@ class Announcement:
             self._entry.remove()
         else:
             self._directory.remove(f"{live.own_name()}.sock")
+
+
+def _process(pid: int) -> tuple[int, int]:
+    return pid, start_time(pid) or 0

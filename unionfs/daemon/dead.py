@@ -191,8 +191,8 @@ def forget(entry: LiveMount) -> None:
         from unionfs.storage.model import VolumeUser
         from unionfs.storage.users import release
 
-        mountpoint = entry.settings.mountpoint
-        release(entry.settings, VolumeUser.of_process("mount", entry.pid, entry.started, mountpoint))
+        pid, started = entry.guardian or (entry.pid, entry.started)
+        release(entry.settings, VolumeUser.of_process("mount", pid, started, entry.settings.mountpoint))
     entry.remove()
 
 

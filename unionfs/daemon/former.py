@@ -17,6 +17,7 @@ from unionfs.fuse.operations import Operations
 from unionfs.fuse.session_direct import Connection
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.options import ATIME_WORDS
+from unionfs.sys.guardian import Guardian
 from unionfs.sys.mountinfo import mount_of_id
 from unionfs.union.layers import LayerStack
 
@@ -32,13 +33,16 @@ class FormerDaemon:
             self.entry = LiveMount.from_json(values["entry"], values["directory"])
             self.settings: MountSettings = self.entry.settings
             self._layers: dict[str, Any] = values["layers"]
+            guardian = values.get("guardian")
+            self.guardian = None if guardian is None else Guardian(int(guardian[0]), int(guardian[1]))
             self._connection = Connection(
                 values["device"], agreed.from_json(values["agreed"]), mount_of_id(values["mount_id"])
             )
         except (ValueError, KeyError, TypeError) as error:
             raise StateError(f"its text cannot be read ({type(error).__name__}: {error})") from error
         self.holder = os.getppid()
-        close_others({state.fd, self._connection.device, *self._layers["files"], *state.files()})
+        pipes = set() if self.guardian is None else {self.guardian.kept()[0]}
+        close_others({state.fd, self._connection.device, *self._layers["files"], *state.files(), *pipes})
 
     def layers(self) -> LayerStack:
         """The same layers. Raises LayerError, OSError."""

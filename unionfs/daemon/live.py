@@ -48,6 +48,8 @@ class LiveMount:
     """The mount is gone, and the daemon is about to end."""
     holder: tuple[int, int] | None = None
     """The process (pid, start time) that starts another daemon when this one dies."""
+    guardian: tuple[int, int] | None = None
+    """The process (pid, start time) that is the user of its volumes; None: the daemon."""
     directory: str = ""
     """The runtime directory of this entry; empty for a mount of another user."""
     namespace: int = field(default_factory=pid_namespace)
@@ -102,7 +104,7 @@ class LiveMount:
             return None
 
     def to_json(self) -> dict[str, Any]:
-        names = ("pid", "started", "device", "since", "claims", "ending", "holder", "namespace")
+        names = ("pid", "started", "device", "since", "claims", "ending", "holder", "guardian", "namespace")
         return {"settings": self.settings.to_json(), **{name: getattr(self, name) for name in names}}
 
     @classmethod
@@ -117,6 +119,7 @@ class LiveMount:
             claims=tuple((int(device), int(inode)) for device, inode in values["claims"]),
             ending=bool(values["ending"]),
             holder=_process(values.get("holder")),
+            guardian=_process(values.get("guardian")),
             directory=directory,
             namespace=int(values.get("namespace") or pid_namespace()),
         )

@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from unionfs.settings.mount import MountSettings
+from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 
 if TYPE_CHECKING:
     from unionfs.core.state import State
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from unionfs.daemon.holder import Holder
     from unionfs.daemon.runtime import RuntimeDirectory
     from unionfs.fuse.session_direct import Connection
+    from unionfs.sys.guardian import Guardian
     from unionfs.union.layers import LayerStack
 
 log = logging.getLogger(__name__)
@@ -30,13 +32,15 @@ class Outliving:
         directory: RuntimeDirectory,
         stack: LayerStack,
         holder: Holder | None,
+        guardian: Guardian | None,
         *,
         foreground: bool,
     ) -> None:
-        """`holder`: that of this process, see :func:`holder_for`."""
+        """`holder`: that of this process, see :func:`holder_for`. `guardian`: of the storage."""
         self._asked_for = settings.outlive
         self._directory = directory
         self._stack = stack
+        self._guardian = guardian
         self.why_not = _why_not(settings, foreground=foreground)
         """Why the mount ends with its daemon, as a clause; empty if it does not."""
         self.state: State | None = None if holder is None else holder.state
@@ -79,10 +83,11 @@ class Outliving:
             "device": connection.device,
             "mount_id": connection.mount.mount_id,
             "agreed": agreed.to_json(connection.decision),
+            "guardian": None if self._guardian is None else self._guardian.kept(),
         }
         why_not = holder.start(values, connection.device, connection.mount)
         if not why_not:
-            announcement.held_by(holder.pid)
+            announcement.held_by(holder.pid, None if self._guardian is None else self._guardian.pid)
         return why_not
 
     def crash(self, cause: BaseException) -> None:
@@ -134,8 +139,8 @@ def _why_not(settings: MountSettings, *, foreground: bool) -> str:
         return "it was not asked for"
     if foreground:
         return "it runs in the foreground"
-    if settings.storage:
-        return "it has storage"
+    if settings.storage and not has_capability(CAP_SYS_ADMIN):
+        return "the daemon serves its storage, which only root can mount"
     if settings.watch_lower:
         return "it watches its lowers"
     return ""

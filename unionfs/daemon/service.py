@@ -86,22 +86,26 @@ class Service:
         self._former = former
         self._storage: Storage | None = None
         with ExitStack() as undo:
-            undo.callback(self._let_go)
+            if former is None:  # else the mount lives on, for another daemon
+                undo.callback(self._let_go)
             if settings.storage:
                 # For start-up time: most unions have no storage.
                 from unionfs.daemon.storage import Storage
 
-                self._storage = Storage(settings)
+                self._storage = Storage(settings, None if former is None else former.guardian)
                 settings = self._storage.settings
             if former is None:
                 self._announcement, self._stack = _open(settings, directory)
             else:
                 self._announcement = Announcement(settings, directory, former.entry)
                 self._stack = former.layers()
-            if former is None:  # else the mount lives on, for another daemon
+            if former is None:
                 undo.callback(self._stack.close)
                 _recover(self._stack, settings)
-            self._outliving = Outliving(settings, directory, self._stack, holder, foreground=foreground)
+            guardian = None if self._storage is None else self._storage.guardian
+            self._outliving = Outliving(
+                settings, directory, self._stack, holder, guardian, foreground=foreground
+            )
             # Before the union notes the capabilities to restore after it acted as a caller: capset(2) of
             # more than are left fails, and the caller's own rights would count in work.
             confine(settings)
@@ -122,7 +126,7 @@ class Service:
         Raises UserError if mounting fails, leaving nothing mounted.
         """
         try:
-            if self._storage is not None:
+            if self._storage is not None and self._former is None:
                 self._storage.serve(self._operations.union, self._stack)
             listeners = self._announcement.listen()
             hold_signals()
@@ -194,7 +198,7 @@ class Service:
             self._on_usable()
             return
         self._lifetime.mounted(mount.device)
-        if self._storage is not None:
+        if self._storage is not None and self._former is None:
             await trio.to_thread.run_sync(self._storage.mount, mount, self._stack, abandon_on_cancel=True)
         self._announcement.publish(self._settings(), mount.device)
         log.info("mounted at %s", self._serving.settings.mountpoint)

@@ -19,7 +19,9 @@ from unionfs.storage.users import release, with_names
 from unionfs.storage.volumes import Volumes
 from unionfs.sys import guardian
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
+from unionfs.sys.guardian import Guardian
 from unionfs.sys.mountinfo import MountEntry
+from unionfs.sys.process import start_time
 from unionfs.union.layers import LayerStack
 from unionfs.union.tree import Union
 
@@ -27,19 +29,31 @@ from unionfs.union.tree import Union
 class Storage:
     """With CAP_SYS_ADMIN, storage is mounted inside the mounted union; otherwise the union serves it."""
 
-    def __init__(self, settings: MountSettings) -> None:
+    def __init__(self, settings: MountSettings, former: Guardian | None = None) -> None:
         """Start the guardian and open all sources. Call it before there are threads or a mount.
 
-        Raises UserError, with everything undone.
+        `former`: the guardian of a daemon whose storage is mounted, and stays. Raises UserError, with
+        everything undone.
         """
         self.settings = replace(settings, storage=with_names(settings.storage))
         self._user = VolumeUser.of_this_process("mount", settings.mountpoint)
         self._kernel_mounts = has_capability(CAP_SYS_ADMIN)
-        self._kept = False
-        with on_failure("no process can be started", "end some others"):
-            self._guardian = guardian.start(self._clear)
-        volumes = Volumes(settings.storage_root)
-        self._sources: Sources | None = Sources(
+        self._kept = former is not None
+        self._sources: Sources | None = None
+        if former is None:
+            with on_failure("no process can be started", "end some others"):
+                self._guardian = guardian.start(self._clear)
+        else:
+            self._guardian = former
+        if settings.outlive:  # the daemon may be replaced, but not the guardian
+            pid = self._guardian.pid
+            self._user = VolumeUser.of_process("mount", pid, start_time(pid) or 0, settings.mountpoint)
+        if former is None:
+            self._open()
+
+    def _open(self) -> None:
+        volumes = Volumes(self.settings.storage_root)
+        self._sources = Sources(
             volumes, self._user, kernel_mounts=self._kernel_mounts, shown=CALLER.shown
         )
         try:
@@ -52,8 +66,16 @@ class Storage:
         """Clean up after this process; the guardian calls this if the process is killed."""
         if device:  # its `major:minor`, once it was mounted
             clear_dead_mounts(device)
-        release(self.settings, self._user)
+        user = self._user
+        if self.settings.outlive:
+            user = VolumeUser.of_this_process("mount", self.settings.mountpoint)
+        release(self.settings, user)
         live.entries()
+
+    @property
+    def guardian(self) -> Guardian:
+        """The process that cleans up after a killed daemon."""
+        return self._guardian
 
     def serve(self, union: Union, stack: LayerStack) -> None:
         """Serve the storage if it is not mounted. Call it before the union is mounted. Raises UserError.
@@ -85,13 +107,11 @@ class Storage:
 
     def give_back(self) -> None:
         """Release the volumes, or undo everything if `keep` was never called."""
-        if self._sources is None:
-            return
         if self._kept:
             release(self.settings, self._user)
-        else:
+        elif self._sources is not None:
             self._sources.give_up()
-        self._sources = None
+        self._kept, self._sources = False, None
 
     def let_go(self) -> None:
         """Release the volumes and dismiss the guardian; the last step, however the mount ends."""

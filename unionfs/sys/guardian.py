@@ -25,8 +25,13 @@ _PR_SET_NAME = 15  # linux/prctl.h
 
 class Guardian:
     def __init__(self, pipe: int, pid: int) -> None:
+        """`pipe`: an fd of it, that only the guarded processes have."""
         self._pipe = pipe
-        self._pid = pid
+        self.pid = pid
+
+    def kept(self) -> tuple[int, int]:
+        """What another process that has inherited the fd needs to be guarded in place of this one."""
+        return self._pipe, self.pid
 
     def tell(self, text: str) -> None:
         """Send something that the cleanup needs, in ASCII."""
@@ -36,18 +41,27 @@ class Guardian:
     def dismiss(self) -> None:
         """End the guardian without a cleanup. When this returns, it holds no file any more."""
         if self._pipe >= 0:
-            with suppress(OSError):
-                os.write(self._pipe, _DISMISSED)
+            with suppress(ProcessLookupError), Owned(os.pidfd_open(self.pid)) as ends:
+                with suppress(OSError):
+                    os.write(self._pipe, _DISMISSED)
+                _await_end(ends)
             os.close(self._pipe)
             self._pipe = -1
             with suppress(ChildProcessError):
-                os.waitpid(self._pid, 0)
+                os.waitpid(self.pid, 0)
+
+
+def _await_end(pidfd: int) -> None:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.poll()
 
 
 def start(clear: Callable[[str], object], keep: int = -1) -> Guardian:
     """Fork a guardian that calls `clear(text)` if this process is killed, with what `Guardian.tell` sent.
 
-    It keeps none of this process's files but `keep`, an fd that becomes 5.
+    It keeps none of this process's files but `keep`, an fd that becomes 5. A process that inherits the pipe
+    is guarded too: nothing is cleared before that one has ended.
 
     Call it while the process has one thread, and before opening what must not outlive the process. Raises
     OSError.
@@ -84,9 +98,7 @@ def _guard(fds: list[int], clear: Callable[[str], object]) -> NoReturn:
         if more:
             os._exit(0)
         # The pipe may close before the process, and with it the FUSE connection, is gone.
-        poll = select.poll()
-        poll.register(watched, select.POLLIN)
-        poll.poll()
+        _await_end(watched)
         clear(told.decode("ascii"))
     finally:
         os._exit(0)
