@@ -11,7 +11,6 @@ import pytest
 
 from tests.mount.cli_calls import gone, refused, succeed, unionfs, wait_for
 from tests.mount.outliving_calls import RESENDS, Outliving
-from tests.mount.user_calls import Host
 from tests.support.storage import Storage, storage, unmounted
 
 pytestmark = [pytest.mark.watchdog(600), pytest.mark.timeout(1200), RESENDS]
@@ -89,13 +88,3 @@ def test_a_killed_guardian(stored: Storage) -> None:
     assert stored.mounts() == []
     assert (stored.volume("db") / "new").read_text() == "new"
     assert succeed(unionfs("volume", "rm", "db")) == "db\n"
-
-
-def test_storage_that_a_daemon_serves(host: Host) -> None:
-    """Without root the daemon serves it: then the mount ends with it, and `inspect` says so."""
-    (host.place.root / "data").mkdir()
-    pid = host.mount("-o", "outlive", "-v", f"{host.place.root}/data:/v")
-    shown = succeed(host.unionfs("inspect", host.place.merged))
-    assert "the daemon serves its storage" in shown
-    os.kill(pid, signal.SIGKILL)
-    assert wait_for(lambda: not os.path.ismount(host.place.merged))

@@ -9,6 +9,9 @@ so it serves soon. If two of them die before they have a holder of their own in 
 to serve, the next one is started by execve(2). After too many deaths within a minute, the holder answers all requests
 with EIO.
 
+Where no other daemon can go on with a mount, the holder closes all files (``Head.device`` is -1), and each daemon that
+it starts mounts the union anew; the holder stays in charge.
+
 Of two holders, that of the daemon which took over and that which started it, one is in charge, `Head.holder`.
 
 The holder waits in here, with all signals blocked, and no function of the waiting uses the interpreter.
@@ -33,7 +36,7 @@ cdef extern from "Python.h":
     void PyOS_AfterFork_Child()
 
 cdef extern from "<sys/syscall.h>" nogil:
-    long SYS_clone, SYS_getdents64
+    long SYS_clone, SYS_close_range, SYS_getdents64
 
 cdef extern from "<unistd.h>" nogil:
     long syscall(long number, ...)
@@ -73,6 +76,7 @@ cdef enum:
     NO_PAUSE = 2
     FIRST_PAUSE = 100
     LONGEST_PAUSE = 10_000
+    SERVED = 10_000
     MOST_ARGUMENTS = 64
     MOST_VARIABLES = 1024
     NAME = 16
@@ -120,6 +124,8 @@ def hold(State state not None, int watched):
     prctl(PR_GET_NAME, name, 0, 0, 0)
     prctl(PR_SET_NAME, b"unionfs-holder", 0, 0, 0)
     await_death(watched)
+    if state.head.device < 0:
+        close_all_but(state.fd)
     start_others(state.head)
     prctl(PR_SET_NAME, name, 0, 0, 0)
     sigprocmask(SIG_SETMASK, &before, NULL)
@@ -129,6 +135,7 @@ cdef void start_others(Head *head) noexcept:
     """Start one daemon after the other while this holder is in charge. Returns in a daemon alone."""
     cdef int pid, tries = 0  # all but the first died before they had a holder in charge
     cdef bint anew
+    cdef int64_t began
     while head.holder == getpid() and not head.ended:
         anew = tries > 1 or head.exchanged
         if head.exchanged:
@@ -136,6 +143,7 @@ cdef void start_others(Head *head) noexcept:
         elif too_often(head, tries):
             head.failed = 1
         tries += 1
+        began = now_ms()
         PyOS_BeforeFork()
         pid = fork()
         if pid == 0:
@@ -146,6 +154,8 @@ cdef void start_others(Head *head) noexcept:
         PyOS_AfterFork_Parent()
         if pid < 0 or waitpid(pid, NULL, 0) < 0:
             sleep_for(FIRST_PAUSE)
+        if head.device < 0 and now_ms() - began > SERVED:  # its mount had this holder
+            tries = 0
         if head.failed:  # the last one has only logged that
             refuse_all(head.device)
             break
@@ -157,6 +167,12 @@ cdef void await_death(int watched) noexcept nogil:
     waited.fd, waited.events, waited.revents = watched, POLLIN, 0
     while poll(&waited, 1, -1) <= 0:
         pass
+
+
+cdef void close_all_but(int kept) noexcept nogil:
+    """Close all files but the standard ones and ``kept``, an fd above those."""
+    syscall(SYS_close_range, 3, kept - 1, 0)
+    syscall(SYS_close_range, kept + 1, ~<unsigned int>0, 0)
 
 
 cdef int64_t now_ms() noexcept nogil:

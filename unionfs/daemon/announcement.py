@@ -60,13 +60,17 @@ class Announcement:
                 log.warning("no control socket: %s", error)
         return found
 
-    def publish(self, settings: MountSettings, device: str) -> None:
-        """Register the usable mount. Raises UserError."""
+    def publish(self, settings: MountSettings, device: str, guardian: int | None) -> None:
+        """Register the usable mount. Raises UserError.
+
+        `guardian`: the pid of the user of its volumes, if that is not this process.
+        """
+        user = None if guardian is None else (guardian, start_time(guardian) or 0)
         with on_failure(f"the mount cannot be entered in {quoted(self._directory.path)}", "make room there"):
             self._entry = live.announce(
                 settings, device, self._directory.path, self._claims,
-                None if self._former is None else self._former.since,
-            )
+                None if self._former is None else self._former.since, user,
+            )  # fmt: skip
         if self._former is not None:
             self._former.remove()
             self._former = None
@@ -79,11 +83,10 @@ class Announcement:
             with suppress(OSError):
                 self._entry.save()
 
-    def held_by(self, holder: int, guardian: int | None) -> None:
-        """Enter the pid of the holder of this daemon's files, and that of the guardian of its storage."""
+    def held_by(self, holder: int) -> None:
+        """Enter the pid of the holder of this daemon's files."""
         if self._entry is not None:
-            watching = None if guardian is None else _process(guardian)
-            self._entry = replace(self._entry, holder=_process(holder), guardian=watching)
+            self._entry = replace(self._entry, holder=(holder, start_time(holder) or 0))
             with suppress(OSError):
                 self._entry.save()
 
@@ -98,7 +101,3 @@ class Announcement:
             self._entry.remove()
         else:
             self._directory.remove(f"{live.own_name()}.sock")
-
-
-def _process(pid: int) -> tuple[int, int]:
-    return pid, start_time(pid) or 0

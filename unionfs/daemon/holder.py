@@ -20,7 +20,6 @@ from unionfs.core import holder
 from unionfs.core.state import VERSION, State, StateError
 from unionfs.daemon.confine import confine
 from unionfs.settings.mount import MountSettings
-from unionfs.sys.mountinfo import MountEntry
 from unionfs.sys.process import close_files_but
 
 _DEATHS: Final = 10
@@ -34,11 +33,14 @@ log = logging.getLogger(__name__)
 class Holder:
     """The holder of this process's files."""
 
-    def __init__(self, state: State, former: int | None = None) -> None:
-        """`former`: the pid of the holder that started this process."""
+    def __init__(self, state: State, former: int | None = None, *, stays: bool = False) -> None:
+        """`former`: the pid of the holder that started this process. `stays`: the parent of this process is
+        the holder and stays in charge, see `daemon.anew`."""
         self.state = state
+        self.stays = stays
         self._former = former
         self._pid = 0
+        self._parent = os.getppid() if stays else 0
         self._in_charge = False
 
     def fork(self, settings: MountSettings) -> bool:
@@ -61,28 +63,33 @@ class Holder:
         return False
 
     def take_charge(self, device: int) -> None:
-        """From now on it starts the next daemon; the former one ends. `device`: the fd of /dev/fuse."""
-        self.state.has_holder(self._pid, device)
+        """From now on it starts the next daemon; the former one ends. `device`: the fd of /dev/fuse; -1: the
+        next daemon mounts anew."""
+        self.state.has_holder(self._parent or self._pid, device)
         self._in_charge = True
         if self._former is not None:
             with suppress(ProcessLookupError):
                 os.kill(self._former, signal.SIGKILL)
             self._former = None
 
-    def start(self, settings: Mapping[str, Any], device: int, mount: MountEntry | None) -> str:
-        """Keep the values that `takeover` reads, and let it take charge. Returns why it cannot, as a clause,
-        else an empty text."""
-        if mount is not None and _lies_on(mount.device):
+    def start(self, values: Mapping[str, Any], device: int, mount: str) -> str:
+        """Keep the values that `takeover` reads, and let it take charge. `mount`: `major:minor`. Returns why
+        it cannot, as a clause, else an empty text."""
+        if _lies_on(mount):
             return "this program lies on the union itself"
-        text = json.dumps(settings).encode("ascii")
         try:
-            if self._pid == 0 or os.waitpid(self._pid, os.WNOHANG)[0]:
+            if not self.stays and (self._pid == 0 or os.waitpid(self._pid, os.WNOHANG)[0]):
                 return "its holder ended"
-            self.state.keep(text, self._command(), _environment(), _limit())
+            self.keep(values)
         except (OSError, StateError) as error:
             return str(error)
         self.take_charge(device)
         return ""
+
+    def keep(self, values: Mapping[str, Any]) -> None:
+        """Keep the values that `takeover` reads. Raises StateError."""
+        text = json.dumps(values).encode("ascii")
+        self.state.keep(text, self._command(), _environment(), _limit())
 
     def _command(self) -> list[bytes]:
         return [os.fsencode(word) for word in (sys.executable, "-P", "-m", MODULE, str(self.state.fd))]
@@ -95,7 +102,7 @@ class Holder:
     @property
     def pid(self) -> int:
         """Its pid; 0: there is none in charge."""
-        return self._pid if self._in_charge else 0
+        return (self._parent or self._pid) if self._in_charge else 0
 
     def exchange(self) -> str:
         """Prepare for the end of this process, after which the holder starts the installed version.
@@ -117,8 +124,10 @@ class Holder:
         return ""
 
     def end(self) -> None:
-        """End it, so that nothing but this process has its files open."""
-        self.state.end()
+        """End it, so that nothing but this process has its files open. One that stays tries again if there is
+        no mount yet."""
+        if self._in_charge or not self.stays:
+            self.state.end()
         if self._pid:
             with suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)

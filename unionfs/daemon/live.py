@@ -293,11 +293,14 @@ def announce(
     directory: str,
     claims: tuple[tuple[int, int], ...],
     since: float | None = None,
+    guardian: tuple[int, int] | None = None,
 ) -> LiveMount:
     """Register this process as the daemon of a usable mount. Raises OSError."""
     pid = os.getpid()
     started = start_time(pid) or 0
-    entry = LiveMount(settings, pid, started, device, since or time.time(), claims, directory=directory)
+    entry = LiveMount(
+        settings, pid, started, device, since or time.time(), claims, guardian=guardian, directory=directory
+    )
     entry.save()
     return entry
 

@@ -13,14 +13,17 @@ if TYPE_CHECKING:
     from unionfs.core.state import State
     from unionfs.daemon.announcement import Announcement
     from unionfs.daemon.holder import Holder
+    from unionfs.daemon.live import LiveMount
     from unionfs.daemon.runtime import RuntimeDirectory
+    from unionfs.daemon.storage import Storage
     from unionfs.fuse.session_direct import Connection
-    from unionfs.sys.guardian import Guardian
+    from unionfs.sys.mountinfo import MountEntry
     from unionfs.union.layers import LayerStack
 
 log = logging.getLogger(__name__)
 
 _NOT: Final = "the mount will not outlive its daemon: %s"
+_ANEW: Final = f"{_NOT}; if it dies, another one mounts the union anew"
 
 
 class Outliving:
@@ -32,18 +35,20 @@ class Outliving:
         directory: RuntimeDirectory,
         stack: LayerStack,
         holder: Holder | None,
-        guardian: Guardian | None,
+        storage: Storage | None,
         *,
         foreground: bool,
     ) -> None:
-        """`holder`: that of this process, see :func:`holder_for`. `guardian`: of the storage."""
+        """`holder`: that of this process, see :func:`holder_for`."""
         self._asked_for = settings.outlive
         self._directory = directory
         self._stack = stack
-        self._guardian = guardian
+        self._storage = storage
         self.why_not = _why_not(settings, foreground=foreground)
         """Why the mount ends with its daemon, as a clause; empty if it does not."""
-        self.state: State | None = None if holder is None else holder.state
+        self.state: State | None = None if holder is None or holder.stays else holder.state
+        """Where nodes and open files are kept."""
+        self._mounts_anew = False
         self._holder = holder
         if settings.outlive and self.why_not:
             log.warning(_NOT, self.why_not)
@@ -54,10 +59,22 @@ class Outliving:
         """The mount is usable and announced: start the holder."""
         if self._holder is None:
             return
-        self.why_not = self._begin(self._holder, connection, announcement)
-        if self.why_not:
-            log.warning(_NOT, self.why_not)
+        entry = announcement.entry
+        mount = None if connection is None else connection.mount
+        if entry is None or (connection is not None and mount is None):
+            self.why_not = "the mount is in another mount namespace"
+        else:
+            self.why_not = _no_takeover(entry.settings, connection)
+            if self.why_not or self._holder.stays or connection is None or mount is None:
+                self._begin_anew(self._holder, entry)
+            else:
+                self.why_not = self._begin(self._holder, connection, mount, entry)
+        if self._holder.pid:
+            announcement.held_by(self._holder.pid)
+        else:
             self._holder.end()
+        if self.why_not:
+            log.warning(_ANEW if self._mounts_anew else _NOT, self.why_not)
 
     def take_charge(self, connection: Connection) -> None:
         """This process is about to answer requests of a former daemon's mount, and its own holder has its
@@ -65,30 +82,31 @@ class Outliving:
         if self._holder is not None:
             self._holder.take_charge(connection.device)
 
-    def _begin(self, holder: Holder, connection: Connection | None, announcement: Announcement) -> str:
+    def _begin(self, holder: Holder, connection: Connection, mount: MountEntry, entry: LiveMount) -> str:
+        """Let the holder start daemons that go on with the mount. Returns why it cannot."""
         # For start-up time, as above.
         from unionfs.fuse.direct import agreed
-        from unionfs.fuse.protocol import Init
 
-        if connection is None:
-            return "that needs --session direct"
-        if not connection.decision.flags & Init.HAS_RESEND:
-            return "the kernel cannot send requests again, which needs Linux 6.9"
-        if connection.mount is None or announcement.entry is None:
-            return "the mount is in another mount namespace"
         values = {
-            "entry": announcement.entry.to_json(),
+            "entry": entry.to_json(),
             "directory": self._directory.path,
             "layers": self._stack.kept(),
             "device": connection.device,
-            "mount_id": connection.mount.mount_id,
+            "mount_id": mount.mount_id,
             "agreed": agreed.to_json(connection.decision),
-            "guardian": None if self._guardian is None else self._guardian.kept(),
+            "guardian": None if self._storage is None else self._storage.guardian.kept(),
         }
-        why_not = holder.start(values, connection.device, connection.mount)
-        if not why_not:
-            announcement.held_by(holder.pid, None if self._guardian is None else self._guardian.pid)
-        return why_not
+        return holder.start(values, connection.device, mount.device)
+
+    def _begin_anew(self, holder: Holder, entry: LiveMount) -> None:
+        """Let the holder start daemons that mount anew."""
+        if entry.settings.upper_tmpfs is not None:
+            self.why_not += ", and its upper is in memory"
+            return
+        values = {"anew": self.why_not, "entry": entry.to_json(), "directory": self._directory.path}
+        why_not = holder.start(values, -1, entry.device)
+        self._mounts_anew = not why_not
+        self.why_not = why_not or self.why_not
 
     def crash(self, cause: BaseException) -> None:
         """An unexpected exception ends the daemon: leave everything to another one, if there is a holder."""
@@ -100,7 +118,7 @@ class Outliving:
     def exchange(self) -> str:
         """Let the holder start the installed version when this process ends. Returns why that cannot be,
         as a clause, else an empty text."""
-        return self.why_not if self._holder is None else self._holder.exchange()
+        return self.why_not or ("" if self._holder is None else self._holder.exchange())
 
     def end(self) -> None:
         """The daemon ends on purpose."""
@@ -111,13 +129,16 @@ class Outliving:
         """JSON-able."""
         if not self._asked_for:
             return {}
-        if self._holder is None or self.state is None or self.why_not:
+        if self._holder is None or (self.why_not and not self._mounts_anew):
             return {"holder": {"none_because": self.why_not}}
+        why = {"mounts_anew_because": self.why_not} if self._mounts_anew else {}
+        state = self._holder.state
         return {
             "holder": {
                 "pid": self._holder.pid,
-                "daemons_died": self.state.died[0],
-                "state_bytes": self.state.memory,
+                "daemons_died": state.died[0],
+                "state_bytes": state.memory,
+                **why,
             }
         }
 
@@ -139,8 +160,20 @@ def _why_not(settings: MountSettings, *, foreground: bool) -> str:
         return "it was not asked for"
     if foreground:
         return "it runs in the foreground"
+    return ""
+
+
+def _no_takeover(settings: MountSettings, connection: Connection | None) -> str:
+    """Why no other daemon can go on with a mount."""
     if settings.storage and not has_capability(CAP_SYS_ADMIN):
         return "the daemon serves its storage, which only root can mount"
     if settings.watch_lower:
         return "it watches its lowers"
+    # For start-up time: few mounts have a holder.
+    from unionfs.fuse.protocol import Init
+
+    if connection is None:
+        return "that needs --session direct"
+    if not connection.decision.flags & Init.HAS_RESEND:
+        return "the kernel cannot send requests again, which needs Linux 6.9"
     return ""

@@ -102,9 +102,8 @@ class Service:
             if former is None:
                 undo.callback(self._stack.close)
                 _recover(self._stack, settings)
-            guardian = None if self._storage is None else self._storage.guardian
             self._outliving = Outliving(
-                settings, directory, self._stack, holder, guardian, foreground=foreground
+                settings, directory, self._stack, holder, self._storage, foreground=foreground
             )
             # Before the union notes the capabilities to restore after it acted as a caller: capset(2) of
             # more than are left fails, and the caller's own rights would count in work.
@@ -200,7 +199,8 @@ class Service:
         self._lifetime.mounted(mount.device)
         if self._storage is not None and self._former is None:
             await trio.to_thread.run_sync(self._storage.mount, mount, self._stack, abandon_on_cancel=True)
-        self._announcement.publish(self._settings(), mount.device)
+        user = None if self._storage is None else self._storage.lasting_user
+        self._announcement.publish(self._settings(), mount.device, user)
         log.info("mounted at %s", self._serving.settings.mountpoint)
         for name, value in self._settings().to_json().items():
             log.debug("setting %s: %s", name, value)

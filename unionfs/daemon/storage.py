@@ -77,6 +77,11 @@ class Storage:
         """The process that cleans up after a killed daemon."""
         return self._guardian
 
+    @property
+    def lasting_user(self) -> int | None:
+        """The pid of the user of the volumes, if it is not this process."""
+        return self._guardian.pid if self.settings.outlive else None
+
     def serve(self, union: Union, stack: LayerStack) -> None:
         """Serve the storage if it is not mounted. Call it before the union is mounted. Raises UserError.
 

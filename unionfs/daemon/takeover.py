@@ -1,4 +1,4 @@
-"""Takes a mount over after its daemon died.
+"""Takes a mount over after its daemon died, or mounts its union anew (`daemon.anew`).
 
 `python -m unionfs.daemon.takeover FD` is the command that the holder starts where it does not fork another
 daemon from itself. FD is that of the state; see `core.holder`. With --version it prints the version of the
@@ -13,6 +13,7 @@ import sys
 
 from unionfs.core.state import VERSION, State, StateError
 from unionfs.daemon import logs
+from unionfs.daemon.anew import dead_daemon, mount_anew
 from unionfs.daemon.former import FormerDaemon
 from unionfs.daemon.holder import Holder
 from unionfs.daemon.runtime import RuntimeDirectory
@@ -29,6 +30,9 @@ def take_over(state: State) -> int:
     try:
         while True:
             logs.close()
+            dead = dead_daemon(state)
+            if dead is not None:
+                return mount_anew(state, dead)
             former = FormerDaemon(state)
             settings = former.settings
             holder = Holder(state, former.holder)

@@ -1,0 +1,172 @@
+"""Mounts with `-o outlive` that no other daemon can go on with: they are mounted anew when theirs dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount.cli_calls import Place, gone, listed, mounts_at, refused, succeed, unionfs, wait_for
+from tests.mount.outliving_calls import KERNEL, Outliving
+from tests.mount.user_calls import Host
+from tests.support.storage import Storage, storage
+
+pytestmark = [pytest.mark.watchdog(600), pytest.mark.timeout(1200)]
+
+SESSIONS = ["pyfuse3", *(["direct"] if KERNEL < (6, 9) else [])]
+
+
+@pytest.fixture(params=SESSIONS)
+def by(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def stored(root: None, area: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
+    """The same storage root for all commands."""
+    with storage(area) as found:
+        monkeypatch.setenv("UNIONFS_ROOT", str(found.root))
+        yield found
+
+
+def _figures(mount: Outliving) -> dict[str, object]:
+    found = json.loads(succeed(unionfs("inspect", "--json", mount.top)))["figures"]["holder"]
+    assert isinstance(found, dict)
+    return found
+
+
+def test_names_work_again(place: Place, by: str) -> None:
+    """Again and again; what was written is there, and what was open is lost, at once."""
+    mount = Outliving(place, "--session", by)
+    shown = _figures(mount)
+    assert shown["mounts_anew_because"]
+    holder = mount.last.holder
+    for number in range(3):
+        with open(mount.top / "new", "a") as file:
+            file.write(f"{number}\n")
+            file.flush()
+            mount.kill()
+            with pytest.raises(OSError, match=r"not connected|abort"):
+                os.pwrite(file.fileno(), b"x", 0)
+            os.dup2(os.open("/dev/null", os.O_WRONLY), file.fileno())
+        assert (mount.top / "new").read_text() == "".join(f"{count}\n" for count in range(number + 1))
+        assert (mount.top / "base").read_text() == "base\n"
+        assert mount.last.holder == holder
+        assert len(mounts_at(mount.top)) == 1
+        assert _figures(mount)["daemons_died"] == number + 1
+    assert "the union is mounted anew" in mount.log()
+    mount.end()
+    assert mounts_at(mount.top) == []
+    assert os.listdir(place.work / "work") == []
+
+
+def test_a_waiting_request_ends(place: Place, by: str) -> None:
+    """A program that waits for a daemon that is stopped, and then killed, gets an error and does not hang."""
+    mount = Outliving(place, "--session", by)
+    os.kill(mount.last.pid, signal.SIGSTOP)
+    with subprocess.Popen(["stat", mount.top / "other"], stderr=subprocess.PIPE, text=True) as waiting:
+        assert wait_for(lambda: Path(f"/proc/{waiting.pid}/comm").read_text() == "stat\n")
+        mount.kill()
+        assert waiting.communicate(timeout=60)[1]
+    mount.end()
+
+
+def test_storage(stored: Storage, by: str) -> None:
+    """It is mounted again, with the content of its volumes, also of anonymous ones."""
+    kinds = ("-v", "db:/data", "-v", "/anonymous", "-v", f"{stored.host}:/host", "--tmpfs", "/t")
+    mount = Outliving(stored.place, "--session", by, *kinds)
+    before, volumes = stored.mounts(), stored.volumes()
+    for name in ("data", "anonymous", "host"):
+        (mount.top / name / "new").write_text(name)
+    for _ in range(2):
+        mount.kill()
+        assert stored.mounts() == before
+        assert stored.volumes() == volumes
+        for name in ("data", "anonymous", "host"):
+            assert (mount.top / name / "new").read_text() == name
+        refused(unionfs("volume", "rm", "db"), "in use", str(mount.top))
+    mount.end()
+    assert stored.mounts() == []
+    assert succeed(unionfs("volume", "rm", "db")) == "db\n"
+
+
+def test_a_lower_that_is_missing(stored: Storage, by: str) -> None:
+    """Mounting anew is tried again; anonymous volumes keep their content."""
+    place = stored.place
+    mount = Outliving(place, "--session", by, "-v", "/anonymous")
+    (mount.top / "anonymous/new").write_text("kept")
+    place.lower.rename(place.root / "away")
+    before = mount.entry()
+    os.kill(before.pid, signal.SIGKILL)
+    assert wait_for(lambda: gone(before.pid) and not mounts_at(mount.top))
+    (place.root / "away").rename(place.lower)
+    assert mount.entry().pid != before.pid
+    assert (mount.top / "anonymous/new").read_text() == "kept"
+    mount.last = mount.entry()
+    mount.end()
+
+
+def test_daemons_that_keep_dying(place: Place, by: str) -> None:
+    """After too many deaths the mount stays dead, and `cleanup` removes it."""
+    mount = Outliving(place, "--session", by, deaths=3)
+    for _ in range(2):
+        mount.kill()
+    os.kill(mount.last.pid, signal.SIGKILL)
+    assert all(wait_for(lambda pid=pid: gone(pid), 30) for pid in mount.processes())
+    refused(unionfs("inspect", mount.top), "has died", "cleanup")
+    succeed(unionfs("cleanup", mount.top))
+    assert mounts_at(mount.top) == []
+
+
+def test_watched_lowers(place: Place) -> None:
+    mount = Outliving(place, "--watch-lower")
+    for _ in range(2):
+        mount.kill()
+        (place.lower / "base").write_text("changed by hand\n")
+        assert wait_for(lambda: (mount.top / "base").read_text() == "changed by hand\n")
+        (place.lower / "base").write_text("base\n")
+    assert _figures(mount)["mounts_anew_because"] == "it watches its lowers"
+    mount.end()
+
+
+def test_an_upper_in_memory(place: Place, by: str) -> None:
+    """It would be empty: the mount ends with its daemon."""
+    words = ("-l", place.lower, "-u", "tmpfs", "-o", "outlive", "--session", by, place.merged)
+    succeed(unionfs("mount", *words))
+    found = json.loads(succeed(unionfs("inspect", "--json", place.merged)))["figures"]["holder"]
+    assert "its upper is in memory" in found["none_because"]
+
+
+def test_an_upgrade_is_refused(place: Place, by: str) -> None:
+    mount = Outliving(place, "--session", by)
+    refused(unionfs("upgrade", mount.top), "cannot be upgraded")
+    assert mount.entry().pid == mount.last.pid
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_an_ordinary_user(host: Host, by: str, stored: bool) -> None:
+    """Mounted by fusermount3, also anew; storage is served by the daemon."""
+    data = host.place.root / "data"
+    data.mkdir()
+    (data / "file").write_text("data\n")
+    words = ["-v", f"{data}:/v"] if stored else []
+    pid = host.mount("-o", "outlive", "--session", by, *words)
+    merged = host.place.merged
+    succeed(host.run("sh", "-c", f"echo new > {merged}/new"))
+    os.kill(pid, signal.SIGKILL)
+
+    def others() -> list[int]:
+        found = (one["pid"] for one in listed(host.unionfs("ls", "--json")))
+        return [int(one) for one in found if one not in (pid, None)]
+
+    assert wait_for(others, 30)
+    assert succeed(host.run("cat", merged / "new", merged / "base")) == "new\nbase\n"
+    if stored:
+        assert succeed(host.run("cat", merged / "v/file")) == "data\n"
+    succeed(host.unionfs("umount", merged))
+    assert (host.place.upper / "new").read_text() == "new\n"
