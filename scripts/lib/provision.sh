@@ -19,7 +19,7 @@ packages_for() {
             ;;
         dev) packages_for test ;;
         slow) # servers that slow tests and tests of sshfs start, and a browser
-            printf '%s\n' chromium fonts-dejavu-core mariadb-server openssh-server postgresql
+            printf '%s\n' chromium fonts-dejavu-core mariadb-server openssh-server postgresql stress-ng
             ;;
         clients) # container engines
             printf '%s\n' buildah containerd crun docker.io podman postgresql runc skopeo uidmap
