@@ -41,9 +41,13 @@ def _refusal(mountpoint: str, cause: str) -> str:
     return f"{quoted(mountpoint)} cannot be mounted: {cause.rstrip('.')}; {cure}."
 
 
-def quoted(path: str) -> str:
-    """Return a path for use in a sentence: unchanged if printable, else its repr()."""
-    return path if path.isprintable() and path else repr(path)
+def quoted(path: str | bytes) -> str:
+    """Return a path for use in a sentence: unchanged if printable, else its repr().
+
+    Bytes are the path of an entry below a root, which is itself `.`.
+    """
+    text = path if isinstance(path, str) else os.fsdecode(path or b".")
+    return text if text.isprintable() and text else repr(text)
 
 
 def reason(error: OSError) -> str:
@@ -55,6 +59,12 @@ def reason(error: OSError) -> str:
 def path_in(error: OSError, otherwise: str = "") -> str:
     """Return the path that an error names. Calls on an fd name that, which says nothing."""
     return os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else otherwise
+
+
+def reason_at(error: OSError) -> str:
+    """Return the reason of an error, after the path that it names, if any."""
+    path = path_in(error)
+    return f"{quoted(path)}: {reason(error)}" if path else reason(error)
 
 
 def cure_for(error: OSError, otherwise: str) -> str:

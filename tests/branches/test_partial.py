@@ -16,7 +16,9 @@ from tests.branches.test_below import Below, below, stack
 from tests.branches.test_interrupted import killed_at, steps_of
 from tests.branches.test_users import User, someone
 from unionfs.branches import apply
+from unionfs.branches.plan import Chosen
 from unionfs.branches.undo import undo
+from unionfs.branches.view import viewed
 from unionfs.errors import UserError
 
 __all__ = ["below", "someone", "stack"]
@@ -416,3 +418,27 @@ def test_on_another_filesystem(branching: Branching, filesystem: Callable[..., P
         assert differing(without_times(shown), without_times(branching.shown())) == {}, step
     assert branching.commit().conflicts == []
     assert differing(without_times(shown), without_times(tree(base, links=False))) == {}
+
+
+def test_what_is_chosen_below_new_directories_is_found_in_one_walk(branching: Branching) -> None:
+    depth, asked = 40, 0
+    deepest = b"".join(b"/d%d" % level for level in range(depth))
+    branching.tries(f"mkdir -p .{deepest.decode()} && touch .{deepest.decode()}/x && mkdir d0/other")
+
+    def has(path: bytes) -> bool:
+        nonlocal asked
+        asked += 1
+        return path == deepest + b"/x"
+
+    with viewed(branching.store.branch("br")) as view:
+        chosen, path, found = Chosen(view, has), b"", view.root.new
+        for level in range(depth):
+            assert found is not None
+            path, found = path + b"/d%d" % level, view.child(found, b"d%d" % level)
+            assert found is not None
+            assert chosen.reaches(path, found)
+            if level == 0:
+                other = view.child(found, b"other")
+                assert other is not None
+                assert not chosen.reaches(b"/d0/other", other)
+    assert asked <= 3 * depth

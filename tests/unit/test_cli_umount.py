@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from unionfs.cli.common import run
 from unionfs.cli.main import cli
-from unionfs.cli.run import run
 from unionfs.daemon import live, unmount
 from unionfs.errors import UserError
 

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support import acl
+from tests.unit.protocol.protocol_reference import attributes_of, negative_entry
 from tests.unit.union_support import ME, OpenUnion, copy_up, get, names, whiteout
 from tests.unit.union_support import open_union as open_union
 from unionfs.core.answers import Answers
@@ -133,7 +134,7 @@ def mount(tmp_path: Path, open_union: OpenUnion) -> Iterator[Mount]:
 def entry(union: Union, path: str) -> bytes:
     node = get(union, path)
     shown = union.attributes(node)
-    attr = encode.attributes_of(shown.st, shown.ino, shown.nlink, shown.ctime_ns)
+    attr = attributes_of(shown.st, shown.ino, shown.nlink, shown.ctime_ns)
     return b"".join(encode.entry(UNIQUE, node.id, node.generation, FOREVER, FOREVER, attr))
 
 
@@ -143,7 +144,7 @@ def test_lookup(mount: Mount) -> None:
     directory = get(mount.union, "d")
     assert directory.lookups == 1
     assert mount.ask(Opcode.LOOKUP, directory.id, b"f\0") == entry(mount.union, "d/f")
-    assert mount.ask(Opcode.LOOKUP, 1, b"absent\0") == b"".join(encode.negative_entry(UNIQUE, FOREVER))
+    assert mount.ask(Opcode.LOOKUP, 1, b"absent\0") == b"".join(negative_entry(UNIQUE, FOREVER))
     assert mount.answers.counts() == {1: 3}
 
 
@@ -168,7 +169,7 @@ def test_lookup_in_a_file_and_in_a_removed_directory(mount: Mount) -> None:
 def test_getattr(mount: Mount) -> None:
     node = get(mount.union, "d/f")
     shown = mount.union.attributes(node)
-    attr = encode.attributes_of(shown.st, shown.ino, shown.nlink, shown.ctime_ns)
+    attr = attributes_of(shown.st, shown.ino, shown.nlink, shown.ctime_ns)
     assert mount.ask(Opcode.GETATTR, node.id, bytes(16)) == b"".join(encode.attr(UNIQUE, FOREVER, attr))
     assert shown.packed() == attr
     assert mount.ask(Opcode.GETATTR, 99, bytes(16)) == b"".join(encode.error(UNIQUE, errno.ESTALE))

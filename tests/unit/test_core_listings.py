@@ -1,4 +1,4 @@
-"""Answers to READDIR and READDIRPLUS: the same bytes as the Python specification, `protocol.dirents`."""
+"""Answers to READDIR and READDIRPLUS: the same bytes as the Python form, `protocol_reference`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.protocol.protocol_reference import NO_ENTRY, attribute_values
+from tests.unit.protocol.protocol_reference import Dirents as Specified
 from tests.unit.test_union_bound import show
 from tests.unit.test_union_metacopy import metacopy
 from tests.unit.union_support import OpenUnion, copy_up, get, whiteout
@@ -23,8 +25,7 @@ from unionfs.core.node import Node
 from unionfs.core.nodes import Stored
 from unionfs.core.territory import Territory
 from unionfs.core.validity import valid
-from unionfs.fuse.protocol import FOREVER, NEVER, encode
-from unionfs.fuse.protocol import Dirents as Specified
+from unionfs.fuse.protocol import FOREVER, NEVER
 from unionfs.settings.shown import Shown
 from unionfs.union.changes import Changes
 from unionfs.union.layers import LayerStack
@@ -57,7 +58,7 @@ def test_entries_without_nodes(given_: list[tuple[bytes, int, int, int]], limit:
     one, other = Dirents(limit), Specified(limit)
     for name, ino, off, mode in given_:
         if plus:
-            expected = tried(lambda: other.add_plus(name, ino, off, mode, encode.NO_ENTRY))  # noqa: B023
+            expected = tried(lambda: other.add_plus(name, ino, off, mode, NO_ENTRY))  # noqa: B023
         else:
             expected = tried(lambda: other.add(name, ino, off, mode))  # noqa: B023
         assert tried(lambda: one.add(name, ino, off, mode, plus=plus)) == expected  # noqa: B023
@@ -99,7 +100,7 @@ def test_entries_with_nodes(given_: list[Values], limit: int) -> None:
         found = node.attributes_of(result_of(values, times, mode))
         expected: bool | None = False
         if other.fits_plus(name):
-            packed = encode.attribute_values(found.st, found.ino, found.nlink, found.ctime_ns)
+            packed = attribute_values(found.st, found.ino, found.nlink, found.ctime_ns)
             arguments = (
                 name, off, node.id, generation, FOREVER if lasting else NEVER,
                 FOREVER if found.lasting else NEVER, packed,
@@ -165,7 +166,7 @@ def specified_nodes(union: Union, node: Node, entries: Entries) -> bytes:
         else:
             if found is not None:
                 child, attributes = found
-                packed = encode.attribute_values(
+                packed = attribute_values(
                     attributes.st, attributes.ino, attributes.nlink, attributes.ctime_ns
                 )
                 answer.add_found(
@@ -175,7 +176,7 @@ def specified_nodes(union: Union, node: Node, entries: Entries) -> bytes:
                 continue
             unknown = node.territory.number_of_bare_whiteout(node, name)
         if unknown is not None:
-            answer.add_plus(name, unknown[0], cookie, unknown[1], encode.NO_ENTRY)
+            answer.add_plus(name, unknown[0], cookie, unknown[1], NO_ENTRY)
     return answer.packed()
 
 

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from unionfs.daemon.exposition import exposition
 from unionfs.daemon.live import LiveMount
 from unionfs.daemon.settle import settle
-from unionfs.daemon.stats import Snapshot
+from unionfs.daemon.stats import Sample
 from unionfs.fuse.latency import Histogram
 
 TIMES = [1, 4096, 4097, 20_000, 1_000_000, 30_000_000_000]
@@ -24,13 +24,13 @@ def _mount(mountpoint: str) -> LiveMount:
     return LiveMount(settings, 1, 2, "0:50", 1700000000.25, ())
 
 
-def _snapshot() -> Snapshot:
+def _sample() -> Sample:
     histogram = Histogram()
     for ns in TIMES:
         histogram.record(ns)
     figures = {"nodes": 7, "open_files": 1, "read_bytes": 5, "written_bytes": 6, "copy_ups": 2,
                "copied_bytes": 9, "copy_up_seconds": 0.5, "resident_bytes": 1 << 20}  # fmt: skip
-    return Snapshot(1, "direct", "hybrid", {"lookup": 10, "read": 3}, figures, {"lookup": histogram})
+    return Sample(1, "direct", "hybrid", {"lookup": 10, "read": 3}, figures, {"lookup": histogram})
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def _snapshot() -> Snapshot:
     ],
 )
 def test_is_what_the_parser_takes(mountpoint: str, shown: str) -> None:
-    text = exposition(_mount(mountpoint), _snapshot())
+    text = exposition(_mount(mountpoint), _sample())
     text.encode("utf-8")
     assert text.endswith("\n")
     families = {family.name: family for family in text_string_to_metric_families(text)}
@@ -63,7 +63,7 @@ def test_is_what_the_parser_takes(mountpoint: str, shown: str) -> None:
 
 
 def test_the_histogram_counts_what_is_at_most_its_bound() -> None:
-    text = exposition(_mount("/mnt"), _snapshot())
+    text = exposition(_mount("/mnt"), _sample())
     families = {family.name: family for family in text_string_to_metric_families(text)}
     family = families["unionfs_request_duration_seconds"]
     assert family.type == "histogram"
@@ -79,7 +79,7 @@ def test_the_histogram_counts_what_is_at_most_its_bound() -> None:
 
 def test_each_metric_is_one_group_with_help_and_type_first() -> None:
     seen: list[str] = []
-    for line in exposition(_mount("/mnt"), _snapshot()).splitlines():
+    for line in exposition(_mount("/mnt"), _sample()).splitlines():
         name = line.split()[2] if line.startswith("#") else re.split(r"[{ ]", line)[0]
         name = re.sub(r"_(bucket|sum|count)$", "", name)
         if not seen or seen[-1] != name:

@@ -93,6 +93,7 @@ def test_paths_in_sentences() -> None:
     assert "\n" not in quoted("/two\nlines")
     assert quoted("") == "''"
     assert quoted("/x\udcff").isascii()
+    assert [quoted(b"d/e"), quoted(b""), quoted(b"\xff")] == ["d/e", ".", "'\\udcff'"]
     assert reason(OSError(errno.EACCES, "Permission denied")) == "permission denied"
     assert reason(OSError(errno.EIO, "I/O error")) == "I/O error"
 

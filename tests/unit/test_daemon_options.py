@@ -13,9 +13,16 @@ from hypothesis import strategies as st
 
 from unionfs.daemon.settle import settle
 from unionfs.errors import UserError
-from unionfs.settings.features import Features
+from unionfs.settings.features import VALUES, Features
 from unionfs.settings.mount import MountSettings
-from unionfs.settings.options import parse_options, split_lowers, split_options, unescape_option
+from unionfs.settings.options import (
+    KEYS,
+    WORDS,
+    parse_options,
+    split_lowers,
+    split_options,
+    unescape_option,
+)
 from unionfs.settings.parsing import parse_all
 from unionfs.settings.shown import Shown
 
@@ -236,3 +243,18 @@ def test_storage() -> None:
     ):
         with pytest.raises(UserError, match="^" + re.escape(text)):
             settle("/mnt", options=["lowerdir=/", option])
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_the_listed_words_change_something(word: str) -> None:
+    assert parse_options([word]) != parse_options([])
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_the_listed_keys_take_a_value(key: str) -> None:
+    words = {"max_nodes": "9", "xattr_permissions": "2", "squash_to_uid": "1", "squash_to_gid": "1"}
+    words |= dict.fromkeys(("uidmapping", "gidmapping"), "0:1:1")
+    words |= {name: values[0] for name, values in VALUES.items()}
+    parse_options([f"{key}={words.get(key, '/x')}"])
+    with pytest.raises(UserError, match="unknown option"):
+        parse_options([f"{key}x=/x"])

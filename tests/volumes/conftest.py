@@ -53,8 +53,8 @@ class Store:
 
 
 def _here(arguments: list[str], environment: dict[str, str]) -> Done:
+    from unionfs.cli.common import run
     from unionfs.cli.main import cli
-    from unionfs.cli.run import run
 
     streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]
     with pytest.MonkeyPatch.context() as patch:

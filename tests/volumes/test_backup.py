@@ -659,7 +659,7 @@ def test_a_small_file_that_cannot_be_read_is_named(store: Store, area: Path) -> 
         "    if os.readlink(f'/proc/self/fd/{fd}').endswith('/file'): raise OSError(errno.EIO, 'broken')\n"
         "    return pread(fd, *more)\n"
         "os.pread = broken\n"
-        "from unionfs.cli.run import run; from unionfs.cli.main import cli\n"
+        "from unionfs.cli.common import run; from unionfs.cli.main import cli\n"
         "sys.exit(run(cli, sys.argv[1:], 'unionfs'))"
     )
     done = subprocess.run(

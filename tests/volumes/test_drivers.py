@@ -591,7 +591,7 @@ class TestElsewhere:
             }[name]
             code = (
                 "import sys; from unionfs.storage import mounts; mounts.program_path = lambda name: None\n"
-                "from unionfs.cli.run import run; from unionfs.cli.main import cli\n"
+                "from unionfs.cli.common import run; from unionfs.cli.main import cli\n"
                 "sys.exit(run(cli, sys.argv[1:], 'unionfs'))"
             )
             arguments = [text for word in words for text in ("-o", word)]

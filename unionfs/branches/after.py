@@ -83,7 +83,7 @@ def _look(found: dict[str, list[int]], tree: Beneath, path: str, *, in_branch: b
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            found[above] = []  # a mount, which is no state of a commit
+            found[above] = []  # a mount, which is not a state of a commit
             continue
         with Owned(fd), Owned(open_for_listing(fd)) as listing:
             for name in map(os.fsencode, os.listdir(listing)):

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Literal, TypeAlias
 
-from unionfs.branches.calling import call, in_thread, program, run_to_end
+from unionfs.branches.calling import ForTrio, call, in_thread, program, run_to_end, threaded
 from unionfs.errors import quoted
 
 _CONFLICTS = 3
@@ -201,11 +201,11 @@ def branch(
     found.end()
 
 
-class TrioBranch:
-    """A `Branch` for trio: its methods, in a thread."""
+class TrioBranch(ForTrio[Branch]):
+    """A `Branch` for trio: its methods, in a thread, which is not cancelled before their end."""
 
     def __init__(self, branch: Branch) -> None:
-        self._branch = branch
+        super().__init__(branch)
         self.name = branch.name
 
     async def run(
@@ -224,7 +224,7 @@ class TrioBranch:
         in it is killed.
         """
         here = cwd or await self.base()
-        words = self._branch._words(command, network, hide, writable)
+        words = self._wrapped._words(command, network, hide, writable)
         done = await run_to_end(words, cwd=here, input=input, capture_output=capture_output)
         if check:
             done.check_returncode()
@@ -232,32 +232,15 @@ class TrioBranch:
 
     async def base(self) -> str:
         """See `Branch.base`."""
-        return await in_thread(lambda: self._branch.base)
+        return await in_thread(lambda: self._wrapped.base)
 
-    async def diff(self, *, content: bool = False, everything: bool = True) -> list[dict[str, Any]]:
-        """See `Branch.diff`."""
-        return await in_thread(self._branch.diff, content=content, everything=everything)
-
-    async def commit(
-        self,
-        *,
-        only: Sequence[str] = (),
-        leave: Sequence[str] = (),
-        conflicts: Decision = "stop",
-        dry_run: bool = False,
-    ) -> dict[str, Any]:
-        """See `Branch.commit`. It is not cancelled before its end."""
-        return await in_thread(
-            self._branch.commit, only=only, leave=leave, conflicts=conflicts, dry_run=dry_run
-        )
-
-    async def discard(self) -> None:
-        """See `Branch.discard`."""
-        await in_thread(self._branch.discard)
+    diff = threaded(Branch.diff)
+    commit = threaded(Branch.commit)
+    discard = threaded(Branch.discard)
 
     def keep(self) -> None:
         """See `Branch.keep`."""
-        self._branch.keep()
+        self._wrapped.keep()
 
 
 @asynccontextmanager

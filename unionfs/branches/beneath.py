@@ -10,9 +10,9 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted
 from unionfs.sys.calls import renameat2
 from unionfs.sys.fds import Owned
 from unionfs.sys.handles import filesystem_identity
@@ -78,16 +78,11 @@ def opened(base: str, inode: int, filesystem: str | None = None) -> Iterator[Ben
 
     Raises UserError.
     """
-    try:
+    cure = "it must be the directory that it was when the branch was made, not a symlink"
+    with on_failure(f"the base {quoted(base)} cannot be opened", cure):
         way = RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
         with Owned(os.open("/", os.O_PATH | os.O_CLOEXEC)) as root:
             fd = openat2(root, os.fsencode(base), os.O_RDONLY | os.O_DIRECTORY, way)
-    except OSError as error:
-        raise UserError(
-            f"the base {quoted(base)} cannot be opened: {reason(error)}; it must be the directory "
-            "that it was "
-            "when the branch was made, not a symlink."
-        ) from error
     with Owned(fd):
         is_same = os.fstat(fd).st_ino == inode
         if filesystem is not None and not (is_same and filesystem_identity(fd) == filesystem):
@@ -100,11 +95,8 @@ def opened(base: str, inode: int, filesystem: str | None = None) -> Iterator[Ben
                 f"the base {quoted(base)} is another directory than the one the branch was made of; move "
                 "that back, or discard the branch."
             )
-        tree = Beneath(fd)
-        try:
+        with closing(Beneath(fd)) as tree:
             yield tree
-        finally:
-            tree.close()
 
 
 def status(at: int, name: bytes) -> os.stat_result | None:

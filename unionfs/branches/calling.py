@@ -7,15 +7,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     import trio
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_T = TypeVar("_T")
 _GRACE_SECONDS = 5
 
 
@@ -43,6 +44,25 @@ async def in_thread(function: Callable[_P, _R], *arguments: _P.args, **options: 
     import trio
 
     return await trio.to_thread.run_sync(partial(function, *arguments, **options))
+
+
+class ForTrio(Generic[_T]):
+    """An object whose methods are called in a thread of trio, which is not cancelled before their end."""
+
+    def __init__(self, wrapped: _T) -> None:
+        self._wrapped = wrapped
+
+
+def threaded(
+    method: Callable[Concatenate[_T, _P], _R],
+) -> Callable[Concatenate[ForTrio[_T], _P], Coroutine[Any, Any, _R]]:
+    """Return the method of `ForTrio` that calls a method of the wrapped object in a thread."""
+
+    @wraps(method)
+    async def call(self: ForTrio[_T], /, *arguments: _P.args, **options: _P.kwargs) -> _R:
+        return await in_thread(method, self._wrapped, *arguments, **options)
+
+    return call
 
 
 async def run_to_end(

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ from unionfs.branches.sites import Site, prepare
 from unionfs.branches.staging import Stager
 from unionfs.branches.store import Store
 from unionfs.branches.together import Viewed, all_viewed
-from unionfs.errors import UserError, cure_for, path_in, quoted, reason
+from unionfs.errors import UserError, cure_for, on_failure, path_in, quoted, reason_at
 from unionfs.sys import calls
 from unionfs.sys.attributes import attributes
 from unionfs.sys.fds import Owned
@@ -180,8 +180,8 @@ class _Commit:
             except OSError as error:
                 discard(self._store, sites)
                 raise UserError(
-                    f"branch {quoted(self._branch.name)} cannot be committed: {_where(error)}"
-                    f"{reason(error)}; nothing was changed. {_cure(error)}"
+                    f"branch {quoted(self._branch.name)} cannot be committed: "
+                    f"{reason_at(error)}; nothing was changed. {_cure(error)}"
                 ) from error
             except BaseException:
                 discard(self._store, sites)
@@ -284,14 +284,8 @@ class _Part:
             self._leaving = Leaving(self._view, plan, self._selection, self._above)
         return plan
 
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"branch {quoted(self._branch.name)} cannot be read: {reason(error)}; nothing was changed."
-            ) from error
+    def _reading(self) -> on_failure:
+        return on_failure(f"branch {quoted(self._branch.name)} cannot be read", "nothing was changed")
 
     def owners(self) -> list[str]:
         """A sentence if objects belong to ids which only root could give them. Raises OSError."""
@@ -301,7 +295,7 @@ class _Part:
             return []
         belong = f" and {len(paths) - 1} more belong" if len(paths) > 1 else " belongs"
         return [
-            f"{quoted(os.fsdecode((self._above + paths[0])[1:]))}{belong} to other ids of the branch's user "
+            f"{quoted((self._above + paths[0])[1:])}{belong} to other ids of the branch's user "
             "namespace, and a user's commit can only make files of that user; leave out what has another "
             "owner by --except, or change the owner in the branch."
         ]
@@ -411,11 +405,6 @@ class _Part:
             return None if item.old is None else item.old.st
         at, name = tree.parent(item.path)
         return os.stat(name, dir_fd=at, follow_symlinks=False)
-
-
-def _where(error: OSError) -> str:
-    path = path_in(error)
-    return f"{quoted(path)}: " if path else ""
 
 
 def _cure(error: OSError) -> str:

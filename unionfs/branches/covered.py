@@ -1,8 +1,8 @@
 """What is in a base but not in its filesystem's branch: mounts below it, and what is hidden.
 
-Hidden is the store, if it is in the base, and from an ordinary user's branch of the whole system what apt
-downloads into: directories of the user _apt, in which nobody else may look for a file. The layer has an
-opaque directory in their place, which no diff shows and no commit applies.
+The store is hidden if it is in the base; an ordinary user's branch of the whole system also hides the
+directories that apt downloads into, which belong to the user _apt and which nobody else may search. The layer
+has an opaque directory in their place, which no diff shows and no commit applies.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from unionfs.sys.mountinfo import MountEntry, mounted_at, read_mountinfo
 from unionfs.union.hiding import hide, parts_below
 
 _KINDS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "zfs", "jfs", "tmpfs")
-"""Filesystems that keep all attributes and belong to this host alone. An overlay is mostly a container's."""
+"""Filesystems that keep all attributes and belong to this host alone; an overlay is usually a container's."""
 _DOWNLOADS = ("/var/cache/apt/archives/partial", "/var/lib/apt/lists/partial")
 _FLAGS = ("noexec", "nosuid", "nodev")
 
@@ -47,7 +47,7 @@ def refuse_inside(base: str, root: str) -> None:
 
 
 def hide_in(upper: str, record: Record, root: str) -> None:
-    """Hide from a new branch or part what it shall hide. Raises UserError."""
+    """Hide the directories that a new branch or part must not show. Raises UserError."""
     store = store_in(record.base, root)
     for parts in hidden_in(record, root):
         path = os.path.join(record.base, *parts)
@@ -99,7 +99,7 @@ def filesystems_below(base: str, without: Sequence[str]) -> list[Below]:
         entry = None if is_in(path, without) else mounted_at(path, table)
         if entry is not None and not _is_gone(path):
             found.append(entry)
-    # Of several mounts of one filesystem the branch covers the one that shows most.
+    # Of several mounts of one filesystem, the branch covers the one that shows the most.
     found.sort(key=lambda entry: (entry.root.count("/") if entry.root != "/" else 0, entry.mountpoint))
     shown, result = {os.stat(base).st_dev: base}, []
     for entry in found:

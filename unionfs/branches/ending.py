@@ -24,7 +24,7 @@ from unionfs.branches.sites import (
 )
 from unionfs.branches.store import Branch, Store
 from unionfs.branches.view import viewed
-from unionfs.errors import UserError, on_failure, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted, reason, reason_at
 from unionfs.sys import calls
 from unionfs.sys.fds import Owned
 from unionfs.sys.trees import remove_path
@@ -85,10 +85,9 @@ def _go_on(store: Store, found: Sequence[Site]) -> None:
         go_back(store, found)
         if isinstance(error, ChangedError):
             raise
-        at = f"{quoted(os.fsdecode(error.filename))}: " if error.filename else ""
         raise UserError(
-            f"branch {quoted(entry.branch)} cannot be committed: {at}{reason(error)}; everything was "
-            "put back."
+            f"branch {quoted(entry.branch)} cannot be committed: {reason_at(error)}; everything was put "
+            "back."
         ) from error
     with on_failure(
         f"all changes of branch {quoted(entry.branch)} are in place, but its commit cannot end",
@@ -218,17 +217,16 @@ def go_back(store: Store, found: Sequence[Site]) -> None:
 
 def _go_back(store: Store, found: Sequence[Site]) -> None:
     entry = found[0].entry
-    try:
+    directory = quoted(journal.directory(store, entry.id))
+    with on_failure(
+        f"the commit of branch {quoted(entry.branch)} cannot be taken back",
+        f"its files are in {directory}. The next `unionfs branch commit` goes on",
+    ):
         for site in reversed(found):
             with sharing.opened(layer_of(store, site.entry)) as layer:
                 Application(site.entry, site.tree, site.new, site.old, layer).backward()
                 sharing.give_back(site.entry, layer, site.new)
         step("given back")
-    except OSError as error:
-        raise UserError(
-            f"the commit of branch {quoted(entry.branch)} cannot be taken back: {reason(error)}; its files "
-            f"are in {quoted(journal.directory(store, entry.id))}. The next `unionfs branch commit` goes on."
-        ) from error
     kept = f"{journal.directory(store, entry.id)}/branch"
     if os.path.isdir(kept):
         os.rename(kept, free_name(store, entry.branch).path)

@@ -12,12 +12,12 @@ import os
 from dataclasses import dataclass, field
 
 from unionfs.branches import links
-from unionfs.branches.plan import Drop, Plan, Put, all_below, has_below
+from unionfs.branches.plan import Chosen, Drop, Plan, Put, all_below
 from unionfs.branches.selection import Selection
 from unionfs.branches.view import View
 from unionfs.core.places import Place
 from unionfs.errors import UserError, quoted
-from unionfs.sys.fds import Owned, open_for_listing
+from unionfs.sys.fds import names_in
 from unionfs.union.diff import Change, Object, in_order
 from unionfs.union.merge import path_of
 
@@ -49,6 +49,7 @@ class Leaving:
         """
         self._view = view
         self._has = selection.has
+        self._chosen = Chosen(view, selection.has)
         self._above = above
         self._puts = {step.path: step for step in plan.steps if isinstance(step, Put)}
         self._drops = {step.path for step in plan.steps if isinstance(step, Drop)}
@@ -76,8 +77,7 @@ class Leaving:
                 self._end(level, levels[-1] if levels else None)
 
     def _level(self, path: bytes, found: Object, change: Change | None, *, is_new: bool = False) -> _Level:
-        with Owned(open_for_listing(self._view.merge.gate.fd(found.parts[0]))) as listing:
-            names = sorted(map(os.fsencode, os.listdir(listing)))
+        names = sorted(map(os.fsencode, names_in(self._view.merge.gate.fd(found.parts[0]))))
         children = {} if change is None else {child.name: child for child in change.children}
         return _Level(path, found, change, children, names, is_new)
 
@@ -91,7 +91,7 @@ class Leaving:
             level.gone.append(name)
         elif put is not None:
             return self._partly(path, put.new)
-        elif change is None or self._is_merged(change):
+        elif change is None or self._view.stays(change):
             found = self._view.child(level.found, name) if change is None else change.new
             if found is not None and found.is_directory and self._is_merged_place(found.parts[0]):
                 return self._level(path, found, change)
@@ -104,7 +104,7 @@ class Leaving:
         found = self._view.child(level.found, name)
         if found is None:
             level.gone.append(name)  # a whiteout of nothing
-        elif found.is_directory and (self._has(path) or has_below(self._view, self._has, found, path)):
+        elif found.is_directory and self._chosen.reaches(path, found):
             if self._has(path) and all(self._has(below) for below, _ in all_below(self._view, path, found)):
                 level.gone.append(name)
             else:
@@ -122,12 +122,6 @@ class Leaving:
                 "all of it, or none."
             )
         return self._level(path, found, None, is_new=True)
-
-    def _is_merged(self, change: Change) -> bool:
-        new, old = change.new, change.old
-        if new is None or old is None or not (new.is_directory and old.is_directory):
-            return False
-        return not self._view.is_replaced(change)
 
     def _is_merged_place(self, place: Place) -> bool:
         return place.layer.is_upper and not self._view.merge.is_opaque(place)
@@ -193,7 +187,7 @@ class Leaving:
                     )
 
     def _shown(self, path: bytes) -> str:
-        return quoted(os.fsdecode((self._above + path)[1:]))
+        return quoted((self._above + path)[1:])
 
 
 def _meet(old: Object, place: Place) -> bool:

@@ -100,20 +100,13 @@ class Planner:
             before = len(self._plan.steps)
             for child in sorted(change.children, key=lambda child: child.name):
                 below = path + b"/" + child.name
-                if self._goes_on(child):
+                if self._view.stays(child):
                     waiting.append((below, child))
                 else:
                     self._replace(below, change, child)
             # A rename in a directory changes its times, which a change of a file does not.
             self._set(path, change, changes=len(self._plan.steps) > before)
         return self._plan
-
-    def _goes_on(self, change: Change) -> bool:
-        """Whether a directory stays, and its entries are planned one by one."""
-        new, old = change.new, change.old
-        if new is None or old is None or not (new.is_directory and old.is_directory):
-            return False
-        return not self._view.is_replaced(change)
 
     def _set(self, path: bytes, change: Change, *, changes: bool) -> None:
         assert change.new is not None
@@ -142,7 +135,7 @@ class Planner:
         elif new is not None and old is not None:
             if self._is_partly(path, new, old):
                 raise UserError(
-                    f"{quoted(os.fsdecode(path))} was replaced as a whole, so a part of it cannot be chosen; "
+                    f"{quoted(path)} was replaced as a whole, so a part of it cannot be chosen; "
                     "choose all of it, or none."
                 )
         elif new is not None:
@@ -188,9 +181,32 @@ def all_below(view: View, path: bytes, *objects: Object) -> Iterator[tuple[bytes
                 waiting.append((above + b"/" + name, child))
 
 
-def has_below(view: View, has: Callable[[bytes], bool], found: Object, path: bytes) -> bool:
-    """Whether something below a directory is selected. Raises OSError."""
-    return any(has(below) for below, _ in all_below(view, path, found))
+class Chosen:
+    """Which new directories are selected, or have something selected below them.
+
+    Asked from the top down, it walks the tree below one that is not selected itself only once.
+    """
+
+    def __init__(self, view: View, has: Callable[[bytes], bool]) -> None:
+        self._view = view
+        self._has = has
+        self._top: bytes | None = None
+        self._above: set[bytes] = set()
+
+    def reaches(self, path: bytes, found: Object) -> bool:
+        """Whether a directory is selected, or something below it. Raises OSError."""
+        if self._has(path):
+            return True
+        if self._top is None or not (path + b"/").startswith(self._top + b"/"):
+            self._top, self._above = path, set()
+            for below, _ in all_below(self._view, path, found):
+                if self._has(below):
+                    self._add_above(below, path)
+        return path in self._above
+
+    def _add_above(self, below: bytes, top: bytes) -> None:
+        while below != top and (below := below.rpartition(b"/")[0]) not in self._above:
+            self._above.add(below)
 
 
 def hazards(view: View, plan: Plan, above: bytes) -> list[str]:
@@ -244,4 +260,4 @@ def _danger(view: View, path: bytes, item: Object) -> str | None:
 
 
 def _shown(path: bytes) -> str:
-    return quoted(os.fsdecode(path[1:]))
+    return quoted(path[1:])

@@ -224,7 +224,7 @@ def without_ctime(known: State) -> State:
 def _is_younger(old: Object | None, session: int) -> bool:
     if old is None or old.st is None or old.st.st_ctime_ns <= session:
         return False
-    # A name that comes or goes sets both times of a directory, which is no change of its own.
+    # A name that comes or goes sets both times of a directory, which is not a change in itself.
     return not old.is_directory or old.st.st_ctime_ns != old.st.st_mtime_ns
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 
 from unionfs.branches import beneath, journal
@@ -69,12 +69,8 @@ def _opened(store: Store, entry: Journal) -> Iterator[beneath.Beneath | None]:
             f"the commit of branch {quoted(entry.branch)} cannot be undone: its layer {quoted(path)}, which "
             "changed nothing more, was removed when the branch was used since."
         )
-    with Owned(os.open(path, _DIRECTORY)) as fd:
-        tree = beneath.Beneath(fd)
-        try:
-            yield tree
-        finally:
-            tree.close()
+    with Owned(os.open(path, _DIRECTORY)) as fd, closing(beneath.Beneath(fd)) as tree:
+        yield tree
 
 
 def stayed(store: Store, entry: Journal) -> Branch | None:

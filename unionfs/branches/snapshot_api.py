@@ -14,7 +14,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from unionfs.branches.calling import call, in_thread
+from unionfs.branches.calling import ForTrio, call, threaded
 
 
 class SnapshotError(Exception):
@@ -69,34 +69,15 @@ class Snapshots:
         return call(["snapshot", command, "--json", *options, "--", self.mountpoint, *names], SnapshotError)
 
 
-class TrioSnapshots:
+class TrioSnapshots(ForTrio[Snapshots]):
     """`Snapshots` for trio: its methods, in a thread."""
 
     def __init__(self, mountpoint: str | os.PathLike[str]) -> None:
-        self._snapshots = Snapshots(mountpoint)
-        self.mountpoint = self._snapshots.mountpoint
+        super().__init__(Snapshots(mountpoint))
+        self.mountpoint = self._wrapped.mountpoint
 
-    async def create(self, name: str | None = None, *, stop: bool = True) -> dict[str, Any]:
-        """See `Snapshots.create`."""
-        result: dict[str, Any] = await in_thread(self._snapshots.create, name, stop=stop)
-        return result
-
-    async def ls(self) -> list[dict[str, Any]]:
-        """See `Snapshots.ls`."""
-        result: list[dict[str, Any]] = await in_thread(self._snapshots.ls)
-        return result
-
-    async def diff(
-        self, name: str, other: str | None = None, *, content: bool = False
-    ) -> list[dict[str, Any]]:
-        """See `Snapshots.diff`."""
-        result: list[dict[str, Any]] = await in_thread(self._snapshots.diff, name, other, content=content)
-        return result
-
-    async def restore(self, name: str) -> None:
-        """See `Snapshots.restore`."""
-        await in_thread(self._snapshots.restore, name)
-
-    async def rm(self, *names: str, wait: bool = False) -> None:
-        """See `Snapshots.rm`."""
-        await in_thread(self._snapshots.rm, *names, wait=wait)
+    create = threaded(Snapshots.create)
+    ls = threaded(Snapshots.ls)
+    diff = threaded(Snapshots.diff)
+    restore = threaded(Snapshots.restore)
+    rm = threaded(Snapshots.rm)

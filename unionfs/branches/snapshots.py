@@ -1,4 +1,4 @@
-"""`unionfs snapshot`, without its output: asks the daemon of a mount, and reads the record of its upper."""
+"""The work of `unionfs snapshot`: asks the daemon of a mount, and reads the record of its upper."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unionfs.branches.view import View
 from unionfs.daemon.live import LiveMount, live_mounts
 from unionfs.daemon.orders import ask_for, give
 from unionfs.daemon.snapshotting import LACKS_NAMES
-from unionfs.errors import UserError, cure_for, on_failure, quoted, reason
+from unionfs.errors import UserError, cure_for, on_failure, quoted, reason_at
 from unionfs.images.indexed import opened_index
 from unionfs.settings.names import check_name
 from unionfs.storage.snapshot_record import Record
@@ -55,7 +55,7 @@ def _take(mount: LiveMount, name: str | None, *, stop: bool) -> dict[str, Any]:
     question = {"order": "snapshot", "name": name}
     if stop:  # so that less is left to be written while programs are stopped
         give(mount, "sync", "written to disk", "check the disk of the upper")
-    # So that those who are stopped go on in any case.
+    # So that the stopped processes continue in any case.
     signal.setitimer(signal.ITIMER_REAL, _LONGEST_STOP if stop else 0)
     try:
         with Stopped() as stopped:
@@ -178,8 +178,7 @@ def has_to_join(mount: LiveMount) -> bool:
 
 
 def merge(mount: LiveMount) -> None:
-    """Join removed layers with those that lie on them, and remove those that nothing lies on. Raises
-    UserError."""
+    """Join removed layers with the layers on top of them, and remove those without one. Raises UserError."""
     upper, _ = record_of(mount)
     markers = Markers(b"user.overlay." if mount.settings.userxattr else b"trusted.overlay.")
     complaint, cure = (
@@ -199,16 +198,14 @@ def merge(mount: LiveMount) -> None:
                 join([path_of(upper, child), *lowers_of(mount, upper, record, gone)], fd, markers)
             store.put_joint(gone, child)
     with on_failure(complaint, cure), opened(upper) as store:
-        used = {os.path.basename(path) for path in mount.settings.lowers}
-        with store.locked():
-            waste = [name for name in store.waste() if name not in used]
-        for name in waste:
-            store.discard(name)
+        store.discard_waste(mount.settings.lowers)
 
 
 def _steps(mount: LiveMount, upper: str, record: Record) -> Iterator[tuple[str, str | None]]:
-    """The pairs that can be joined: a removed layer and the only one on it, or None. The upper's index refers
-    to the layer below the upper, so that one stays until another one lies on it."""
+    """Each removed layer that can be joined with the only one on top of it, or removed if that is None.
+
+    The upper's index refers to the layer below the upper, so that one stays until another lies on top.
+    """
     user_of = partial(_user_of, mount, upper, record)
     for one in record.layers.values():
         children = record.children(one.id)
@@ -255,9 +252,8 @@ def compared(mount: LiveMount, name: str, other: str | None) -> Iterator[View]:
                 index = resources.enter_context(opened_index(mount.settings.work, merge))
             view = View(merge, root, index)
         except OSError as error:
-            at = f"{quoted(os.fsdecode(error.filename))}: " if error.filename else ""
             raise UserError(
-                f"the snapshots of {quoted(upper)} cannot be read: {at}{reason(error)}; check their "
+                f"the snapshots of {quoted(upper)} cannot be read: {reason_at(error)}; check their "
                 "directory."
             ) from error
         yield view

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from unionfs.branches.beneath import Beneath
 from unionfs.branches.merging import Merged
-from unionfs.branches.plan import Put, has_below
+from unionfs.branches.plan import Chosen, Put
 from unionfs.branches.sharing import Sharing
 from unionfs.branches.view import Entry, View
 from unionfs.core.places import Layer, Place
@@ -73,6 +73,7 @@ class Stager:
         self._view = view
         self._at = at
         self._has = has
+        self._chosen = Chosen(view, has)
         self._base = base
         self._texts = texts
         self._sharing = sharing
@@ -119,7 +120,7 @@ class Stager:
         if found is None:
             return
         if found.is_directory:
-            if self._has(path) or has_below(self._view, self._has, found, path):
+            if self._chosen.reaches(path, found):
                 os.mkdir(name, _ACCESS, dir_fd=level.fd)
                 levels.append(self._level(level.fd, name, path, found))
         elif self._has(path):

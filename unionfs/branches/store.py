@@ -42,7 +42,6 @@ STATE_FILE = "state.json"
 LAST_FILE = "last.json"
 """Beside the commits: see `last`."""
 _PENDING = ("on", "back", "ending")
-_POLL_SECONDS = 0.02
 _DOOMED = ".removed-"
 
 
@@ -156,8 +155,8 @@ class Store:
         self.check(make=True)
         path = f"{self.commits}/lock"
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        while (fd := filelocks.take(lambda: os.open(path, flags, 0o600), path)) is None:
-            time.sleep(_POLL_SECONDS)
+        fd = filelocks.take(lambda: os.open(path, flags, 0o600), path, operation=fcntl.LOCK_EX)
+        assert fd is not None
         with Owned(fd):
             yield
 

@@ -102,12 +102,7 @@ class _Try:
     def _waited(self, command: Command) -> int:
         """Run the command, which is killed with this process. Returns its exit code."""
 
-        def clear(_: str) -> None:
-            command.kill()
-            if command.terminal is not None:
-                command.terminal.restore_from_outside()
-
-        watcher = guardian.start(clear)
+        watcher = guardian.start(lambda _: command.clear())
         try:
             code = command.wait()
         finally:

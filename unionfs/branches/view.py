@@ -18,7 +18,7 @@ from unionfs.branches.covered import hidden_in
 from unionfs.branches.ids import overflow
 from unionfs.branches.store import Branch, may_own
 from unionfs.core.places import Place
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, quoted, reason_at
 from unionfs.images.indexed import Copy, Index, opened_index
 from unionfs.sys.attributes import ALL, FileAttributes, attributes, read_xattrs
 from unionfs.sys.fds import Owned, open_for_listing
@@ -177,8 +177,8 @@ class View:
     def both_of(self, change: Change) -> tuple[FileAttributes, FileAttributes]:
         """The attributes of a directory that stays, now and before, for comparison.
 
-        An ordinary user's copy of a directory has another owner if that is not to be had, which is no change.
-        Raises OSError.
+        An ordinary user's copy of a directory has another owner where that cannot be set, which is not a
+        change. Raises OSError.
         """
         assert change.new is not None
         assert change.old is not None
@@ -238,6 +238,13 @@ class View:
             return change.new.parts != change.old.parts
         return self.merge.is_opaque(top) or change.new.parts[1:] != change.old.parts
 
+    def stays(self, change: Change) -> bool:
+        """Whether a directory stays, and its entries are changed one by one."""
+        new, old = change.new, change.old
+        if new is None or old is None or not (new.is_directory and old.is_directory):
+            return False
+        return not self.is_replaced(change)
+
     # -- hard links whose other names only a lower has ------------------------------------------------------
 
     def _lacks_names(self, index: Index) -> bool:
@@ -293,9 +300,8 @@ def viewed(branch: Branch) -> Iterator[View]:
             others = None if record.ids is None else (overflow("uid"), overflow("gid"))
             view = View(merge, root, index, hidden, others)
         except OSError as error:
-            at = f"{quoted(os.fsdecode(error.filename))}: " if error.filename else ""
             raise UserError(
-                f"branch {quoted(branch.name)} cannot be read: {at}{reason(error)}; check its base "
+                f"branch {quoted(branch.name)} cannot be read: {reason_at(error)}; check its base "
                 f"{quoted(record.base)} and its layer {quoted(branch.upper)}."
             ) from error
         yield view

@@ -47,7 +47,7 @@ def hazards(view: View, plan: Plan, base: str, above: bytes) -> list[str]:
         names = users.get(os.path.join(base, os.fsdecode(path[1:])), [])
         by = f" by {', '.join(names[:_MOST_NAMED])}" if names else ""
         sentences.append(
-            f"{quoted(os.fsdecode((above + path)[1:]))} is open for writing{by}; what is written to it after "
+            f"{quoted((above + path)[1:])} is open for writing{by}; what is written to it after "
             "the commit goes to the former file and is lost, so stop its writers before."
         )
     return sentences

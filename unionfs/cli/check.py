@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import TYPE_CHECKING
 
 import click
 
+from unionfs.cli.common import print_json
 from unionfs.cli.completing import complete_directories, complete_files
 from unionfs.daemon.preflight import check_directory, check_lower, check_unused
 from unionfs.daemon.settle import absolute
@@ -82,7 +82,7 @@ def check(
             else:
                 print(_line(finding, states[-1]))
     if as_json:
-        print(json.dumps(facts, indent=2))
+        print_json(facts)
     if not states:
         return 0
     return REPAIRED if all(state == DONE for state in states) else FOUND
@@ -90,7 +90,7 @@ def check(
 
 def _line(finding: Finding, state: str) -> str:
     outcome = f" ({state})" if state else ""
-    return f"{quoted(os.fsdecode(finding.path))}: {finding.cause}; {finding.cure}.{outcome}"
+    return f"{quoted(finding.path)}: {finding.cause}; {finding.cure}.{outcome}"
 
 
 def _facts(finding: Finding, state: str) -> dict[str, object]:

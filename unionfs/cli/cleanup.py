@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 
 import click
 
+from unionfs.cli.common import complain, print_json
 from unionfs.cli.completing import complete_mountpoints
-from unionfs.cli.run import complain
 from unionfs.daemon import dead, live, others
 from unionfs.daemon.dead import DeadMount
 from unionfs.daemon.live import LiveMount
@@ -107,7 +106,7 @@ def _report(
                 {"mountpoint": entry.settings.mountpoint, "pid": entry.pid} for entry in forgotten
             ],
         }
-        print(json.dumps(values, indent=2))
+        print_json(values)
         return
     for one in unmounted:
         whose = "" if one.owner is None else f" of uid {one.owner}"

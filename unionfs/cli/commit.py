@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import click
 
+from unionfs.cli.common import print_json, root_option, tell
 from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount
-from unionfs.cli.rules import complete_images, tell
-from unionfs.cli.volume.common import root_option
+from unionfs.cli.rules import complete_images
 from unionfs.daemon.differences import follows_redirects, upper_in_memory
 from unionfs.errors import UserError, quoted
 
@@ -68,8 +67,8 @@ def commit(
     )  # fmt: skip
     done = write(stack, place, wish)
     if as_json:
-        print(json.dumps({"id": done.id, "layers": done.layers, "notes": done.notes}, indent=2))
+        print_json({"id": done.id, "layers": done.layers, "notes": done.notes})
         return 0
     print(done.id)
-    tell(done.notes)
+    tell(*done.notes)
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import click
 
@@ -99,18 +99,6 @@ def filter_completer(keys: Sequence[str], values: Mapping[str, Sequence[str]]) -
     return complete
 
 
-_WORDS: Final = (
-    "ro", "volatile", "userxattr", "allow_other", "allow_root", "nodev", "nosuid", "noexec", "sync",
-    "dirsync", "noatime", "nodiratime", "strictatime", "watch_lower", "outlive", "cpu_idle",
-    "static_nlink", "noacl",
-)  # fmt: skip
-_KEYS: Final = (
-    "lowerdir", "upperdir", "workdir", "fsname", "subtype", "session", "io", "volume", "tmpfs", "context",
-    "fscontext", "defcontext", "rootcontext", "uidmapping", "gidmapping", "squash_to_uid",
-    "squash_to_gid", "xattr_permissions", "max_nodes",
-)  # fmt: skip
-
-
 def complete_mount_options(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
@@ -118,12 +106,13 @@ def complete_mount_options(
     # For start-up time: only completion needs it.
     from unionfs.settings.features import VALUES
     from unionfs.settings.mount import IO_MODES, SESSIONS
+    from unionfs.settings.options import KEYS, WORDS
 
     values = {**VALUES, "session": SESSIONS, "io": IO_MODES}
     before, comma, option = incomplete.rpartition(",")
     key, equals, value = option.partition("=")
     if not equals:
-        known = (*(f"{name}=" for name in (*_KEYS, *VALUES)), *_WORDS)
+        known = (*(f"{name}=" for name in KEYS), *WORDS)
         return items([f"{before}{comma}{name}" for name in known], incomplete)
     if key in ("lowerdir", "upperdir", "workdir"):
         return _paths(value.rpartition(":")[2], "dir")

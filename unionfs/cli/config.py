@@ -7,9 +7,8 @@ from typing import Any
 
 import click
 
+from unionfs.cli.common import print_json, print_table
 from unionfs.cli.lazy import LazyGroup
-from unionfs.cli.listing import print_json
-from unionfs.cli.run import print_table
 from unionfs.errors import quoted
 
 _COMMANDS = {"show": ("unionfs.cli.config:show", "Show all values and where each comes from.")}

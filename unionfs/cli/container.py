@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from unionfs.cli.common import complain, confirm, for_each, print_json, root_option
 from unionfs.cli.completing import complete_containers
 from unionfs.cli.lazy import LazyGroup
-from unionfs.cli.listing import list_options, print_json, print_list
-from unionfs.cli.run import complain, for_each
-from unionfs.cli.volume.common import root_option
+from unionfs.cli.listing import list_options, print_list
 from unionfs.errors import UserError, quoted
 from unionfs.settings.filters import parse_filters
 from unionfs.settings.words import moment
@@ -28,7 +27,7 @@ _COMMANDS = {
     "logs": ("unionfs.cli.container:logs", "Show the output of a detached container."),
     "stop": ("unionfs.cli.container:stop", "Stop containers."),
     "kill": ("unionfs.cli.container:kill", "Send a signal to containers."),
-    "rm": ("unionfs.cli.containers:rm", "Remove containers."),
+    "rm": ("unionfs.cli.container:rm", "Remove containers."),
     "prune": ("unionfs.cli.container:prune", "Remove all containers that do not run."),
 }
 _KEYS = ("name", "state", "image")
@@ -165,6 +164,37 @@ def diff(as_json: bool, root: str | None, name: str) -> int:
     return print_changes(container.storage_driver().diff(container.layer()), as_json)
 
 
+@click.command(epilog="Example: unionfs rm web")
+@click.option("-f", "--force", is_flag=True, help="Kill it first, if it runs.")
+@click.option("-v", "--volumes", "with_volumes", is_flag=True, help="Also remove its anonymous volumes.")
+@_names
+def rm(force: bool, with_volumes: bool, root: str | None, names: tuple[str, ...]) -> int:
+    """Remove containers that `unionfs run` kept, with all their changes, and print their names.
+
+    Volumes stay, without -v also anonymous ones. A container that cannot be removed is reported; the others
+    are still removed.
+    """
+    # For start-up time: --help and completion do not need it.
+    from unionfs.containers.state import end, has_ended
+    from unionfs.storage.root import storage_root
+    from unionfs.storage.volumes import Volumes
+
+    volumes = Volumes(storage_root(root))
+
+    def remove(name: str) -> bool:
+        container = _container(root, name)
+        if force and container.is_running():
+            end(container)
+        with container.claimed(make=False, ends=lambda: has_ended(container)):
+            anonymous = container.volumes() if with_volumes else {}
+            container.remove()
+        for volume in anonymous.values():
+            volumes.remove(volume, missing_ok=True)
+        return True
+
+    return for_each(names, remove)
+
+
 @click.command(epilog="Example: unionfs container prune -f")
 @click.option("-f", "--force", is_flag=True, help="Don't ask.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
@@ -180,13 +210,7 @@ def prune(force: bool, as_json: bool, root: str | None) -> int:
     from unionfs.storage.root import storage_root
 
     if not force:
-        click.echo("WARNING! This will remove all containers that do not run.", err=True)
-        try:
-            agreed = click.confirm("Are you sure you want to continue?", err=True)
-        except click.Abort:
-            agreed = False
-        if not agreed:
-            raise UserError("nothing was removed; answer y, or use --force.")
+        confirm("This will remove all containers that do not run.")
     gone: list[str] = []
     bases: list[str] = []
     code = 0

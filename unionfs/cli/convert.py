@@ -6,8 +6,8 @@ import os
 
 import click
 
+from unionfs.cli.common import print_table
 from unionfs.cli.completing import complete_directories
-from unionfs.cli.run import print_table
 from unionfs.daemon.preflight import check_directory, check_unused
 from unionfs.daemon.settle import absolute
 from unionfs.sys.capabilities import may_use_trusted_xattrs

@@ -8,10 +8,9 @@ from collections.abc import Iterable
 
 import click
 
+from unionfs.cli.common import on_terminal, print_json
 from unionfs.cli.completing import complete_directories, complete_files, complete_mountpoints
 from unionfs.cli.finding import find_mount
-from unionfs.cli.listing import print_json
-from unionfs.cli.run import on_terminal
 from unionfs.cli.terminal import shell_word
 from unionfs.daemon.differences import changes_of
 from unionfs.daemon.live import LiveMount, find_by_device

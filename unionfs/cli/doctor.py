@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
+from unionfs.cli.common import on_terminal, print_json, print_table
 from unionfs.cli.completing import complete_directories
-from unionfs.cli.run import on_terminal, print_table
 
 if TYPE_CHECKING:
     from unionfs.daemon.host import Finding
@@ -52,7 +51,7 @@ def doctor(directory: str | None, as_json: bool) -> int:
     possible = mounting_is_possible(findings)
     if as_json:
         facts = [asdict(finding) for finding in findings]
-        print(json.dumps({"mounting_is_possible": possible, "findings": facts}, indent=2))
+        print_json({"mounting_is_possible": possible, "findings": facts})
     elif on_terminal():
         print_table(
             ("STATE", "WHAT", "FOUND", "CURE"),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import click
 
+from unionfs.cli.common import complain, root_option
 from unionfs.cli.completing import complete_containers, complete_files
-from unionfs.cli.containers import CodedCommand, check_tty, parse_environment, variables_from_files
-from unionfs.cli.run import complain
-from unionfs.cli.volume.common import root_option
+from unionfs.cli.run import CodedCommand, check_tty, parse_environment, variables_from_files
 
 
 @click.command(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from unionfs import __version__
-from unionfs.cli.run import failed, leave, prepare_streams
+from unionfs.cli.common import failed, leave, prepare_streams
 from unionfs.daemon import preflight, remounting
 from unionfs.daemon.process import mount
 from unionfs.daemon.settle import settle

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from unionfs.cli.common import for_each, print_json, print_table, root_option, tell
 from unionfs.cli.lazy import LazyGroup
 from unionfs.cli.progress import progress_option, shown_progress
-from unionfs.cli.rules import complete_images, rules_options, tell
-from unionfs.cli.run import for_each, print_table
-from unionfs.cli.volume.common import root_option
+from unionfs.cli.rules import complete_images, rules_options
 from unionfs.settings.sizes import shown_size
 from unionfs.settings.words import moment
 
@@ -88,10 +87,10 @@ def import_(rules: Rules, progress: str, as_json: bool, root: str | None, source
     ) as found:
         pass
     if as_json:
-        print(json.dumps({"id": found[0].id, "names": list(found[0].names), "notes": notes}, indent=2))
+        print_json({"id": found[0].id, "names": list(found[0].names), "notes": notes})
         return 0
     print(found[0].id)
-    tell(notes)
+    tell(*notes)
     return 0
 
 
@@ -104,7 +103,7 @@ def ls(quiet: bool, as_json: bool, root: str | None) -> None:
     store = _store(root)
     found = store.images()
     if as_json:
-        print(json.dumps([_details(store, one, {}) for one in found], indent=2))
+        print_json([_details(store, one, {}) for one in found])
     elif quiet:
         for one in found:
             print(one.id)
@@ -156,9 +155,7 @@ def inspect(root: str | None, names: tuple[str, ...]) -> None:
     """Print what is known about images of the store as a JSON array: layers, their users, configuration."""
     store, users = _store(root), _users(root)
     found = [store.find(name) for name in names]
-    print(json.dumps(
-        [{**_details(store, one, users), "Config": json.loads(one.config)} for one in found], indent=2
-    ))  # fmt: skip
+    print_json([{**_details(store, one, users), "Config": json.loads(one.config)} for one in found])
 
 
 @click.command(epilog="Example: unionfs image rm debian:12")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
+from unionfs.cli.common import print_json, root_option, tell
 from unionfs.cli.completing import complete_directories, complete_files
 from unionfs.cli.lazy import LazyGroup
 from unionfs.cli.progress import progress_option, shown_progress
-from unionfs.cli.rules import rules_options, tell
-from unionfs.cli.volume.common import root_option
+from unionfs.cli.rules import rules_options
 from unionfs.errors import on_failure, quoted
 
 if TYPE_CHECKING:
@@ -96,13 +95,13 @@ def _print(written: Written, notes: list[str], *, as_json: bool) -> None:
     notes = [*notes, *written.packed.notes]
     if as_json:
         packed = written.packed
-        print(json.dumps({
+        print_json({
             "digest": written.digest, "diff_id": written.diff_id, "blob_size": written.size,
             "entries": packed.entries, "size": packed.size, "whiteouts": packed.whiteouts, "notes": notes,
-        }, indent=2))  # fmt: skip
+        })  # fmt: skip
         return
     print(f"digest   {written.digest}\ndiff id  {written.diff_id}")
-    tell(notes)
+    tell(*notes)
 
 
 @click.command(name="import", epilog="Example: unionfs layer import layer.tar.gz /srv/layer")
@@ -129,10 +128,10 @@ def import_(
     if as_json:
         facts = asdict(contents)
         del facts["opaque"], facts["root_opaque"]
-        print(json.dumps({"diff_id": diff_id, **facts}, indent=2))
+        print_json({"diff_id": diff_id, **facts})
         return 0
     print(f"diff id  {diff_id}")
-    tell(contents.notes)
+    tell(*contents.notes)
     return 0
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import click
 
+from unionfs.cli.common import on_terminal, print_table
 from unionfs.cli.completing import filter_completer
-from unionfs.cli.run import on_terminal, print_table
 from unionfs.cli.template import parse, render, render_rows
 from unionfs.cli.terminal import all_printable
 
@@ -79,7 +78,3 @@ def _safe(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """Escape control characters on a terminal: some values come from others."""
     found: Mapping[str, Any] = all_printable(row) if on_terminal() else row
     return found
-
-
-def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import click
 
 from unionfs import __version__
+from unionfs.cli.common import leave, run
 from unionfs.cli.lazy import LazyGroup
-from unionfs.cli.run import leave, run
 
 # Name: module and object, help line; in the order of the help.
 _COMMANDS = {
@@ -29,13 +29,13 @@ _COMMANDS = {
     "diff": ("unionfs.cli.diff:diff", "Show what a union's upper changes."),
     "check": ("unionfs.cli.check:check", "Examine an upper that is not mounted."),
     "convert": ("unionfs.cli.convert:convert", "Rewrite an upper's markers for other programs."),
-    "run": ("unionfs.cli.containers:run", "Run a command in a union."),
+    "run": ("unionfs.cli.run:run", "Run a command in a union."),
     "exec": ("unionfs.cli.execute:execute", "Run a command in a running container."),
     "ps": ("unionfs.cli.container:ps", "List containers."),
     "logs": ("unionfs.cli.container:logs", "Show the output of a detached container."),
     "stop": ("unionfs.cli.container:stop", "Stop containers."),
     "kill": ("unionfs.cli.container:kill", "Send a signal to containers."),
-    "rm": ("unionfs.cli.containers:rm", "Remove containers."),
+    "rm": ("unionfs.cli.container:rm", "Remove containers."),
     "container": ("unionfs.cli.container:container", "Manage containers."),
     "try": ("unionfs.cli.branch.trying:try_", "Run a command on a branch of a directory, and decide then."),
     "branch": ("unionfs.cli.branch:branch", "Manage branches: diff, commit, undo, discard."),

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from unionfs.cli.common import tell
 from unionfs.cli.completing import complete_directories, complete_files, complete_mount_options
 from unionfs.cli.progress import progress_of, progress_option, shown_progress
-from unionfs.cli.rules import complete_images, tell
+from unionfs.cli.rules import complete_images
 from unionfs.cli.storage_options import HELP, storage_options
 from unionfs.settings.mount import IO_MODES, LOG_LEVELS, SESSIONS
 
@@ -186,5 +187,5 @@ def layers_of(
             _, paths = held.enter_context(image_layers(
                 image, storage_root(root), userxattr=userxattr, rules=DEFAULTS, notes=notes, progress=shown
             ))  # fmt: skip
-        tell(notes)
+        tell(*notes)
         yield paths

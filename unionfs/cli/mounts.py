@@ -9,10 +9,10 @@ from typing import Any
 
 import click
 
+from unionfs.cli.common import print_json, print_table
 from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount
-from unionfs.cli.listing import list_options, print_json, print_list
-from unionfs.cli.run import print_table
+from unionfs.cli.listing import list_options, print_list
 from unionfs.daemon.dead import dead_mounts, dead_mounts_of_others
 from unionfs.daemon.described import copying_up, io_reasons, setting_rows, shown
 from unionfs.daemon.detached import Detached, detached_mounts

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
+from unionfs.cli.common import root_option, tell
 from unionfs.cli.completing import complete_files
 from unionfs.cli.lazy import LazyGroup
-from unionfs.cli.volume.common import root_option, tell
 
 _COMMANDS = {"serve": ("unionfs.cli.plugin:serve", "Serve the Docker volume plugin protocol.")}
 SYSTEM_SOCKET = "/run/docker/plugins/unionfs.sock"

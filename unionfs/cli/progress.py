@@ -14,7 +14,7 @@ import click
 
 from unionfs.settings.sizes import shown_size
 from unionfs.settings.words import printable, shown_clock
-from unionfs.storage.archive.progress import Progress, Shows
+from unionfs.storage.archive.progress import UNSEEN, Progress, Shows
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Drawn
@@ -46,11 +46,11 @@ def progress_of(how: str) -> Shows | None:
 
 
 @contextmanager
-def shown_progress(what: str, how: str) -> Iterator[Progress | None]:
+def shown_progress(what: str, how: str) -> Iterator[Progress]:
     """Show how far an operation is; `how` is one of the words of `--progress`."""
     shows = progress_of(how)
     if shows is None:
-        yield None
+        yield UNSEEN
         return
     with shows(what, sys.stderr) as shown:
         yield shown
@@ -108,7 +108,7 @@ class _Bar(_Timed):
             if self._line is None:
                 self._line = _line(self._what, self._stream)
                 self._line.start()
-            # Rich would ask fds 0 to 2, which in a daemon are no terminal.
+            # Rich would ask fds 0 to 2, which in a daemon are not a terminal.
             self._line.console.width = os.get_terminal_size(self._stream.fileno()).columns or 80
             share = self.share
             total = None if share is None else 1.0

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -49,12 +48,6 @@ def rules_options(command: Callable[..., int]) -> Callable[..., int]:
     )):  # fmt: skip
         added = option(added)
     return added
-
-
-def tell(sentences: Iterable[str]) -> None:
-    """Print sentences about what was left out."""
-    for sentence in sentences:
-        print(f"unionfs: {sentence}", file=sys.stderr)
 
 
 def complete_images(

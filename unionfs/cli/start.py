@@ -31,8 +31,8 @@ def main() -> None:
             reside(name, identity)
         case ["--launched-as", program, *arguments]:
             # For start-up time: not for the others.
+            from unionfs.cli.common import leave
             from unionfs.cli.programs import run_program
-            from unionfs.cli.run import leave
 
             leave(run_program(program, arguments))
         case arguments:

@@ -10,12 +10,12 @@ from typing import Any
 
 import click
 
+from unionfs.cli.common import complain, on_terminal, print_json, print_table, terminal_table
 from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount
-from unionfs.cli.run import complain, on_terminal, print_table, terminal_table
 from unionfs.daemon.exposition import SCRAPE_SECONDS, exposition
 from unionfs.daemon.live import LiveMount
-from unionfs.daemon.stats import MountGoneError, NoAnswerError, Snapshot, Span, snapshot
+from unionfs.daemon.stats import MountGoneError, NoAnswerError, Sample, Span, sample
 from unionfs.daemon.stats_tables import tables
 from unionfs.settings.words import moment
 
@@ -59,14 +59,14 @@ def stats(mountpoint: str, watch: bool, as_json: bool, prometheus: bool, seconds
         raise click.UsageError("--watch needs --seconds of at least 0.1")
     mount = find_mount(mountpoint)
     if prometheus:
-        sys.stdout.buffer.write(exposition(mount, snapshot(mount, SCRAPE_SECONDS)).encode("utf-8"))
+        sys.stdout.buffer.write(exposition(mount, sample(mount, SCRAPE_SECONDS)).encode("utf-8"))
         sys.stdout.buffer.flush()
         return 0
     if watch:
         return _watch(mount, seconds, as_json=as_json)
     span = _span(mount, seconds)
     if as_json:
-        print(json.dumps(_json(mount, span), indent=2))
+        print_json(_json(mount, span))
         return 0
     for index, table in enumerate(tables(mount, span)):
         if index:
@@ -77,10 +77,10 @@ def stats(mountpoint: str, watch: bool, as_json: bool, prometheus: bool, seconds
 
 def _span(mount: LiveMount, seconds: float) -> Span:
     if seconds == 0:
-        return Span(None, snapshot(mount, 0))
-    earlier = snapshot(mount, seconds + _SPARE_SECONDS)
+        return Span(None, sample(mount, 0))
+    earlier = sample(mount, seconds + _SPARE_SECONDS)
     time.sleep(seconds)
-    return Span(earlier, snapshot(mount, 0))
+    return Span(earlier, sample(mount, 0))
 
 
 # -- --watch ------------------------------------------------------------------------------------------
@@ -114,12 +114,12 @@ def _follow(mount: LiveMount, seconds: float, show: Callable[[Span], None]) -> N
         earlier = now
 
 
-def _ask_until_answered(mount: LiveMount, seconds: float) -> Snapshot:
-    """Return a snapshot; retry while the daemon does not answer."""
+def _ask_until_answered(mount: LiveMount, seconds: float) -> Sample:
+    """Return a sample; retry while the daemon does not answer."""
     told = False
     while True:
         try:
-            return snapshot(mount, seconds + _SPARE_SECONDS)
+            return sample(mount, seconds + _SPARE_SECONDS)
         except NoAnswerError as error:
             if not told:
                 complain("unionfs", f"{error} Retrying.")

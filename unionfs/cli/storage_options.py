@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from unionfs.cli.completing import complete_directories
+from unionfs.cli.common import root_option
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -80,10 +80,7 @@ def storage_options(command: Callable[..., int]) -> Callable[..., int]:
             "--tmpfs", "tmpfs", multiple=True, metavar="TARGET[:OPT,...]",
             help="Mount an empty tmpfs into the union.",
         ),
-        click.option(
-            "--root", metavar="DIR", shell_complete=complete_directories,
-            help="The storage root. [UNIONFS_ROOT; /var/lib/unionfs, or ~/.local/share/unionfs]",
-        ),
+        root_option,
     )):  # fmt: skip
         added = option(added)
     return added

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from unionfs import __version__
+from unionfs.cli.common import print_json, print_table, root_option
 from unionfs.cli.lazy import LazyGroup
-from unionfs.cli.listing import print_json, print_list, wants_fields
-from unionfs.cli.run import print_table
+from unionfs.cli.listing import print_list, wants_fields
 from unionfs.cli.template import render
-from unionfs.cli.volume.common import root_option
 from unionfs.errors import UserError, quoted
 from unionfs.settings.sizes import shown_size
 

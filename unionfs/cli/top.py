@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import select
@@ -16,7 +15,7 @@ from typing import Any, Final
 
 import click
 
-from unionfs.cli.run import on_terminal, print_table, terminal_table
+from unionfs.cli.common import on_terminal, print_json, print_table, terminal_table
 from unionfs.daemon.described import copying_up
 from unionfs.daemon.overview import Activity, Overview
 from unionfs.daemon.stats_tables import tables
@@ -72,7 +71,7 @@ def top(sort: str, seconds: float, once: bool, as_json: bool) -> None:
         time.sleep(seconds)
         found = _sorted(overview.look(), sort)
         if as_json:
-            print(json.dumps([one.facts() for one in found], indent=2))
+            print_json([one.facts() for one in found])
         else:
             print_table(_HEADINGS, [_row(one.facts()) for one in found])
             for line in _copying_up(found):

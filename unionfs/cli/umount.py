@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
+from unionfs.cli.common import for_each
 from unionfs.cli.completing import complete_mountpoints
-from unionfs.cli.run import for_each
 from unionfs.errors import UserError
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import click
 
+from unionfs.cli.common import complain
 from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount
-from unionfs.cli.run import complain
 from unionfs.daemon.live import live_mounts
 from unionfs.daemon.orders import exchange
 from unionfs.errors import UserError, quoted

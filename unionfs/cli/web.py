@@ -9,8 +9,8 @@ from functools import partial
 
 import click
 
+from unionfs.cli.common import root_option, tell
 from unionfs.cli.completing import complete_files
-from unionfs.cli.volume.common import root_option, tell
 from unionfs.errors import UserError, quoted
 
 

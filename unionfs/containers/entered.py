@@ -21,6 +21,7 @@ from unionfs.containers.streams import Streams
 from unionfs.containers.terminal import Terminal, standard_terminals
 from unionfs.errors import reason
 from unionfs.sys.calls import os_error, prctl
+from unionfs.sys.fds import Owned
 from unionfs.sys.inheritance import take_cgroups
 
 _OWN_FAILURE: Final = 125
@@ -61,18 +62,15 @@ class Entered:
             self._streams.close_ends()
         if self._terminal is not None:
             self._terminal.close_slave()
-        try:
-            with os.fdopen(reader, "rb") as answers:
-                first = answers.readline(_LONGEST)
-                os.waitpid(child, 0)
-                pid = self._read(first or b"{}")
-                # The command is now a child of this process, and its parent's death no longer concerns it.
-                with suppress(BrokenPipeError):  # the container has ended
-                    os.write(start, b".")
-                if rest := answers.readline(_LONGEST):
-                    self._read(rest)
-        finally:
-            os.close(start)
+        with Owned(start), os.fdopen(reader, "rb") as answers:
+            first = answers.readline(_LONGEST)
+            os.waitpid(child, 0)
+            pid = self._read(first or b"{}")
+            # The command is now a child of this process, and its parent's death no longer concerns it.
+            with suppress(BrokenPipeError):  # the container has ended
+                os.write(start, b".")
+            if rest := answers.readline(_LONGEST):
+                self._read(rest)
         return pid
 
     def _read(self, answer: bytes) -> int:

@@ -54,7 +54,7 @@ def _check_interpreter(root: int, fd: int, name: str, workdir: str) -> None:
     try:
         os.close(open_in_root(root, os.path.join(os.fsencode(workdir), words[0])))
     except OSError as error:
-        interpreter = quoted(os.fsdecode(words[0]))
+        interpreter = quoted(words[0])
         raise CommandError(
             f"{quoted(name)} is a script for {interpreter}, which cannot be found in the union: "
             f"{reason(error)}; check its first line and the lowers.",

@@ -35,9 +35,7 @@ class Given:
 
 
 @contextmanager
-def wished(
-    wish: Wish, given: Given, notes: list[str], progress: Progress | None = None
-) -> Iterator[Wish]:
+def wished(wish: Wish, given: Given, notes: list[str], progress: Progress) -> Iterator[Wish]:
     """The wish with what the image says, whose layers stay during the context.
 
     A kept container remembers its image. Raises UserError.

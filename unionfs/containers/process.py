@@ -156,6 +156,12 @@ class Command:
             with suppress(OSError):
                 os.kill(self._top, signal.SIGKILL)
 
+    def clear(self) -> None:
+        """End everything in the container, and restore the terminal: for the guardian of a killed process."""
+        self.kill()
+        if self.terminal is not None:
+            self.terminal.restore_from_outside()
+
     def wait(self) -> int:
         """Forward signals until the command has ended; return its exit code, or 128 plus the signal's number.
 

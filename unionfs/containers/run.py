@@ -266,9 +266,7 @@ class _Run:
 
         def clear(_: str) -> None:
             """Clean up after this process was killed."""
-            command.kill()
-            if command.terminal is not None:
-                command.terminal.restore_from_outside()
+            command.clear()
             entrances.remove(self._container)
             mounted.abandon()
             if self._wish.remove:

@@ -1,6 +1,7 @@
 """The storage of containers: ROOT/containers/NAME/{merged,container.json,driver}.
 
-Its storage driver has more there (`images.drivers`). The file `driver` has its name; `union` has none.
+Its storage driver keeps more there (`images.drivers`). The file `driver` holds that driver's name; without it
+the driver is `union`.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ class Container:
                 time.sleep(_POLL_SECONDS)
             if not locked:
                 stop = f"stop it by `unionfs stop {quoted(self.name)}`"
-                cure = "wait for its end, or choose another name" if make else f"{stop}, or use --force"
+                cure = "wait until it ends, or choose another name" if make else f"{stop}, or use --force"
                 raise UserError(f"container {quoted(self.name)} is running; {cure}.")
             yield
 

@@ -1,4 +1,4 @@
-"""The loop on /dev/fuse: reads requests and answers those that need no decision, between two turns of others.
+"""The loop on /dev/fuse: reads requests and answers those that need no decision, between two turns of other tasks.
 
 - Waking up costs far more than answering, so when no request is pending it polls for a short time; how soon
   the next one came determines how long.
@@ -19,7 +19,8 @@ from unionfs.core.idling cimport Idling
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
-#: What `Channel.next` returns besides the size of a request: wait until the device is readable; let others run.
+#: What `Channel.next` returns besides the size of a request: wait until the device is readable; let other tasks
+#: run.
 WAIT = 0
 FAIR = -1
 
@@ -29,7 +30,7 @@ cdef enum:
     FAIR_NS = 2_000_000
     MAX_SPIN_NS = 100_000
     MIN_SPIN_NS = 5_000
-    # From then on it polls only while no others want the CPU. sched_yield(2) makes each read take longer, so the
+    # From then on it polls only while no other process wants the CPU. sched_yield(2) makes each read take longer, so the
     # next request of a program that has a CPU of its own should arrive before.
     ALONE_NS = 15_000
 
@@ -96,7 +97,7 @@ cdef class Channel:
         self.answers.puts_aside()
 
     def rested(self):
-        """Others ran."""
+        """Record that other tasks have run."""
         self.fair_until = now_ns() + FAIR_NS
 
     def waited(self):

@@ -296,10 +296,6 @@ cdef class Node:
             return rare.ctime_shown
         return rare.ctime_shown if rare.ctime_given == ctime else ctime
 
-    def shown_ctime(self, int64_t ctime):
-        """The ctime to show while the real one is ``ctime``."""
-        return self.ctime_to_show(ctime)
-
     def show_ctime(self, int64_t shown, int64_t real=C_UNSEEN):
         """Show that ctime while the real one is the one set by a copy-up."""
         cdef Rare rare = self.uncommon()
@@ -339,10 +335,6 @@ cdef class Node:
         if self.held >= 0:
             close(self.held)
         self.held = fd
-
-    def has_number(self, number):
-        """Set its number: a copied-up name of a lower file with several is a file of its own."""
-        self.ino = number
 
     def has_origin(self):
         """Record that its number is that of its origin."""
@@ -448,10 +440,6 @@ cdef class Node:
     cdef void drop_child(self, bytes name, Node node):
         if self.children is not None and self.children.get(name) is node:
             del self.children[name]
-
-    def forget_child(self, bytes name, Node node):
-        """Forget that a name below it refers to the node."""
-        self.drop_child(name, node)
 
     def forget_names(self):
         """Forget all its names; returns the directories of all but the first."""

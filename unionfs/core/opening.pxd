@@ -11,7 +11,7 @@ cdef class Handles:
     cdef NodeTable nodes
     cdef dict by_number
     cdef uint64_t last
-    cdef public uint64_t bytes_read
+    cdef readonly uint64_t bytes_read
     cdef readonly dict fds_of_users
     cdef readonly Py_ssize_t fds
     cdef Py_ssize_t shared, most

@@ -50,6 +50,10 @@ cdef class Handles:
         """All open files."""
         return list(self.by_number.values())
 
+    def was_read(self, uint64_t count):
+        """Count bytes read for an answer."""
+        self.bytes_read += count
+
     def get(self, uint64_t number):
         """The open file with that number, or None."""
         return self.by_number.get(number)

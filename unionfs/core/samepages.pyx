@@ -40,7 +40,7 @@ cdef enum:
     # What the kernel and libc write to at any time (errno, rseq) lies around the thread pointer.
     OWN = 64 * 1024
 
-# Larger mappings are no memory of an interpreter, but the shadow memory of a sanitizer.
+# Larger mappings do not belong to an interpreter, but are the shadow memory of a sanitizer.
 _LARGEST = 1 << 30
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 # Above all addresses.

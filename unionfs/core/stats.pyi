@@ -1,3 +1,0 @@
-import os
-
-def same_result(result: os.stat_result) -> os.stat_result: ...

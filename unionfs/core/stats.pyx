@@ -115,10 +115,3 @@ cdef void fill_attr(
     attr.rdev = <uint32_t>st.st_rdev
     attr.blksize = <uint32_t>st.st_blksize
     attr.flags = 0
-
-
-def same_result(result: os.stat_result) -> os.stat_result:
-    """A copy of the attributes by way of struct stat, for tests."""
-    cdef stat_t st
-    read_result(result, &st)
-    return result_of(&st)

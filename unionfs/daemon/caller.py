@@ -64,10 +64,13 @@ class Caller:
         return () if self._stderr < 0 else (self._stderr,)
 
     @contextmanager
-    def shown(self, what: str) -> Iterator[Progress | None]:
+    def shown(self, what: str) -> Iterator[Progress]:
         """Show the caller how far an operation is."""
         if self._shows is None:
-            yield None
+            # For start-up time: few mounts have operations that take long.
+            from unionfs.storage.archive.progress import UNSEEN
+
+            yield UNSEEN
             return
         with (
             open(self._stderr, "w", errors="surrogateescape", closefd=False) as stream,

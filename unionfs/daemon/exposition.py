@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from unionfs.daemon.live import LiveMount
-from unionfs.daemon.stats import Snapshot
+from unionfs.daemon.stats import Sample
 from unionfs.fuse.latency import Histogram
 
 SCRAPE_SECONDS: Final = 150.0
@@ -47,7 +47,7 @@ _METRICS: Final = (
 )  # fmt: skip
 
 
-def exposition(mount: LiveMount, now: Snapshot) -> str:
+def exposition(mount: LiveMount, now: Sample) -> str:
     return "".join(f"{line}\n" for line in _lines(mount, now))
 
 
@@ -57,7 +57,7 @@ def label_value(value: str) -> str:
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
-def _lines(mount: LiveMount, now: Snapshot) -> Iterator[str]:
+def _lines(mount: LiveMount, now: Sample) -> Iterator[str]:
     where = f'mountpoint="{label_value(mount.settings.mountpoint)}"'
     yield from _head("unionfs_mount_info", "gauge", "Always 1; what serves the mount, and its way of data.")
     yield f'unionfs_mount_info{{{where},session="{now.session}",io="{now.io}"}} 1'

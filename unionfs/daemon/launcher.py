@@ -1,4 +1,4 @@
-"""The launcher for commands that mount along the way: what mounts for them has everything imported.
+"""The launcher, for commands that mount something: the process that mounts for them has everything imported.
 
 See launcher/fuse-unionfs.c and `resident`.
 """
@@ -26,7 +26,7 @@ def find() -> str | None:
     """The launcher of this installation; None if there is none, or the user wants no resident."""
     if os.environ.get(_SETTING) == "0":
         return None
-    # By `python -c` it is no path, and nothing may be looked for in the current directory.
+    # With `python -c` it is not a path, and nothing may be searched for in the current directory.
     script = os.path.realpath(sys.argv[0]) if "/" in sys.argv[0] else ""
     for program in filter(None, (script, sys.executable)):
         path = os.path.join(os.path.dirname(program), NAME)
@@ -36,10 +36,9 @@ def find() -> str | None:
 
 
 def hand_over(launcher: str, calls: Sequence[Sequence[str]]) -> None:
-    """Run `unionfs ARGUMENT...` for each call at once by the launcher, which answers with the mount or one
-    sentence.
+    """Run `unionfs ARGUMENT...` for all calls at once, through the launcher, which mounts or says why not.
 
-    Signals that come meanwhile interrupt them, and are blocked afterwards. Raises UserError.
+    Signals that arrive meanwhile interrupt them, and are blocked afterwards. Raises UserError.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
     try:
@@ -64,7 +63,7 @@ def hand_over(launcher: str, calls: Sequence[Sequence[str]]) -> None:
 
 def _answer(process: subprocess.Popen[bytes], text: str) -> None:
     if process.returncode != 0:
-        raise UserError(text.removeprefix("unionfs: ") or "the mount failed without a word; try again.")
+        raise UserError(text.removeprefix("unionfs: ") or "the mount failed without a reason; try again.")
     if text:
         print(text, file=sys.stderr)
 

@@ -1,7 +1,7 @@
 """When a mount ends: on a signal, with its owner process, or when it is unmounted.
 
-On a signal the mount leaves the tree at once, as by `umount -l`. Who has files of it open may finish: it is
-served until they have closed them, a second signal comes, or the time is over.
+On a signal the mount leaves the tree at once, as by `umount -l`. Processes that have files of it open may
+finish: it is served until they have closed them, a second signal arrives, or the time is up.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Lifetime:
         self._device = device
 
     def cut_off(self) -> None:
-        """End the mount now, like two signals: who uses it is not waited for."""
+        """End the mount now, like two signals, without waiting for its users."""
         self._cut_off = True
         if self._ending:
             self._at_once.set()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from unionfs.daemon.live import LiveMount, live_mounts
-from unionfs.daemon.stats import Snapshot, Span, snapshot
+from unionfs.daemon.stats import Sample, Span, sample
 from unionfs.errors import UserError
 from unionfs.sys.child import run_child
 from unionfs.sys.fds import Owned
@@ -64,7 +64,7 @@ class Overview:
     def __init__(self, watch_seconds: float) -> None:
         """The daemons measure latencies for `watch_seconds` after each look."""
         self._watch = watch_seconds
-        self._before: Mapping[str, Snapshot] = {}
+        self._before: Mapping[str, Sample] = {}
 
     def look(self) -> Sequence[Activity]:
         """Return the activity of each mount since the look before, the oldest mount first."""
@@ -72,7 +72,7 @@ class Overview:
         for mount in live_mounts():
             span = None
             with suppress(UserError):
-                now[mount.name] = snapshot(mount, self._watch)
+                now[mount.name] = sample(mount, self._watch)
                 span = Span(self._before.get(mount.name), now[mount.name])
             found.append(Activity(mount, span, _free(mount)))
         self._before = now

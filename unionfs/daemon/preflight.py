@@ -22,7 +22,7 @@ from unionfs.daemon.fuse import (
     fuse_device_problem,
     user_allow_other,
 )
-from unionfs.errors import DeadMountError, UserError, quoted, reason
+from unionfs.errors import DeadMountError, UserError, on_failure, quoted, reason
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.options import unescape_option
 from unionfs.sys.calls import filesystem_magic
@@ -241,13 +241,12 @@ def _can_clone(path: str) -> bool:
 
 
 def _check_work_content(work: str) -> None:
-    with Owned(os.open(work, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
-        try:
-            check_work(fd, work)
-        except OSError as error:
-            raise UserError(
-                f"work {quoted(work)}: its `work` cannot be read: {reason(error)}; choose an empty directory."
-            ) from error
+    complaint = f"work {quoted(work)}: its `work` cannot be read"
+    with (
+        Owned(os.open(work, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as fd,
+        on_failure(complaint, "choose an empty directory"),
+    ):
+        check_work(fd, work)
 
 
 def check_unused(upper: str, work: str | None = None) -> None:

@@ -28,8 +28,8 @@ def is_remount(options: Iterable[str]) -> bool:
 def flags_of(options: Iterable[str]) -> int:
     """Return the flags of the `-o` arguments; the last word about a flag counts.
 
-    mount(8) completes the words with those of the live mount and of fstab. Options that are no flags, such as
-    the layers, are ignored, as by the kernel.
+    mount(8) completes the words with those of the live mount and of fstab. Options that are not flags, such
+    as the layers, are ignored, as by the kernel.
     """
     flags = 0
     for argument in options:

@@ -185,15 +185,10 @@ def _store(stack: LayerStack, settings: MountSettings) -> Iterator[Store | None]
 
 
 def _clean(stack: LayerStack, settings: MountSettings) -> None:
-    used = {os.path.basename(one) for one in settings.lowers}
     try:
         with _store(stack, settings) as store:
-            if store is None:
-                return
-            with store.locked():
-                waste = [name for name in store.waste() if name not in used]
-            for name in waste:
-                store.discard(name)
+            if store is not None:
+                store.discard_waste(settings.lowers)
     except (OSError, UserError) as error:
         log.warning(_NOT_CLEANED, error)
 

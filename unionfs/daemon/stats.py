@@ -1,4 +1,4 @@
-"""Statistics of a mount: snapshots from its daemon, and the difference between two of them.
+"""Statistics of a mount: samples from its daemon, and the difference between two of them.
 
 The daemon measures latencies only for the requested time: see `unionfs.fuse.latency`.
 """
@@ -21,14 +21,14 @@ COUNTERS: Final = {
     "opened_with_backing_file": "opens passed through",
     "backing_files_refused": "pass-throughs refused",
 }
-"""Figures that only grow, with their words; all others are gauges. Not every session has all of them."""
+"""Figures that only grow, with their labels; all others are gauges. Not every session has all of them."""
 
 _WATCH: Final = "watch_seconds"
 _NS: Final = 1_000_000_000
 
 
 def more_for(question: dict[str, Any], latencies: Latencies) -> dict[str, Any]:
-    """Return the daemon's extra answer to a question for statistics.
+    """Return what the daemon adds to its answer when it is asked for statistics.
 
     Latencies are measured for the next `watch_seconds` seconds.
     """
@@ -48,7 +48,7 @@ class MountGoneError(UserError):
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class Sample:
     """A daemon's answer at one moment."""
 
     clock_ns: int
@@ -62,7 +62,7 @@ class Snapshot:
     """Of the requests measured since the mount, by kind."""
 
 
-def snapshot(mount: LiveMount, watch_seconds: float) -> Snapshot:
+def sample(mount: LiveMount, watch_seconds: float) -> Sample:
     """Ask the daemon, and let it measure latencies for `watch_seconds` more.
 
     Raises NoAnswerError, MountGoneError, and UserError if the daemon has died or is too old.
@@ -72,7 +72,7 @@ def snapshot(mount: LiveMount, watch_seconds: float) -> Snapshot:
         raise _silence(mount)
     try:
         figures = dict(answer["figures"])
-        return Snapshot(
+        return Sample(
             clock_ns=int(answer["clock_ns"]),
             session=str(answer["settings"]["session"]),
             io=str(answer["settings"]["io"]),
@@ -114,15 +114,15 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A mount's activity between two snapshots."""
+    """A mount's activity between two samples."""
 
-    earlier: Snapshot | None
-    """None: there is only one snapshot."""
-    now: Snapshot
+    earlier: Sample | None
+    """None: there is only one sample."""
+    now: Sample
 
     @property
     def seconds(self) -> float:
-        """The length of the span; 0 with only one snapshot."""
+        """The length of the span; 0 with only one sample."""
         return 0.0 if self.earlier is None else (self.now.clock_ns - self.earlier.clock_ns) / _NS
 
     def kinds(self) -> dict[str, Kind]:

@@ -26,7 +26,6 @@ DOT: Final = 1
 DOT_DOT: Final = 2
 """Cookies of ``.`` and ``..``."""
 
-NO_ENTRIES: Final = Entries([])
 
 
 class Directories(KeptListings):
@@ -40,7 +39,7 @@ class Directories(KeptListings):
     async def entries(self, node: Node, offset: int) -> tuple[Entries, int]:
         """The listing of a directory, and the index of its first name after ``offset``.
 
-        Offset 0 creates a new listing. Raises ``OSError``; EINVAL for an offset that was no cookie.
+        Offset 0 creates a new listing. Raises ``OSError``; EINVAL for an offset that was not a cookie.
         """
         found = None if offset == 0 else self.kept(node.id)
         if found is None:

@@ -170,7 +170,7 @@ class Files:
 
     def was_read(self, count: int) -> None:
         """Count bytes read for an answer."""
-        self.handles.bytes_read += count
+        self.handles.was_read(count)
 
     # -- data -----------------------------------------------------------------------------------------
 
@@ -178,7 +178,7 @@ class Files:
         """Read up to ``size`` bytes in a thread; fewer only at the end of the file."""
         with file:
             data = await in_thread(file.read, size, offset)
-        self.handles.bytes_read += len(data)
+        self.handles.was_read(len(data))
         return data
 
     async def write(
@@ -229,6 +229,6 @@ class Files:
         """copy_file_range(2); returns the number of bytes."""
         with source, target:
             count = await in_thread(os.copy_file_range, source.fd, target.fd, length, offset_in, offset_out)
-        self.handles.bytes_read += count
+        self.handles.was_read(count)
         self.bytes_written += count
         return count

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import IO, cast
 
 from unionfs.core.places import Layer
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted
 from unionfs.images.indexed import Index
 from unionfs.images.measured import HashedFile, HashedSink, Unpacked, Window
 from unionfs.images.pack import Packed, Packer
@@ -20,7 +20,7 @@ from unionfs.images.unpack import Contents, unpack
 from unionfs.storage.archive.compress import ReadAhead, WriteBehind, compressor, decompressor
 from unionfs.storage.archive.foreign import ForeignReader
 from unionfs.storage.archive.headers import Malformed
-from unionfs.storage.archive.progress import Progress
+from unionfs.storage.archive.progress import UNSEEN, Progress
 from unionfs.storage.archive.tar import Tar
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.union import opening
@@ -70,16 +70,15 @@ def explained(name: str) -> Iterator[None]:
 
 
 def unpack_blob(
-    blob: Blob, target: str, markers: Markers, rules: Rules, progress: Progress | None = None
+    blob: Blob, target: str, markers: Markers, rules: Rules, progress: Progress = UNSEEN
 ) -> tuple[Contents, str]:
     """Unpack a layer into the empty directory `target`, and return its contents and diff id.
 
-    Raises UserError, above all for a digest that differs, and OSError. What is in `target` then is no layer.
+    Raises UserError, above all for a digest that differs, and OSError. `target` then holds no complete layer.
     """
     with explained(blob.name):
         window = Window(blob.fd, blob.offset, blob.size)
-        if progress is not None:
-            progress.reads(blob.size, lambda: window.total)
+        progress.reads(blob.size, lambda: window.total)
         tar = Unpacked(decompressor(cast(IO[bytes], window)), window, rules)
         with ReadAhead(tar) as ahead:
             contents = unpack(ForeignReader(ahead), target, markers, rules, progress)
@@ -143,10 +142,8 @@ def write_layer(
 def file_blob(path: str) -> Iterator[Blob]:
     """A layer's file as a blob without known digests. Raises UserError."""
     name = f"the layer {quoted(path)}"
-    try:
+    with on_failure(f"{name} cannot be read", "check the path"):
         file = open(path, "rb", buffering=0)  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"{name} cannot be read: {reason(error)}; check the path.") from error
     with file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise UserError(f"{name} is not a regular file; write it to one first.")

@@ -143,7 +143,7 @@ def check_digest(digest: str) -> str:
 
 
 def check_layer(descriptor: Descriptor) -> None:
-    """Raise Malformed for a layer that is no tar, as an encrypted one."""
+    """Raise Malformed for a layer that is not a tar, such as an encrypted one."""
     check_digest(descriptor.digest)
     if not _TARS.fullmatch(descriptor.media_type):
         kind = descriptor.media_type[:80]

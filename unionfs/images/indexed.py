@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from unionfs.settings.features import DEFAULTS
-from unionfs.sys.fds import Owned, open_for_listing
+from unionfs.sys.fds import Owned, names_in
 from unionfs.union.merge import Found, Merge
 from unionfs.union.origin import Origins
 
@@ -31,8 +31,7 @@ class Index:
         self._origins = Origins(layers, merge.markers, DEFAULTS, merge.gate)
 
     def is_empty(self) -> bool:
-        with Owned(open_for_listing(self.fd)) as listing:
-            return not os.listdir(listing)
+        return not names_in(self.fd)
 
     def find(self, name: bytes, found: Found) -> Copy | None:
         """The copy of a lower's object, also if that has lost its other names since; None if the lower's own

@@ -15,7 +15,7 @@ from unionfs.images.store import Store, kind_of, markers_of
 from unionfs.images.unpack import Contents
 from unionfs.storage.archive.compress import kind_for
 from unionfs.storage.archive.output import whole_file
-from unionfs.storage.archive.progress import Progress
+from unionfs.storage.archive.progress import UNSEEN, Progress
 from unionfs.sys.capabilities import may_use_trusted_xattrs
 from unionfs.sys.trees import remove_path
 from unionfs.union.resting import resting
@@ -43,7 +43,7 @@ def export_layer(
 
 
 def import_layer(
-    file: str, target: str, *, userxattr: bool, rules: Rules, progress: Progress | None = None
+    file: str, target: str, *, userxattr: bool, rules: Rules, progress: Progress = UNSEEN
 ) -> tuple[Contents, str]:
     """Unpack a layer's file into a directory that is missing or empty; returns its contents and diff id.
 
@@ -67,7 +67,7 @@ def import_layer(
 
 
 def squash_layers(
-    files: Sequence[str], output: str, root: str, rules: Rules, progress: Progress | None = None
+    files: Sequence[str], output: str, root: str, rules: Rules, progress: Progress = UNSEEN
 ) -> tuple[Written, list[str]]:
     """Write one layer's file with the content of several, the lowest first; returns it and notes.
 

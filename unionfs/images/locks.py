@@ -4,37 +4,27 @@ from __future__ import annotations
 
 import fcntl
 import os
-from contextlib import suppress
 
 from unionfs.errors import on_failure, quoted
-from unionfs.sys.fds import Returned
+from unionfs.sys import filelocks
+from unionfs.sys.fds import Owned
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def hold(path: str, *, alone: bool) -> int:
-    """Wait for a lock; return the fd that holds it. Raises UserError."""
-    fd = _take(path, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-    assert fd is not None
-    return fd
+def hold(path: str, *, alone: bool) -> Owned:
+    """Wait for a lock, and return it. Raises UserError."""
+    lock = _take(path, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+    assert lock is not None
+    return lock
 
 
-def try_alone(path: str) -> int | None:
-    """Return an fd that holds the lock alone, or None while others hold it. Raises UserError."""
+def try_alone(path: str) -> Owned | None:
+    """Return an exclusive lock, or None while others hold it. Raises UserError."""
     return _take(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _take(path: str, operation: int) -> int | None:
+def _take(path: str, operation: int) -> Owned | None:
     with on_failure(f"the lock {quoted(path)} cannot be taken", "check the storage root"):
-        while True:
-            with Returned(os.open(path, _FLAGS, 0o600)) as fd:
-                try:
-                    fcntl.flock(fd, operation)
-                except BlockingIOError:
-                    os.close(fd)
-                    return None
-                # Its last holder may have removed the file meanwhile.
-                with suppress(FileNotFoundError):
-                    if os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False)):
-                        return fd
-            os.close(fd)
+        fd = filelocks.take(lambda: os.open(path, _FLAGS, 0o600), path, operation=operation)
+    return None if fd is None else Owned(fd)

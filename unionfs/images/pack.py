@@ -153,12 +153,12 @@ class Packer:
         try:
             yield
         except FileNotFoundError:
-            self.packed.notes.append(f"{_shown(path)} was removed while it was read; it was left out.")
+            self.packed.notes.append(f"{quoted(path)} was removed while it was read; it was left out.")
         except OSError as error:
             if error.errno not in _UNREADABLE:
                 raise  # as of the output
             raise LayerError(
-                f"{_shown(path)} cannot be read: {reason(error)}; make it readable, or run this as root."
+                f"{quoted(path)} cannot be read: {reason(error)}; make it readable, or run this as root."
             ) from error
 
     def _name(self, level: _Level, name: bytes, path: bytes, found: Found) -> _Level | None:
@@ -211,7 +211,7 @@ class Packer:
         kind = _KINDS.get(stat.S_IFMT(st.st_mode))
         if kind is None:
             self.packed.notes.append(
-                f"{_shown(path)} is a socket, which no archive can hold; it was left out."
+                f"{quoted(path)} is a socket, which no archive can hold; it was left out."
             )
             return
         copy, layer = None, place.layer
@@ -306,7 +306,7 @@ class Packer:
         except OSError as error:
             if len(self._merge.roots) > self._count:
                 raise LayerError(
-                    f"the data of {_shown(path)} is in a lower (metacopy), where it cannot be found: "
+                    f"the data of {quoted(path)} is in a lower (metacopy), where it cannot be found: "
                     f"{reason(error)}; check the lowers and their order."
                 ) from error
             raise _refuse(path, "has its data in a lower (metacopy)") from error
@@ -327,7 +327,7 @@ class Packer:
         self.packed.size += entry.size
         self._written.add(entry.path)
         if not is_unchanged(seen, fd):
-            self.packed.notes.append(f"{_shown(entry.path)} changed while it was read; its data is mixed.")
+            self.packed.notes.append(f"{quoted(entry.path)} changed while it was read; its data is mixed.")
 
     def _add(self, entry: Entry) -> None:
         self._out.add(entry)
@@ -373,7 +373,7 @@ class Packer:
         with suppress(OSError):
             os.getxattr(self._where(place, name), self._merge.markers.nlink, follow_symlinks=False)
             raise LayerError(
-                f"{_shown(path)} is a hard link whose other names are in a lower, kept together by an index, "
+                f"{quoted(path)} is a hard link whose other names are in a lower, kept together by an index, "
                 "so the upper alone is not a layer; name its lowers by --lower, topmost first, and its work "
                 "directory by --work."
             )
@@ -433,8 +433,4 @@ def _entry(
 
 
 def _refuse(path: bytes, cause: str) -> LayerError:
-    return LayerError(f"{_shown(path)} {cause}, so the upper alone is not a layer; {_NEEDS_LOWERS}.")
-
-
-def _shown(path: bytes) -> str:
-    return quoted(os.fsdecode(path) or ".")
+    return LayerError(f"{quoted(path)} {cause}, so the upper alone is not a layer; {_NEEDS_LOWERS}.")

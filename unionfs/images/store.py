@@ -4,9 +4,9 @@
     ROOT/images/layers/KIND/DIFFID/root        a layer, in the kernel's format
     ROOT/images/layers/KIND/DIFFID/layer.json  what it has, and where it came from
     ROOT/images/layers/KIND/.new-DIFFID        being unpacked, or left by a process that was killed
-    ROOT/images/locks/KIND-DIFFID              held shared by users, alone while it is unpacked or removed
+    ROOT/images/locks/KIND-DIFFID              held shared by users, exclusively for unpacking and removal
 
-A layer counts when its directory has its name, which it gets by one rename when all of it is on disk. KIND
+A layer exists once its directory has its name, which it gets by one rename when all of it is on disk. KIND
 says who can read its markers and owners: `trusted` (trusted.overlay.*, root), `user` (user.overlay.*), and
 `mapped` (user.overlay.*, with the owners of a user namespace, which an ordinary user cannot store).
 """
@@ -28,7 +28,7 @@ from unionfs.images.locks import hold, try_alone
 from unionfs.images.rules import Rules
 from unionfs.images.sources import ImageSource
 from unionfs.storage import jsonfiles
-from unionfs.storage.archive.progress import Progress
+from unionfs.storage.archive.progress import UNSEEN, Progress
 from unionfs.storage.root import make_directory, open_root
 from unionfs.sys.calls import syncfs
 from unionfs.sys.capabilities import is_host_root
@@ -107,7 +107,7 @@ class Store:
         return f"{self.path}/locks/{kind}-{diff_id}"
 
     def _use_layer(
-        self, kind: str, diff_id: str, blob: Blob, rules: Rules, held: ExitStack, progress: Progress | None
+        self, kind: str, diff_id: str, blob: Blob, rules: Rules, held: ExitStack, progress: Progress
     ) -> list[str] | None:
         """Hold a layer, which is unpacked first if it is missing; then notes are returned, else None.
 
@@ -118,18 +118,15 @@ class Store:
         while True:
             shared = hold(lock, alone=False)
             if self.has_layer(kind, diff_id):
-                held.callback(os.close, shared)
+                held.enter_context(shared)
                 return notes
-            os.close(shared)
-            alone = hold(lock, alone=True)
-            try:
+            shared.close()
+            with hold(lock, alone=True):
                 if not self.has_layer(kind, diff_id):
                     notes = self._unpack(kind, diff_id, blob, rules, progress)
-            finally:
-                os.close(alone)
 
     def _unpack(
-        self, kind: str, diff_id: str, blob: Blob, rules: Rules, progress: Progress | None
+        self, kind: str, diff_id: str, blob: Blob, rules: Rules, progress: Progress
     ) -> list[str]:
         above = make_directory(f"{self.path}/layers/{kind}")
         new = f"{above}/{_NEW}{diff_id}"
@@ -158,14 +155,13 @@ class Store:
         """A directory for layers that are unpacked for a moment. Raises UserError."""
         self._prepare("layers", "locks", "records")
         name = f"work-{secrets.token_hex(8)}"
-        fd = hold(self.lock_path(kind, name), alone=True)
-        path = f"{make_directory(f'{self.path}/layers/{kind}')}/{_NEW}{name}"
-        try:
-            os.mkdir(path, 0o700)
-            yield path
-        finally:
-            self._remove_layer(kind, f"{_NEW}{name}")
-            os.close(fd)
+        with hold(self.lock_path(kind, name), alone=True):
+            path = f"{make_directory(f'{self.path}/layers/{kind}')}/{_NEW}{name}"
+            try:
+                os.mkdir(path, 0o700)
+                yield path
+            finally:
+                self._remove_layer(kind, f"{_NEW}{name}")
 
     # -- images -------------------------------------------------------------------------------------------
 
@@ -176,15 +172,14 @@ class Store:
         kind: str,
         rules: Rules,
         notes: list[str],
-        progress: Progress | None = None,
+        progress: Progress = UNSEEN,
     ) -> Iterator[Image]:
         """An image from a source, whose layers nobody removes meanwhile. Raises UserError."""
         self._prepare("layers", "locks", "records")
         layers = tuple(documents.check_digest(blob.diff_id or "") for blob in source.layers)
-        if progress is not None:
-            missing = {diff_id: blob.size for diff_id, blob in zip(layers, source.layers, strict=True)
-                       if not self.has_layer(kind, diff_id)}  # fmt: skip
-            progress.expects(sum(missing.values()))
+        missing = {diff_id: blob.size for diff_id, blob in zip(layers, source.layers, strict=True)
+                   if not self.has_layer(kind, diff_id)}  # fmt: skip
+        progress.expects(sum(missing.values()))
         new: list[str] = []
         with ExitStack() as held:
             try:
@@ -206,8 +201,7 @@ class Store:
         self._prepare("layers", "locks", "records")
         with ExitStack() as held:
             for diff_id in image.layers:
-                fd = hold(self.lock_path(kind, diff_id), alone=False)
-                held.callback(os.close, fd)
+                held.enter_context(hold(self.lock_path(kind, diff_id), alone=False))
                 if not self.has_layer(kind, diff_id):
                     raise UserError(
                         f"the layer {diff_id[:12]} of image {shown(image)} is not unpacked for such a mount; "
@@ -242,12 +236,9 @@ class Store:
 
     @contextmanager
     def _records(self) -> Iterator[None]:
-        fd = hold(f"{self.path}/locks/records", alone=True)
-        try:
-            with on_failure(f"the images in {quoted(self.path)} cannot be recorded", "free space"):
-                yield
-        finally:
-            os.close(fd)
+        complaint = f"the images in {quoted(self.path)} cannot be recorded"
+        with hold(f"{self.path}/locks/records", alone=True), on_failure(complaint, "free space"):
+            yield
 
     def images(self) -> list[Image]:
         """All images, oldest first. Raises UserError."""
@@ -275,7 +266,7 @@ class Store:
         if len(named) == 1:
             return named[0]
         if named:
-            raise UserError(f"{quoted(text)} means several images; write more of the name or id.")
+            raise UserError(f"{quoted(text)} matches several images; give more of the name or id.")
         raise UserError(
             f"there is no image {quoted(text)} in {quoted(self.path)}; `unionfs image ls` lists them, and "
             "oci-archive:FILE, docker-archive:FILE or oci:DIR names one outside."
@@ -286,8 +277,8 @@ class Store:
     def remove(self, images: Sequence[Image], users: Mapping[str, str]) -> list[str]:
         """Remove images, and the layers that no other image has. Returns the directories of these layers.
 
-        `users` says of the directories of layers who uses them. Raises UserError for an image in use, of
-        which nothing is removed.
+        `users`: who uses a layer, by its directory. Raises UserError for an image in use, of which nothing is
+        removed.
         """
         self._prepare("locks", "records")
         gone = []
@@ -310,13 +301,13 @@ class Store:
         self, image: Image, kind: str, diff_id: str, users: Mapping[str, str], held: ExitStack
     ) -> None:
         user = users.get(self.layer(kind, diff_id))
-        fd = None if user else try_alone(self.lock_path(kind, diff_id))
-        if fd is None:
+        lock = None if user else try_alone(self.lock_path(kind, diff_id))
+        if lock is None:
             raise UserError(
                 f"image {shown(image)} cannot be removed: {user or 'another process'} uses it; end that "
                 "first."
             )
-        held.callback(os.close, fd)
+        held.enter_context(lock)
 
     def prune(self, users: Mapping[str, str]) -> list[str]:
         """Remove layers that no image has and nobody uses, and what killed processes left.
@@ -335,13 +326,13 @@ class Store:
             diff_id = name.removeprefix(_NEW)
             if name in known or self.layer(kind, name) in users:
                 continue
-            if (fd := try_alone(self.lock_path(kind, diff_id))) is not None:
-                gone.append(self._remove_layer(kind, name))
-                os.close(fd)
+            if (lock := try_alone(self.lock_path(kind, diff_id))) is not None:
+                with lock:
+                    gone.append(self._remove_layer(kind, name))
         return gone
 
     def _remove_layer(self, kind: str, name: str) -> str:
-        """Remove a layer, whose lock is held alone. It loses its name first."""
+        """Remove a layer, whose lock is held exclusively. It loses its name first."""
         path = f"{self.path}/layers/{kind}/{name}"
         doomed = f"{self.path}/layers/{kind}/{_NEW}{name.removeprefix(_NEW)}"
         with on_failure(f"the layer {quoted(path)} cannot be removed", "check its permissions"):
@@ -361,7 +352,7 @@ def shown(image: Image) -> str:
 
 
 def _is_named(name: str, text: str) -> bool:
-    """Whether a name is meant by a text, which may lack the registry and the tag `latest`."""
+    """Whether a text means this name; it may omit the registry and the tag `latest`."""
     return any(name == word or name.endswith(f"/{word}") for word in (text, f"{text}:latest"))
 
 

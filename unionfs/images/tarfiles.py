@@ -67,7 +67,7 @@ class TarFiles:
             if entry.kind == DIRECTORY:
                 continue
             if name in self._places or name in self._links:
-                raise Malformed(f"it has two files with the name {_shown(name)}")
+                raise Malformed(f"it has two files with the name {quoted(name)}")
             if entry.kind == FILE:
                 if offset + entry.size > size:
                     raise Malformed("it is cut off")
@@ -77,7 +77,7 @@ class TarFiles:
             elif entry.kind == HARDLINK:
                 self._links[name] = _inside(entry.link, b"")
             else:
-                raise Malformed(f"{_shown(name)} is neither a file nor a link")
+                raise Malformed(f"{quoted(name)} is neither a file nor a link")
 
     def find(self, name: str) -> tuple[int, int]:
         """The offset and size of a file. Raises Malformed."""
@@ -99,17 +99,13 @@ class TarFiles:
 def _inside(name: bytes, directory: bytes) -> bytes:
     """A name in the archive, relative to one of its directories, as a path. Raises Malformed."""
     if name.startswith(b"/") or b"\0" in name:
-        raise Malformed(f"its file {_shown(name)} is absolute")
+        raise Malformed(f"its file {quoted(name)} is absolute")
     parts = directory.split(b"/") if directory else []
     for part in name.split(b"/"):
         if part == b"..":
             if not parts:
-                raise Malformed(f"its file {_shown(name)} leads out of it")
+                raise Malformed(f"its file {quoted(name)} leads out of it")
             parts.pop()
         elif part not in (b"", b"."):
             parts.append(part)
     return b"/".join(parts)
-
-
-def _shown(name: bytes) -> str:
-    return quoted(os.fsdecode(name))

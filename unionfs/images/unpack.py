@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from unionfs.core.search import PREFIX
 from unionfs.errors import UserError, quoted
@@ -35,7 +34,7 @@ from unionfs.storage.archive.entry import (
 from unionfs.storage.archive.extract import Extractor
 from unionfs.storage.archive.foreign import ForeignReader
 from unionfs.storage.archive.headers import Malformed
-from unionfs.storage.archive.progress import Progress
+from unionfs.storage.archive.progress import UNSEEN, Progress
 from unionfs.sys.capabilities import may_use_trusted_xattrs
 from unionfs.sys.fds import Owned
 from unionfs.union.markers import Markers
@@ -45,7 +44,6 @@ _MOST_NANOSECONDS = 1 << 63
 _HOLE = 1 << 16
 _ZEROS = bytes(1 << 20)
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -64,7 +62,7 @@ class Contents:
 
 
 def unpack(
-    reader: ForeignReader, target: str, markers: Markers, rules: Rules, progress: Progress | None = None
+    reader: ForeignReader, target: str, markers: Markers, rules: Rules, progress: Progress = UNSEEN
 ) -> Contents:
     """Fill the empty directory `target` with a layer, to its end.
 
@@ -73,16 +71,14 @@ def unpack(
     """
     contents = Contents()
     with LayerExtractor(target, markers, rules, contents) as extractor:
-        before = (0, 0) if progress is None else (progress.entries, progress.size)
+        before = (progress.entries, progress.size)
         for entry in reader.entries():
             content = reader.content()
-            if progress is not None:
-                progress(before[0] + contents.entries, before[1] + contents.size)
-                content = progress.along(content)
+            progress(before[0] + contents.entries, before[1] + contents.size)
+            content = progress.along(content)
             extractor.add_member(entry, content)
         extractor.finish()
-        if progress is not None:
-            progress(before[0] + contents.entries, before[1] + contents.size)
+        progress(before[0] + contents.entries, before[1] + contents.size)
     return contents
 
 
@@ -106,7 +102,7 @@ class LayerExtractor(Extractor):
         entry = self._checked(member)
         above, _, name = entry.path.rpartition(b"/")
         if any(part.startswith(PREFIX) for part in above.split(b"/")):
-            raise Malformed(f"its entry {_shown(entry.path)} lies below a whiteout")
+            raise Malformed(f"its entry {quoted(entry.path)} lies below a whiteout")
         if not name.startswith(PREFIX):
             self._add(entry, content)
         elif name == OPAQUE:
@@ -126,15 +122,15 @@ class LayerExtractor(Extractor):
         path = self._path(member.path, "the entry")
         link, xattrs = member.link, member.xattrs
         if member.kind == HARDLINK:
-            link = self._path(link, f"the hard link {_shown(path)} to")
+            link = self._path(link, f"the hard link {quoted(path)} to")
             if link == path:
-                raise Malformed(f"the hard link {_shown(path)} leads to itself")
+                raise Malformed(f"the hard link {quoted(path)} leads to itself")
         elif not link and member.kind == SYMLINK:
-            raise Malformed(f"the symlink {_shown(path)} leads nowhere")
+            raise Malformed(f"the symlink {quoted(path)} leads nowhere")
         if b"\0" in link:
-            raise Malformed(f"the target of the link {_shown(path)} has a zero byte")
+            raise Malformed(f"the target of the link {quoted(path)} has a zero byte")
         if not -_MOST_NANOSECONDS <= member.mtime < _MOST_NANOSECONDS:
-            raise Malformed(f"the time of {_shown(path)} is out of range")
+            raise Malformed(f"the time of {quoted(path)} is out of range")
         if xattrs:
             xattrs = self._kept(xattrs)
         return member._replace(path=path, link=link, xattrs=xattrs)
@@ -142,15 +138,15 @@ class LayerExtractor(Extractor):
     def _path(self, name: bytes, what: str) -> bytes:
         """A name in a tar as a path below the layer."""
         if name.startswith(b"/"):
-            raise Malformed(f"{what} {_shown(name)} is absolute")
+            raise Malformed(f"{what} {quoted(name)} is absolute")
         parts = [part for part in name.split(b"/") if part not in (b"", b".")]
         if b".." in parts:
-            raise Malformed(f"{what} {_shown(name)} leads out of the layer")
+            raise Malformed(f"{what} {quoted(name)} leads out of the layer")
         if b"\0" in name:
-            raise Malformed(f"{what} {_shown(name)} has a zero byte")
+            raise Malformed(f"{what} {quoted(name)} has a zero byte")
         if not self._rules.any_name and any(byte < 32 or byte == 127 for byte in name):
             raise Refused(
-                f"{what} {_shown(name)} has control characters in its name",
+                f"{what} {quoted(name)} has control characters in its name",
                 "if you trust it, allow them by --any-name of `import`",
             )
         return b"/".join(parts)
@@ -175,7 +171,7 @@ class LayerExtractor(Extractor):
         try:
             return self._markers.stored_name(name)
         except OSError:
-            raise Malformed(f"the xattr {_shown(name)} has a name that cannot be stored") from None
+            raise Malformed(f"the xattr {quoted(name)} has a name that cannot be stored") from None
 
     # -- entries ------------------------------------------------------------------------------------------
 
@@ -183,14 +179,14 @@ class LayerExtractor(Extractor):
         if entry.kind in (CHARACTER, BLOCK):
             if entry.kind == CHARACTER and entry.rdev == (0, 0):
                 raise Malformed(
-                    f"{_shown(entry.path)} is a character device 0/0, by which overlayfs marks a removed name"
+                    f"{quoted(entry.path)} is a character device 0/0, by which overlayfs marks a removed name"
                 )
             if not (self._is_root and self._trusted):
                 if self._rules.skip_devices:
-                    self._say_once(f"device files were left out, as {_shown(entry.path)}.")
+                    self._say_once(f"device files were left out, as {quoted(entry.path)}.")
                     return
                 raise Refused(
-                    f"{_shown(entry.path)} is a device file, which only root can make",
+                    f"{quoted(entry.path)} is a device file, which only root can make",
                     "run this as root, or leave device files out by --skip-devices of `import`",
                 )
         if entry.kind in (FILE, SPARSE):
@@ -209,28 +205,21 @@ class LayerExtractor(Extractor):
         self._remember(Entry(b"/".join([*self._parts, name]), DIRECTORY, 0o755, 0, 0, 0, 0))
         return self._open_directory(at, name, path)
 
-    def _in_place_of(self, at: int, name: bytes, make: Callable[[], T]) -> T:
-        try:
-            return make()
-        except FileExistsError:
-            self._drop_whiteout(at, name)
-            return make()
-
     def _mkdir(self, at: int, name: bytes) -> None:
         try:
             os.mkdir(name, 0o700, dir_fd=at)
         except FileExistsError:
             if stat.S_ISDIR(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode):
                 return  # some programs name directories more than once
-            self._drop_whiteout(at, name)
+            self._clear(at, name)
             os.mkdir(name, 0o700, dir_fd=at)
             with Owned(os.open(name, _DIRECTORY, dir_fd=at)) as fd:
                 self._markers.set_opaque(fd)
 
-    def _drop_whiteout(self, at: int, name: bytes) -> None:
+    def _clear(self, at: int, name: bytes) -> None:
         """Remove a whiteout for an entry of the same name. Raises Malformed for anything else."""
         if not self._is_whiteout(at, name):
-            raise Malformed(f"it has two entries with the name {_shown(name)} in one directory")
+            raise Malformed(f"it has two entries with the name {quoted(name)} in one directory")
         os.unlink(name, dir_fd=at)
 
     def _is_whiteout(self, at: int, name: bytes) -> bool:
@@ -240,7 +229,7 @@ class LayerExtractor(Extractor):
         above, first = self._open_once(entry.link)
         with Owned(above) as fd, suppress(FileNotFoundError):
             if first.startswith(PREFIX) or self._is_whiteout(fd, first):
-                raise Malformed(f"the hard link {_shown(entry.path)} leads to a whiteout")
+                raise Malformed(f"the hard link {quoted(entry.path)} leads to a whiteout")
         super()._link(at, name, entry)
 
     def _fill(self, fd: int, entry: Entry, content: Iterable[tuple[int, bytes]]) -> None:
@@ -254,7 +243,7 @@ class LayerExtractor(Extractor):
 
     def _white_out(self, entry: Entry, above: bytes, hidden: bytes) -> None:
         if hidden in (b"", b".", b".."):
-            raise Malformed(f"the whiteout {_shown(entry.path)} hides nothing")
+            raise Malformed(f"the whiteout {quoted(entry.path)} hides nothing")
         path = above + b"/" + hidden if above else hidden
         at, name = self._place(path)
         self._contents.whiteouts += 1
@@ -262,13 +251,13 @@ class LayerExtractor(Extractor):
             self._markers.make_whiteout(at, name, (at, self._root))
         except FileExistsError:
             if self._is_whiteout(at, name):
-                raise Malformed(f"it has two whiteouts of {_shown(path)}") from None
+                raise Malformed(f"it has two whiteouts of {quoted(path)}") from None
             # What stands beside its whiteout stays, and hides the layers' below as a whole.
             with suppress(NotADirectoryError), Owned(os.open(name, _DIRECTORY, dir_fd=at)) as fd:
                 self._markers.set_opaque(fd)
         except OSError as error:
             raise UserError(
-                f"{_shown(path)} cannot be marked as removed ({error.strerror}); restore {self.elsewhere}."
+                f"{quoted(path)} cannot be marked as removed ({error.strerror}); restore {self.elsewhere}."
             ) from error
 
     def _make_opaque(self, above: bytes, entry: Entry) -> None:
@@ -283,9 +272,5 @@ class LayerExtractor(Extractor):
             self._markers.set_opaque(at)
         except OSError as error:
             raise UserError(
-                f"{_shown(above)} cannot be marked as opaque ({error.strerror}); restore {self.elsewhere}."
+                f"{quoted(above)} cannot be marked as opaque ({error.strerror}); restore {self.elsewhere}."
             ) from error
-
-
-def _shown(path: bytes) -> str:
-    return quoted(os.fsdecode(path) or ".")

@@ -10,13 +10,13 @@ from unionfs.errors import UserError, quoted
 from unionfs.images.rules import Rules
 from unionfs.images.sources import is_reference, opened
 from unionfs.images.store import Image, Store, kind_of, shown
-from unionfs.storage.archive.progress import Progress
+from unionfs.storage.archive.progress import UNSEEN, Progress
 from unionfs.storage.measuring import Use
 
 
 @contextmanager
 def image_layers(
-    text: str, root: str, *, userxattr: bool, rules: Rules, notes: list[str], progress: Progress | None = None
+    text: str, root: str, *, userxattr: bool, rules: Rules, notes: list[str], progress: Progress = UNSEEN
 ) -> Iterator[tuple[Image, list[str]]]:
     """The image that `text` names, and its layers as lowers, topmost first; unpacked first if necessary.
 

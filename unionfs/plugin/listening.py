@@ -51,7 +51,7 @@ def passed_socket() -> socket.socket | None:
 def own_socket(path: str) -> Iterator[socket.socket]:
     """A socket that listens at `path` with mode 0600, and is removed afterwards. Raises UserError.
 
-    A socket that nobody listens at is replaced; missing directories are created with mode 0700.
+    A socket without a listener is replaced; missing directories are created with mode 0700.
     """
     path = os.path.abspath(path)
     if len(os.fsencode(path)) > _LONGEST:
@@ -93,7 +93,7 @@ def _check_directory(path: str, status: os.stat_result) -> None:
 
 
 def _refuse_taken(path: str) -> None:
-    """Raise UserError if a process listens at the path, or something else has it."""
+    """Raise UserError if a process listens at the path, or if it is not a socket."""
     try:
         status = os.lstat(path)
     except FileNotFoundError:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final
 
-from unionfs.errors import UserError, path_in, quoted, reason
+from unionfs.errors import UserError, quoted, reason_at
 from unionfs.settings.names import check_name
 from unionfs.storage.drivers import find_driver
 from unionfs.storage.holds import Engine
@@ -37,7 +37,7 @@ class Answer:
     status: int
     content: bytes
     undo: Callable[[], object] | None = None
-    """What to do if the engine cannot be told, as it does not wait any more."""
+    """What to do if the engine no longer waits for the answer."""
 
 
 def failure(sentence: str, status: int = 500) -> Answer:
@@ -77,9 +77,7 @@ class Requests:
         except UserError as error:
             return failure(str(error))
         except OSError as error:
-            path = path_in(error)
-            name = f"{quoted(path)}: " if path else ""
-            return failure(f"{name}{reason(error)}; check the path and the permissions.")
+            return failure(f"{reason_at(error)}; check the path and the permissions.")
         except Exception:
             _log.exception("%s failed", request)
             return failure(f"{request} failed by an error in unionfs itself; its log has the details.")

@@ -8,7 +8,7 @@ import re
 from unionfs.errors import UserError, quoted
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")
-# Docker's RestrictedNamePattern (daemon/names) wants two characters; branches are nobody's but ours.
+# Docker's RestrictedNamePattern (daemon/names) requires two characters; Docker has no branches.
 _SHORTEST = {"branch": 1}
 _SHORTEST_OF_DOCKER = 2
 _LONGEST = 255  # NAME_MAX: the name becomes a directory name

@@ -85,6 +85,11 @@ _FLAG_GROUPS: tuple[tuple[str, ...], ...] = (
     ("diratime", "nodiratime"),
 )
 _GROUP_OF = {flag: group for group in _FLAG_GROUPS for flag in group}
+_UNCHANGING = ("dev", "suid", "exec", "rw", "async", "atime", "relatime", "diratime")
+_SWITCHES = (
+    "allow_other", "allow_root", "volatile", "userxattr", "watch_lower", "cpu_idle", "outlive", "debug",
+)  # fmt: skip
+"""Options without a value, each the attribute of `Options` that it sets."""
 
 # Options without meaning for a union: relatime is the kernel's default, lazytime is up to the kernel, and the
 # rest are for fstab and mount(8).
@@ -128,10 +133,16 @@ _REFUSED: Mapping[str, str] = {
 _STORAGE: Mapping[str, str] = {"volume": "[SRC:]TARGET", "tmpfs": "TARGET"}
 
 _RANGES = "STORED:SHOWN:COUNT"
-_SHOWN = frozenset({
-    "uidmapping", "gidmapping", "squash_to_uid", "squash_to_gid", "squash_to_root", "static_nlink", "noacl",
-    "xattr_permissions",
-})  # fmt: skip
+_SHOWN_KEYS = ("uidmapping", "gidmapping", "squash_to_uid", "squash_to_gid", "xattr_permissions")
+_SHOWN_WORDS = ("squash_to_root", "static_nlink", "noacl")
+
+WORDS = (*(flag for flag in _GROUP_OF if flag not in _UNCHANGING), *_SWITCHES, *_SHOWN_WORDS)
+"""The options without a value that change something."""
+KEYS = (
+    "lowerdir", "upperdir", "workdir", "fsname", "subtype", "session", "io", "max_nodes",
+    *_STORAGE, *_SECURITY, *_SHOWN_KEYS, *VALUES,
+)  # fmt: skip
+"""The options with a value."""
 
 # Features of kernel overlayfs: values that match this program, and the name of the unsupported feature.
 _FEATURES: Mapping[str, tuple[frozenset[str], str]] = {
@@ -252,7 +263,7 @@ def _take(options: Options, name: str, value: str | None) -> None:
         options.security.append(f"{name}={unescape_option(_needed(name, value, 'LABEL'))}")
     elif name in _FEATURES and value is not None:
         _feature(options, name, value)
-    elif name in _SHOWN:
+    elif name in _SHOWN_KEYS or name in _SHOWN_WORDS:
         _show(options, name, value)
     elif name == "plugins":
         if value:
@@ -314,25 +325,10 @@ def _feature(options: Options, name: str, value: str) -> None:
 
 def _word(options: Options, name: str) -> bool:
     """Apply an option without a value. Returns False if it is unknown."""
-    match name:
-        case "allow_other":
-            options.allow_other = True
-        case "allow_root":
-            options.allow_root = True
-        case "volatile":
-            options.volatile = True
-        case "userxattr":
-            options.userxattr = True
-        case "watch_lower":
-            options.watch_lower = True
-        case "cpu_idle":
-            options.cpu_idle = True
-        case "outlive":
-            options.outlive = True
-        case "debug":
-            options.debug = True
-        case _ if name in _GROUP_OF:
-            options.flags[_GROUP_OF[name]] = name
-        case _:
-            return name in _SKIPPED_WORDS
+    if name in _SWITCHES:
+        setattr(options, name, True)
+    elif name in _GROUP_OF:
+        options.flags[_GROUP_OF[name]] = name
+    else:
+        return name in _SKIPPED_WORDS
     return True

@@ -42,7 +42,7 @@ def volume_size(text: str, what: str = "size") -> int:
 
 
 def parse_tmpfs_size(text: str) -> str:
-    """Return a size for tmpfs: bytes, or `50%` of memory; 0 is no limit. Raises ValueError."""
+    """Return a size for tmpfs: bytes, or `50%` of memory; 0 means no limit. Raises ValueError."""
     if found := _PERCENT.fullmatch(text):
         if not 0 < int(found[1]) <= 100:
             raise ValueError(text)

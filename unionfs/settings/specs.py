@@ -19,7 +19,7 @@ class TmpfsOptions:
     """Options of a tmpfs; tmpfs(5). None: the kernel's default."""
 
     size: str | None = None
-    """Decimal bytes, or `50%` of memory; `0` is no limit."""
+    """Decimal bytes, or `50%` of memory; `0` means no limit."""
     mode: int | None = None
     """Mode of the root directory."""
     nr_inodes: str | None = None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import IO, Any
 
-from unionfs.errors import UserError, on_failure, quoted, reason
+from unionfs.errors import UserError, on_failure, quoted
 from unionfs.storage import workspace
 from unionfs.storage.archive.base import Base
 from unionfs.storage.archive.compress import WriteBehind, compressor, decompressor
@@ -21,8 +21,8 @@ from unionfs.storage.archive.entry import Entry
 from unionfs.storage.archive.freeze import frozen, own_filesystem
 from unionfs.storage.archive.headers import Malformed
 from unionfs.storage.archive.manifest import AGAIN, Beside, Line, escape, latest, read_manifest
-from unionfs.storage.archive.output import output_to
-from unionfs.storage.archive.progress import Progress
+from unionfs.storage.archive.output import output_to, written
+from unionfs.storage.archive.progress import UNSEEN, Progress
 from unionfs.storage.archive.read import ArchiveReader
 from unionfs.storage.archive.tar import Members, Tar
 from unionfs.storage.archive.target import check_target
@@ -68,7 +68,7 @@ class Report:
     def note_unstable(self, entry: Entry) -> None:
         self.unstable += 1
         self.note(
-            f"{quoted(os.fsdecode(entry.path))} changed each time it was read; the archive may hold "
+            f"{quoted(entry.path)} changed each time it was read; the archive may hold "
             "a mix of its states."
         )
 
@@ -80,7 +80,7 @@ def backup(
     *,
     compress: str,
     since: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = UNSEEN,
 ) -> Report:
     """Write a backup of a volume to the file `target` (`-`: standard output). Raises UserError."""
     report = Report()
@@ -96,8 +96,7 @@ def backup(
         others = len(volumes.users(name)) > 1
         if target != "-":
             check_target(target, path)
-        if progress is not None:
-            progress.reads_tree(path)
+        progress.reads_tree(path)
         out = stack.enter_context(output_to(target))
         started = time.time_ns()
         info: dict[str, Any] = {
@@ -111,7 +110,7 @@ def backup(
             "started": started,
             "base": base_info,
         }
-        try:
+        with written("backup", target):
             scratch = _hold_still(stack, volumes, volume, path, out, others, report)
             walker = Walker(path, report.note, leave_out=workspace.names(volume.directory))
             sink = WriteBehind(compressor(out, compress))
@@ -120,14 +119,6 @@ def backup(
             writer = ArchiveWriter(Tar(sink), walker, contents, base=base, progress=progress)
             done = writer.write(info)
             sink.close()
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            place = "standard output" if target == "-" else target
-            raise UserError(
-                f"the backup cannot be written to {quoted(place)}: {reason(error)}; the incomplete file "
-                "was removed. Free space, or write it elsewhere."
-            ) from error
         _tell_figures(report, done, incremental=base is not None)
     # The archive is complete: the manifest for `verify` is optional.
     with suppress(OSError):
@@ -210,7 +201,7 @@ def _keep_bases(since: str, target: str) -> None:
 
 @contextmanager
 def open_archive(
-    source: str, *, nothing: str = "", progress: Progress | None = None
+    source: str, *, nothing: str = "", progress: Progress = UNSEEN
 ) -> Iterator[ArchiveReader]:
     """Open the archive `source` (`-`: standard input). Raises UserError; `nothing` as for `explained`."""
     with on_failure(f"the backup {quoted(source)} cannot be read", "check its path"):
@@ -218,20 +209,18 @@ def open_archive(
         if stat.S_ISDIR(os.fstat(raw.fileno()).st_mode):
             raise IsADirectoryError(21, "it is a directory")
     with raw:
-        if progress is not None:
-            progress.reads_file(raw.fileno())
+        progress.reads_file(raw.fileno())
         with explained(source, nothing=nothing):
             reader = ArchiveReader(decompressor(raw))
         yield reader
 
 
-def read_whole(reader: ArchiveReader, report: Report, progress: Progress | None) -> None:
+def read_whole(reader: ArchiveReader, report: Report, progress: Progress) -> None:
     """Read an archive to its end and add its figures to the report. Raises Malformed."""
     for _ in reader.entries():
         content = reader.content()
-        if progress is not None:
-            progress(report.entries + reader.count, report.size + reader.read_bytes)
-            content = progress.along(content)
+        progress(report.entries + reader.count, report.size + reader.read_bytes)
+        content = progress.along(content)
         for _ in content:
             pass
     for _ in reader.deleted():
@@ -272,7 +261,7 @@ def backed_up(volume: Volume) -> float | None:
 # -- verify ------------------------------------------------------------------------------------------------
 
 
-def verify_archive(source: str, progress: Progress | None = None) -> Report:
+def verify_archive(source: str, progress: Progress = UNSEEN) -> Report:
     """Read an archive to its end and check it against its manifest. Raises UserError on a mismatch."""
     report = Report()
     with open_archive(source, progress=progress) as reader, explained(source):
@@ -298,7 +287,7 @@ class Differences:
     added: list[str] = field(default_factory=list)
 
 
-def verify_volume(volumes: Volumes, name: str, progress: Progress | None = None) -> Differences:
+def verify_volume(volumes: Volumes, name: str, progress: Progress = UNSEEN) -> Differences:
     """Compare a volume's content with the manifest of its last backup or restore. Raises UserError."""
     found = Differences()
     with volumes.working_on(name, "a verification") as volume, volumes.used(name, "verification") as path:
@@ -312,8 +301,7 @@ def verify_volume(volumes: Volumes, name: str, progress: Progress | None = None)
             walker = Walker(path, lambda sentence: None, leave_out=workspace.names(volume.directory))
             known = Beside(latest(read_manifest(source)), lambda old: found.missing.append(_shown(old)))
             contents = Contents(walker, lambda entry: None)
-            if progress is not None:
-                progress.reads_tree(path)
+            progress.reads_tree(path)
             add = partial(_compare, known, found)
             Pass(walker, contents, Members(), add, progress=progress).run()
             known.finish()

@@ -14,20 +14,18 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from unionfs.core.places import Place
 from unionfs.errors import quoted, reason
 from unionfs.storage import symlinks
+from unionfs.storage.archive.progress import UNSEEN, Progress
 from unionfs.sys import attributes
 from unionfs.sys.fds import Owned
 from unionfs.union.filedata import clone, copy_data
 from unionfs.union.files import open_held
 from unionfs.union.merge import Found, Merge
 from unionfs.union.permissions import shown_names
-
-if TYPE_CHECKING:
-    from unionfs.storage.archive.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +44,7 @@ class _Contained(NamedTuple):
 class Copier:
     """Copies a merged directory into a real one, without recursion: trees may be deep."""
 
-    def __init__(self, merge: Merge, root: int, what: str, progress: Progress | None = None) -> None:
+    def __init__(self, merge: Merge, root: int, what: str, progress: Progress = UNSEEN) -> None:
         """`root`: an fd of the empty directory; `what`: its name in messages, such as "the volume"."""
         self._progress = progress
         self._entries = self._size = 0
@@ -92,8 +90,7 @@ class Copier:
 
     def _count(self, st: os.stat_result) -> None:
         """Show what was copied before an object."""
-        if self._progress is not None:
-            self._progress(self._entries, self._size)
+        self._progress(self._entries, self._size)
         self._entries += 1
         self._size += st.st_size if stat.S_ISREG(st.st_mode) else 0
 
@@ -101,7 +98,7 @@ class Copier:
         try:
             return self._merge.search(parts, name)
         except OSError as error:
-            self._leave_out(f"{_shown(path)} cannot be looked up", error)
+            self._leave_out(f"{quoted(path)} cannot be looked up", error)
             return None
 
     def _leaf(self, source: int, dir_fd: int, name: bytes, path: bytes, where: _Contained) -> None:
@@ -130,8 +127,7 @@ class Copier:
             ):
                 st = os.fstat(data)
                 if not clone(data, fd, st.st_dev, self._never_clones):
-                    told = _untold if self._progress is None else self._progress.within()
-                    copy_data(data, fd, st.st_size, told)
+                    copy_data(data, fd, st.st_size, self._progress.within())
                 self._keep(where.place, opened, path, fd)
 
     def _keep(self, place: Place, source: int, path: bytes, at: int, name: bytes | None = None) -> None:
@@ -142,8 +138,8 @@ class Copier:
         def unreadable(xattr: bytes, error: OSError) -> None:
             what = "the xattrs"
             if xattr != attributes.ALL:
-                what = f"the xattr {_shown(markers.shown_names([xattr])[0])}"
-            self._leave_out(f"{what} of {_shown(path)} cannot be read", error)
+                what = f"the xattr {quoted(markers.shown_names([xattr])[0])}"
+            self._leave_out(f"{what} of {quoted(path)} cannot be read", error)
 
         st = os.fstat(source)
         if permissions is not None:
@@ -182,16 +178,8 @@ def size_of(merge: Merge, top: list[Place]) -> int:
     return total
 
 
-def _untold(position: int) -> None:
-    pass
-
-
 def _refused(name: bytes, error: OSError) -> None:
     """An ordinary user gets the attributes that are permitted; sshfs refuses an owner by EACCES."""
     permitted = (errno.EPERM, errno.EACCES) if name == attributes.OWNER else (errno.EPERM,)
     if error.errno not in permitted or os.geteuid() == 0:
         attributes.unsupported(name, error)
-
-
-def _shown(name: bytes) -> str:
-    return quoted(os.fsdecode(name or b"."))

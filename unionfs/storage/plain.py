@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from unionfs.errors import UserError, on_failure, quoted, reason
+from unionfs.errors import on_failure, quoted
 from unionfs.storage import workspace
 from unionfs.storage.archive import acl
 from unionfs.storage.archive.compress import Sink, compressor, decompressor
@@ -16,8 +16,8 @@ from unionfs.storage.archive.entry import DIRECTORY, HARDLINK, Entry
 from unionfs.storage.archive.extract import Extractor
 from unionfs.storage.archive.foreign import ForeignReader
 from unionfs.storage.archive.headers import Malformed
-from unionfs.storage.archive.output import output_to
-from unionfs.storage.archive.progress import Progress
+from unionfs.storage.archive.output import output_to, written
+from unionfs.storage.archive.progress import UNSEEN, Progress
 from unionfs.storage.archive.tar import Tar
 from unionfs.storage.archive.target import refuse_inside
 from unionfs.storage.archive.walk import Walker
@@ -62,39 +62,30 @@ class _OwnedTar(Tar):
 
 
 def export(
-    volumes: Volumes, name: str, target: str, *, compress: str, owner: Owner, progress: Progress | None = None
+    volumes: Volumes, name: str, target: str, *, compress: str, owner: Owner, progress: Progress = UNSEEN
 ) -> Report:
     """Write a volume's content as a tar to the file `target` (`-`: standard output). Raises UserError."""
     report = Report()
     with volumes.working_on(name, "an export") as volume, volumes.used(name, "export") as path:
         if target != "-":
             refuse_inside(target, path)
-        if progress is not None:
-            progress.reads_tree(path)
+        progress.reads_tree(path)
         with output_to(target, "tar") as out:
             walker = Walker(path, report.note, leave_out=workspace.names(volume.directory))
             sink = compressor(out, compress)
             tar = _OwnedTar(sink, owner)
             contents = Contents(walker, report.note_unstable)
             done = Pass(walker, contents, tar, lambda line: None, progress=progress)
-            try:
+            with written("tar", target):
                 done.run()
                 tar.finish()
                 sink.close()
-            except BrokenPipeError:
-                raise
-            except OSError as error:
-                place = "standard output" if target == "-" else target
-                raise UserError(
-                    f"the tar cannot be written to {quoted(place)}: {reason(error)}; free space, or write it "
-                    "elsewhere."
-                ) from error
     report.total(done.entries, done.read_bytes, "")
     return report
 
 
 def import_(
-    volumes: Volumes, name: str, source: str, *, owner: Owner, progress: Progress | None = None
+    volumes: Volumes, name: str, source: str, *, owner: Owner, progress: Progress = UNSEEN
 ) -> Report:
     """Replace a volume's content with that of a tar (`-`: standard input). Raises UserError.
 
@@ -108,8 +99,7 @@ def import_(
         with on_failure(f"the tar {shown} cannot be read", "check its path"):
             file = 0 if source == "-" else source
             raw = stack.enter_context(open(file, "rb", buffering=0, closefd=source != "-"))
-            if progress is not None:
-                progress.reads_file(raw.fileno())
+            progress.reads_file(raw.fileno())
 
         def read(extractor: Extractor) -> None:
             with on_failure(f"the tar {shown} cannot be imported", "nothing was changed", Malformed):
@@ -117,9 +107,8 @@ def import_(
                 for member in reader.entries():
                     entry = owner.of(_checked(member))
                     content = reader.content()
-                    if progress is not None:
-                        progress(report.entries, report.size)
-                        content = progress.along(content)
+                    progress(report.entries, report.size)
+                    content = progress.along(content)
                     extractor.add(entry, content)
                     report.count(1, entry.size)
 
@@ -150,16 +139,16 @@ def _checked(member: Entry) -> Entry:
     if member.kind == HARDLINK:
         link = _path(link)
     if b"\0" in link:
-        raise Malformed(f"the target of the link {_shown(path)} has a zero byte")
+        raise Malformed(f"the target of the link {quoted(path)} has a zero byte")
     if not -_MOST_NANOSECONDS <= member.mtime < _MOST_NANOSECONDS:
-        raise Malformed(f"the time of {_shown(path)} is out of range")
+        raise Malformed(f"the time of {quoted(path)} is out of range")
     return member._replace(path=path, link=link, xattrs=_kept(member.xattrs))
 
 
 def _path(name: bytes) -> bytes:
     parts = [part for part in name.split(b"/") if part not in (b"", b".")]
     if b".." in parts or b"\0" in name:
-        raise Malformed(f"its entry {_shown(name)} leads out of the volume")
+        raise Malformed(f"its entry {quoted(name)} leads out of the volume")
     return b"/".join(parts)
 
 
@@ -171,7 +160,3 @@ def _kept(xattrs: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
         if name.startswith((b"user.", b"trusted.")) or name in acl.RECORDS or name == b"security.capability"
     )
     return {name: xattrs[name] for name in names}
-
-
-def _shown(path: bytes) -> str:
-    return quoted(os.fsdecode(path) or ".")

@@ -55,7 +55,7 @@ def populate(
         path = b"/" + b"/".join(names)
         raise UserError(
             f"volume {quoted(volume.name)} cannot be filled with what the union has at "
-            f"{quoted(os.fsdecode(path))}: {reason(error)}; make room there, or use nocopy."
+            f"{quoted(path)}: {reason(error)}; make room there, or use nocopy."
         ) from error
 
 
@@ -76,8 +76,7 @@ def _fill(stack: Layered, names: Names, data: int, volume: Volume, shown: Shown)
             workspace.workspace(volume.directory, root, "population") as place,
             shown(f"filling volume {quoted(volume.name)}") as progress,
         ):
-            if progress is not None:
-                progress.measures(lambda: _size(stack, names))
+            progress.measures(lambda: _size(stack, names))
             Copier(merge, place.new, "the volume", progress).tree(parts)
             calls.syncfs(place.new)
             place.commit(keep=True)

@@ -16,7 +16,7 @@ from unionfs.storage.archive.entry import FILE, SPARSE
 from unionfs.storage.archive.extract import Extractor
 from unionfs.storage.archive.headers import Malformed
 from unionfs.storage.archive.manifest import latest
-from unionfs.storage.archive.progress import Progress
+from unionfs.storage.archive.progress import UNSEEN, Progress
 from unionfs.storage.archive.read import ArchiveReader
 from unionfs.storage.archive.walk import Walker
 from unionfs.storage.backup import Report, explained, keep_manifest, open_archive, read_whole
@@ -40,7 +40,7 @@ def restore(
     *,
     bases: Sequence[str] = (),
     create: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = UNSEEN,
 ) -> Report:
     """Replace a volume's content with the archive `source` (`-`: standard input). Raises UserError.
 
@@ -83,7 +83,7 @@ def _create_described(volumes: Volumes, name: str, source: str, described: Mappi
 
 
 def _restore(
-    volumes: Volumes, name: str, opened: Callable[[], _Chain], progress: Progress | None
+    volumes: Volumes, name: str, opened: Callable[[], _Chain], progress: Progress
 ) -> Report:
     """Restore from the archives that `opened` returns, which is called when the volume can be restored."""
     report = Report()
@@ -135,7 +135,7 @@ def fill(
 
 
 def open_chain(
-    source: str, bases: Sequence[str], stack: ExitStack, nothing: str, progress: Progress | None = None
+    source: str, bases: Sequence[str], stack: ExitStack, nothing: str, progress: Progress = UNSEEN
 ) -> list[tuple[str, ArchiveReader]]:
     """The archives that make up a state, the full one first. Raises UserError when one is missing; `nothing`
     is as for `explained`.
@@ -153,7 +153,7 @@ def open_chain(
 
 def _find_base(
     path: str, wanted: str, file: str, bases: Sequence[str], stack: ExitStack, nothing: str,
-    progress: Progress | None,
+    progress: Progress,
 ) -> tuple[str, ArchiveReader]:  # fmt: skip
     beside = [] if path == "-" else [os.path.join(os.path.dirname(path), file)]
     for candidate in (*bases, *beside):
@@ -172,16 +172,15 @@ def _find_base(
 
 
 def _apply(
-    extractor: Extractor, chain: list[tuple[str, ArchiveReader]], report: Report, progress: Progress | None
+    extractor: Extractor, chain: list[tuple[str, ArchiveReader]], report: Report, progress: Progress
 ) -> None:
     before: ArchiveReader | None = None
     for path, reader in chain:
         with explained(path, nothing=_NOTHING):
             for entry in reader.entries():
                 content = reader.content()
-                if progress is not None:
-                    progress(report.entries + reader.count, report.size + reader.read_bytes)
-                    content = progress.along(content)
+                progress(report.entries + reader.count, report.size + reader.read_bytes)
+                content = progress.along(content)
                 extractor.add(entry, content)
             for gone in reader.deleted():
                 extractor.remove(gone)
@@ -212,7 +211,7 @@ def _check_base(base: ArchiveReader, reader: ArchiveReader) -> None:
             raise Malformed(f"its base does not hold {os.fsdecode(manifest.escape(line.path))} as it says")
 
 
-def verify_chain(source: str, bases: Sequence[str], progress: Progress | None = None) -> Report:
+def verify_chain(source: str, bases: Sequence[str], progress: Progress = UNSEEN) -> Report:
     """Check the archives that `restore` would read, without a volume. Raises UserError if it would fail."""
     report = Report()
     with ExitStack() as stack:
@@ -226,7 +225,7 @@ def verify_chain(source: str, bases: Sequence[str], progress: Progress | None = 
     return report
 
 
-def clone(volumes: Volumes, source: str, target: str, *, progress: Progress | None = None) -> Report:
+def clone(volumes: Volumes, source: str, target: str, *, progress: Progress = UNSEEN) -> Report:
     """Make the volume `target` with the driver, options, labels and content of `source`. Raises UserError."""
     report = Report()
     found = volumes.get(source)
@@ -254,14 +253,13 @@ def clone(volumes: Volumes, source: str, target: str, *, progress: Progress | No
     return report
 
 
-def _copy(volume: Volume, path: str, extractor: Extractor, report: Report, progress: Progress | None) -> None:
+def _copy(volume: Volume, path: str, extractor: Extractor, report: Report, progress: Progress) -> None:
     walker = Walker(path, report.note, leave_out=workspace.names(volume.directory))
     contents = Contents(
         walker,
-        lambda entry: report.note(f"{quoted(os.fsdecode(entry.path))} changed each time it was copied."),
+        lambda entry: report.note(f"{quoted(entry.path)} changed each time it was copied."),
     )
-    if progress is not None:
-        progress.reads_tree(path)
+    progress.reads_tree(path)
     copied = 0
     shared, never = True, set[int]()
     for entry, fd in walker.entries():
@@ -271,14 +269,13 @@ def _copy(volume: Volume, path: str, extractor: Extractor, report: Report, progr
                 with extractor.new_file(attempt) as target:
                     cloned = clone_data(source, target, 0, never)
                     if not cloned:
-                        told = (lambda size: None) if progress is None else progress.within()
+                        told = progress.within()
                         copy_data(source, target, attempt.size, told, dense=attempt.kind != SPARSE)
             shared &= cloned
             report.count(1, entry.size)
         else:
             extractor.add(entry)
             report.count(1, 0)
-        if progress is not None:
-            progress(report.entries, report.size)
+        progress(report.entries, report.size)
     if copied and shared:
         report.shared_blocks()

@@ -18,7 +18,7 @@ import fcntl
 import os
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Final
@@ -27,7 +27,7 @@ from unionfs.errors import UserError, quoted, reason
 from unionfs.storage import jsonfiles
 from unionfs.storage.snapshot_record import Record, joined
 from unionfs.sys import calls
-from unionfs.sys.fds import Owned, close_quietly, open_for_listing
+from unionfs.sys.fds import Owned, Returned, close_quietly, open_for_listing
 from unionfs.sys.trees import remove
 
 SUFFIX: Final = ".snapshots"
@@ -103,18 +103,14 @@ class Store:
         self._upper_fd = upper_fd
         self._above = os.open(b"..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=upper_fd)
         self.fd = -1
-        try:
-            here = os.stat(self._name, dir_fd=self._above, follow_symlinks=False)
-            if not os.path.samestat(here, os.fstat(upper_fd)):
+        with Returned(self._above):
+            try:
+                here = os.stat(self._name, dir_fd=self._above, follow_symlinks=False)
+                is_there = os.path.samestat(here, os.fstat(upper_fd))
+            except FileNotFoundError:
+                is_there = False
+            if not is_there:
                 raise UserError(f"upper {quoted(upper)} was renamed while it is mounted; rename it back.")
-        except FileNotFoundError:
-            os.close(self._above)
-            raise UserError(
-                f"upper {quoted(upper)} was renamed while it is mounted; rename it back."
-            ) from None
-        except BaseException:
-            os.close(self._above)
-            raise
 
     def __enter__(self) -> Store:
         return self
@@ -278,6 +274,15 @@ class Store:
     def discard(self, name: str) -> None:
         """Remove a directory with all below it. Raises OSError."""
         remove(self.fd, os.fsencode(name), unlock=True)
+
+    def discard_waste(self, lowers: Iterable[str]) -> None:
+        """Discard all `waste` but the directories of these lowers, which are in use. Raises UserError,
+        OSError."""
+        used = {os.path.basename(path) for path in lowers}
+        with self.locked():
+            waste = [name for name in self.waste() if name not in used]
+        for name in waste:
+            self.discard(name)
 
     def open_layer(self, id_: str) -> int:
         """An O_PATH fd of a layer. Raises OSError."""

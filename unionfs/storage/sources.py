@@ -84,15 +84,15 @@ class Sources:
                 flags = (*spec.flags, *(["ro"] if spec.read_only else []))
                 fd = tmpfs.make(spec.options, flags, owner=f"the tmpfs at {quoted(spec.target)}")
                 return Source(spec, fd, True, mount=fd)
-        directory = stat.S_ISDIR(os.stat(fd).st_mode)
-        try:
-            return Source(spec, fd, directory, volume, _detached(spec, fd) if self._kernel_mounts else -1)
-        except OSError as error:
-            os.close(fd)
-            raise UserError(
-                f"{spec.source} cannot be mounted at {quoted(spec.target)}: {reason(error)}"
-                f"{_cure(spec, error)}."
-            ) from error
+        with Returned(fd):
+            directory = stat.S_ISDIR(os.stat(fd).st_mode)
+            try:
+                return Source(spec, fd, directory, volume, _detached(spec, fd) if self._kernel_mounts else -1)
+            except OSError as error:
+                raise UserError(
+                    f"{spec.source} cannot be mounted at {quoted(spec.target)}: {reason(error)}"
+                    f"{_cure(spec, error)}."
+                ) from error
 
     def _open_volume(self, spec: VolumeSpec) -> tuple[VolumeSpec, Volume, int]:
         options = dict(spec.options)

@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 class NoVolumeError(UserError):
-    """There is no volume of a name."""
+    """No volume has the given name."""
 
 
 class Volumes:
@@ -55,7 +55,7 @@ class Volumes:
     # -- looking ------------------------------------------------------------------------------------------
 
     def all(self) -> list[Volume]:
-        """All volumes, sorted by name; of a record that cannot be read `tell` gets the reason."""
+        """All volumes, sorted by name; `tell` receives the reason for each record that cannot be read."""
         found = []
         for directory in self._directories():
             try:

@@ -24,7 +24,7 @@ from unionfs.storage.model import VolumeUser
 from unionfs.storage.workspace_record import Journal, Record, forget, names, read, write
 from unionfs.sys import attributes
 from unionfs.sys.calls import FUSE_MAGIC, NFS_MAGIC, filesystem_magic
-from unionfs.sys.fds import Owned, directory, open_for_listing
+from unionfs.sys.fds import Owned, directory, names_in
 from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
 from unionfs.sys.trees import empty_directory, find_locked
 
@@ -63,12 +63,12 @@ class Workspace:
         if self._settle is not None:
             self._settle()
         ours = names(self._home)
-        old = [] if keep else [name for name in _list(self._root) if os.fsencode(name) not in ours]
+        old = [] if keep else [name for name in names_in(self._root) if os.fsencode(name) not in ours]
         _refuse_immovable(self._root, old)
         status = os.fstat(self.new)
         xattrs = attributes.read_xattrs(self.new, lambda name: True, _leave_out)
         journal = Journal(
-            old, _list(self.new), stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid,
+            old, names_in(self.new), stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid,
             status.st_mtime_ns, {os.fsdecode(name): value.hex() for name, value in xattrs.items()},
         )  # fmt: skip
         record = replace(self._record, journal=journal)
@@ -131,7 +131,7 @@ def recover(home: str, data: str) -> None:
             cause = reason(error) if isinstance(error, OSError) else str(error)
             raise UserError(
                 f"an interrupted restore in {quoted(data)} cannot be finished: {cause}; look at its "
-                f"directory {quoted(os.fsdecode(name))}, and remove {quoted(path)} to leave it as it is."
+                f"directory {quoted(name)}, and remove {quoted(path)} to leave it as it is."
             ) from error
 
 
@@ -140,7 +140,7 @@ def _recover(home: str, root: int, record: Record) -> None:
     if known is None:
         # Another process moved or removed it; object stores do not keep empty directories either.
         journal = record.journal
-        if journal is not None and not journal.done and not set(journal.new) <= set(_list(root)):
+        if journal is not None and not journal.done and not set(journal.new) <= set(names_in(root)):
             raise FileNotFoundError(2, "its directory with the volume's content is gone")
         forget(home, record)
         return
@@ -169,7 +169,7 @@ def _claim(root: int, fd: int, record: Record) -> Record:
     if (
         (uid != os.geteuid() and uid != _own_uid(root))
         or (uid == os.geteuid() and status.st_mode & 0o022)
-        or _list(fd)
+        or names_in(fd)
     ):
         raise UserError(
             f"the directory {quoted(record.name)} in the volume was replaced while it was made; end what "
@@ -233,7 +233,7 @@ def _refuse_immovable(root: int, old: list[str]) -> None:
                 "unmount that first."
             ) from error
         if found is not None:
-            shown = quoted(os.fsdecode(found))
+            shown = quoted(found)
             raise UserError(
                 f"the volume's content cannot be replaced: {shown} in it is immutable or append-only; run "
                 "`chattr -i -a` on it first."
@@ -346,8 +346,3 @@ def _exists(at: int, name: str) -> bool:
     with suppress(FileNotFoundError):
         return bool(os.stat(name, dir_fd=at, follow_symlinks=False))
     return False
-
-
-def _list(fd: int) -> list[str]:
-    with Owned(open_for_listing(fd)) as listing:
-        return os.listdir(listing)

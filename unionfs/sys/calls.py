@@ -47,8 +47,6 @@ _KEYCTL_JOIN_SESSION_KEYRING: Final = 1
 # Magic numbers of statfs(2), include/uapi/linux/magic.h
 OVERLAYFS_MAGIC: Final = 0x794C7630
 FUSE_MAGIC: Final = 0x65735546
-TMPFS_MAGIC: Final = 0x01021994
-RAMFS_MAGIC: Final = 0x858458F6
 NFS_MAGIC: Final = 0x6969
 
 

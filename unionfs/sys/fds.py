@@ -86,6 +86,12 @@ def open_for_listing(fd: int) -> int:
     return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
 
 
+def names_in(fd: int) -> list[str]:
+    """The names in a directory, by any fd of it. Raises OSError."""
+    with Owned(open_for_listing(fd)) as listing:
+        return os.listdir(listing)
+
+
 def open_quietly(name: bytes, flags: int, dir_fd: int | None = None) -> int:
     """open(2) so that reading does not change the access time, if the file is the user's. Raises OSError."""
     try:

@@ -11,16 +11,22 @@ from contextlib import suppress
 from unionfs.sys.fds import Returned
 
 
-def take(open_file: Callable[[], int], name: str, at: int | None = None) -> int | None:
+def take(
+    open_file: Callable[[], int],
+    name: str,
+    at: int | None = None,
+    operation: int = fcntl.LOCK_EX | fcntl.LOCK_NB,
+) -> int | None:
     """Return a locked fd, or None while another process holds the lock. Raises OSError.
 
     `open_file` opens or creates the lock's file, `name` in the directory `at`. If its last holder has removed
-    it meanwhile, it is opened again, so that two processes never hold two locks of one name.
+    it meanwhile, it is opened again, so that two processes never hold two locks of one name. `operation`: of
+    flock(2); without LOCK_NB it waits.
     """
     while True:
         with Returned(open_file()) as fd:
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(fd, operation)
             except BlockingIOError:
                 os.close(fd)
                 return None

@@ -12,6 +12,8 @@ import os
 import struct
 from typing import Final, NamedTuple
 
+from unionfs.sys.fds import Owned
+
 _CONTROL: Final = "/dev/loop-control"
 _CTL_GET_FREE: Final = 0x4C82
 _CONFIGURE: Final = 0x4C0A
@@ -34,8 +36,7 @@ def attach(file_fd: int, *, read_only: bool) -> tuple[int, str]:
 
     The device is released by the kernel as soon as neither an fd nor a mount uses it. Raises ``OSError``.
     """
-    control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
-    try:
+    with Owned(os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)) as control:
         for _ in range(_TRIES):
             path = f"/dev/loop{fcntl.ioctl(control, _CTL_GET_FREE)}"
             device = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
@@ -47,15 +48,13 @@ def attach(file_fd: int, *, read_only: bool) -> tuple[int, str]:
                 os.close(device)
                 if error.errno != errno.EBUSY:  # else another process took it
                     raise
-    finally:
-        os.close(control)
     raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
 
 def attached(file_fd: int) -> tuple[int, str] | None:
     """An fd and the path of a loop device that has the file already, or None. Raises ``OSError``.
 
-    Two devices with one file do not know of each other's writes.
+    Two devices on one file do not see each other's writes.
     """
     path = os.readlink(f"/proc/self/fd/{file_fd}")
     for device in devices_of(path):

@@ -13,7 +13,7 @@ class Manager:
     """systemd, if it waits for the state of this process; sd_notify(3), sd_watchdog_enabled(3)."""
 
     def __init__(self) -> None:
-        # Processes that are started here are no part of the service.
+        # Processes that are started here are not part of the service.
         self._address = os.environ.pop("NOTIFY_SOCKET", "")
         self.watchdog_seconds = _watchdog_seconds()
         """It ends this process if it hears nothing of it for so long; None: it does not."""

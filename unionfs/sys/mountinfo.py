@@ -34,7 +34,7 @@ class MountEntry:
     group: str = ""
     """The number of its peer group (mount_namespaces(7)); empty if it is not shared."""
     master: str = ""
-    """The number of the peer group from which it receives mounts; empty if it is no slave."""
+    """The number of the peer group from which it receives mounts; empty if it is not a slave."""
 
     def super_option(self, name: str) -> str | None:
         """Return the value of a superblock option, or None if absent."""

@@ -1,4 +1,4 @@
-"""Uses this user's own files in spite of their permission bits, without changing these.
+"""Access to this user's own files regardless of their permission bits, which stay unchanged.
 
 In a user namespace a process has CAP_DAC_OVERRIDE over the files whose owner and group are both mapped into
 it (kernel/capability.c, capable_wrt_inode_uidgid). A child in a namespace that maps only the ids of this user
@@ -30,7 +30,7 @@ _LONGEST: Final = 70_000  # more than the largest value of an xattr (XATTR_SIZE_
 def override_modes() -> None:
     """Give this process CAP_DAC_OVERRIDE over the own files of this user and the first group, for good.
 
-    No effect where user namespaces are not available. For a process without other threads.
+    Has no effect where user namespaces are not available. Only for a process without other threads.
     """
     if has_capability(CAP_DAC_OVERRIDE):
         return

@@ -18,7 +18,7 @@ from typing import Final
 
 from unionfs.sys import calls
 from unionfs.sys.capabilities import is_host_root
-from unionfs.sys.fds import Owned, Returned, open_for_listing
+from unionfs.sys.fds import Owned, Returned, names_in, open_for_listing
 from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -40,7 +40,7 @@ _LOCKS: Final = 0x10 | 0x20
 
 
 def remove(at: int, name: bytes, *, unlock: bool = False) -> None:
-    """Remove `name` and everything below it from the directory `at`. A missing name is no error.
+    """Remove `name` and everything below it from the directory `at`. A missing name is not an error.
 
     An ordinary user's own directories are made accessible first. With `unlock`, so are objects that chattr(1)
     made immutable or append-only (CAP_LINUX_IMMUTABLE); a file with other names gets its flag back. If an
@@ -250,8 +250,7 @@ def _mark(descent: _Descent) -> None:
 
 
 def _names(fd: int) -> list[bytes]:
-    with Owned(open_for_listing(fd)) as listing:
-        return [os.fsencode(name) for name in os.listdir(listing)]
+    return [os.fsencode(name) for name in names_in(fd)]
 
 
 def _open_directory(at: int, name: bytes, accessible: bool) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from unionfs.sys.capabilities import is_host_root
+from unionfs.sys.fds import Owned
 
 _MOST_LINKS: Final = 40  # MAXSYMLINKS, include/linux/namei.h
 _PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -43,11 +44,9 @@ def walk(path: str, look: Callable[[Step], None]) -> int:
             found = os.open(name, _PATH, dir_fd=place)
             inside = os.path.normpath(os.path.join(here, name))
             if stat.S_ISLNK((status := os.fstat(found)).st_mode):
-                try:
+                with Owned(found):
                     look(Step(inside, status, found, is_last=False))
                     target = os.readlink("", dir_fd=found)
-                finally:
-                    os.close(found)
                 links += 1
                 if links > _MOST_LINKS:
                     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)

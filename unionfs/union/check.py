@@ -14,7 +14,7 @@ from typing import Final
 
 from unionfs.core.places import Place
 from unionfs.core.search import PREFIX
-from unionfs.errors import reason
+from unionfs.errors import quoted, reason
 from unionfs.sys.fds import Owned
 from unionfs.union.checkwork import Finding, work_findings
 from unionfs.union.checkxattrs import KNOWN, problem
@@ -142,7 +142,7 @@ class _Check:
             opaque, redirect, *_ = markers_of(self._markers, self._gate, place)
             if redirect is not None and not opaque:
                 yield Finding(
-                    where, f"its redirect leads to {_shown(redirect)}, which no lower has",
+                    where, f"its redirect leads to {quoted(os.fsdecode(redirect))}, which no lower has",
                     "make the directory opaque", repair,
                 )  # fmt: skip
         self._todo.append((found[1], path))
@@ -192,7 +192,7 @@ class _Check:
                 cause = problem(key, value, st)
                 if cause is not None:
                     repair = partial(self._remove_xattr, place, name, full) if key in KNOWN else None
-                    yield Finding(where, f"its xattr {_shown(full)} {cause}", "remove the xattr", repair)
+                    yield Finding(where, f"its xattr {quoted(full)} {cause}", "remove the xattr", repair)
             elif full.startswith(self._other) and full[len(self._other) :] in _MARKERS:
                 yield Finding(
                     where,
@@ -224,8 +224,3 @@ class _Check:
             with Owned(os.open(name, _DIRECTORY, dir_fd=dir_fd)) as fd:
                 self._markers.set_opaque(fd)
         os.unlink(whiteout, dir_fd=dir_fd)
-
-
-def _shown(value: bytes) -> str:
-    text = os.fsdecode(value)
-    return text if text.isprintable() and text else repr(text)

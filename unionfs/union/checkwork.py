@@ -91,7 +91,7 @@ def _index_problem(index: int, name: bytes, prefix: bytes) -> str | None:
     if st.st_nlink == 1 and not is_device_whiteout(st):
         # names that only a lower has may lead to it
         nlink = xattrs(object_path(index, name)).get(prefix + b"nlink")
-        if nlink is None or has_no_name(1, nlink):
+        if nlink is None or has_no_name(nlink):
             return "its file has no name in the union"
     return None
 

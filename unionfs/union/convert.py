@@ -157,7 +157,7 @@ class _Conversion:
         raise NotImplementedError
 
     def _refuse(self, path: bytes, cause: str, cure: str) -> LayerError:
-        where = quoted(os.fsdecode(self._layers.path(path)))
+        where = quoted(self._layers.path(path))
         return LayerError(f"{where} cannot be converted to the form of {self.form}: {cause}; {cure}.")
 
     def _remove_xattr(self, path: bytes, name: bytes) -> None:
@@ -188,7 +188,7 @@ class _ToOverlay(_Conversion):
             if xattr.startswith(self._other + _ESCAPE):
                 raise self._refuse(
                     path,
-                    f"the user's own xattr {_shown(xattr)} would become a marker",
+                    f"the user's own xattr {quoted(xattr)} would become a marker",
                     "remove that xattr",
                 )
 
@@ -263,7 +263,7 @@ class _ToNames(_Conversion):
         prefix = self._markers.prefix
         for xattr in found:
             if xattr.startswith((prefix + _ESCAPE, FUSE_OVERLAYFS + _ESCAPE)):
-                shown = _shown(self._markers.shown_names([xattr])[0])
+                shown = quoted(self._markers.shown_names([xattr])[0])
                 raise self._refuse(path, f"the user's own xattr {shown} is stored escaped", "remove it")
             key = xattr[len(prefix) :] if xattr.startswith(prefix) else b""
             if key in _LOST and (key != b"redirect" or stat.S_ISDIR(st.st_mode)):
@@ -320,7 +320,3 @@ def _make(dir_fd: int, name: bytes) -> bool:
     except FileExistsError:
         return False
     return True
-
-
-def _shown(name: bytes) -> str:
-    return quoted(os.fsdecode(name))

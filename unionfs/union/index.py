@@ -92,7 +92,7 @@ class Index:
         """How many names the union has more than the copy, which has the attributes ``st``.
 
         ``lower_links``: ``st_nlink`` of the original, 0 if unknown. Without a valid xattr none but the entry
-        itself, which is no name (util.c, ovl_get_nlink, trusts ``st_nlink`` there).
+        itself, which is not a name (util.c, ovl_get_nlink, trusts ``st_nlink`` there).
         """
         value = b""
         try:
@@ -175,14 +175,14 @@ class Index:
                     os.unlink(name, dir_fd=self._fd)
 
     def _is_orphan(self, entry: bytes) -> bool:
-        return has_no_name(1, os.getxattr(self._path(entry), self._nlink, follow_symlinks=False))
+        return has_no_name(os.getxattr(self._path(entry), self._nlink, follow_symlinks=False))
 
 
-def has_no_name(links: int, nlink: bytes) -> bool:
-    """Whether a copy with that ``st_nlink`` and that xattr has no name left in the union. Each of those that
-    only a lower has counts in the xattr."""
+def has_no_name(nlink: bytes) -> bool:
+    """Whether a copy with that xattr, whose only link is in the index, has no name left in the union. The
+    xattr also counts the names that only a lower has."""
     found = _LINKS.fullmatch(nlink)
-    return found is not None and found[1] == b"U" and links + int(found[2]) <= 0
+    return found is not None and found[1] == b"U" and int(found[2]) < 0
 
 
 def open_index(stack: Stack, origins: Origins) -> Index | None:

@@ -326,11 +326,8 @@ def _metacopy(wanted: str | None, redirects: str, upper: Layer, markers: Markers
 
 
 def _syncfs(root_fd: int) -> None:
-    fd = os.open(b"/proc/self/fd/%d" % root_fd, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
+    with Owned(os.open(b"/proc/self/fd/%d" % root_fd, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)) as fd:
         calls.syncfs(fd)
-    finally:
-        os.close(fd)
 
 
 def _find_idmapped(layers: Sequence[Layer]) -> None:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Final, NoReturn
 
 from unionfs.errors import LayerError, quoted
-from unionfs.sys.fds import Owned, open_for_listing
+from unionfs.sys.fds import Owned, names_in
 from unionfs.sys.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
 from unionfs.sys.trees import remove
 from unionfs.union.listing import NFS_REMOVED
@@ -19,7 +19,7 @@ OURS_IN_WORK: Final = frozenset({"work", "index"})
 
 def check_work(fd: int, path: str) -> None:
     """Refuse a work directory with files that no union filesystem made. Raises LayerError, OSError."""
-    foreign = sorted(set(_names(fd)) - OURS_IN_WORK)
+    foreign = sorted(set(names_in(fd)) - OURS_IN_WORK)
     if foreign:
         raise LayerError(
             f"work {quoted(path)} is not empty (it holds {quoted(foreign[0])}), and what is in a work "
@@ -37,7 +37,7 @@ def check_leftovers(fd: int, path: str) -> None:
     """Refuse anything but temporaries: `#` and a number (ours and the kernel's, ovl_tempname), a number
     (fuse-overlayfs), `.nfs` and a number (a file removed while open).
     """
-    names = sorted(_names(fd))
+    names = sorted(names_in(fd))
     for name in names:
         if name != "incompat" and not is_temporary(name):
             raise LayerError(
@@ -53,7 +53,7 @@ def remove_leftovers(upper_fd: int, work_fd: int) -> None:
     directory that is still in use. What cannot be removed, the next mount tries again."""
     with suppress(OSError):
         mend(upper_fd, work_fd)
-    for name in _names(work_fd):
+    for name in names_in(work_fd):
         if is_temporary(name):
             with suppress(OSError):
                 remove(work_fd, os.fsencode(name))
@@ -68,7 +68,7 @@ def _refuse_incompatible(fd: int, path: str) -> NoReturn:
     features: list[str] = []
     resolve = RESOLVE_NO_SYMLINKS | RESOLVE_BENEATH
     with suppress(OSError), Owned(openat2(fd, b"incompat", _DIRECTORY, resolve)) as incompat:
-        features = _names(incompat)
+        features = names_in(incompat)
     if features in ([], ["volatile"]):
         raise LayerError(
             f"work {quoted(path)} was left by a volatile mount that did not end cleanly, so its "
@@ -79,8 +79,3 @@ def _refuse_incompatible(fd: int, path: str) -> NoReturn:
         f"work {quoted(path)} needs the overlayfs feature {quoted(features[0])}, which is not supported; use "
         "another upper and work."
     )
-
-
-def _names(fd: int) -> list[str]:
-    with Owned(open_for_listing(fd)) as listing:
-        return os.listdir(listing)

@@ -1,6 +1,6 @@
 """Owner, mode and type of files and directories kept in an xattr, as by fuse-overlayfs's xattr_permissions.
 
-So an ordinary user's store has any owner and mode, and what is unpacked once serves all users. The value is
+So an ordinary user's store can hold any owner and mode, and one unpacked copy serves all users. The value is
 ``UID:GID:MODE[:TYPE]``: decimal ids, an octal mode with or without the bits of S_IFMT, and a type that
 replaces the one of an empty regular file: ``char-MAJOR-MINOR``, ``block-MAJOR-MINOR``, ``pipe``, ``socket``
 (fuse-overlayfs 1.16: utils.c, override_mode; containers/storage: pkg/idtools, FormatContainersOverrideXattr).
@@ -281,7 +281,7 @@ def find(layers: Sequence[Layer], level: int) -> None:
     ``level``: 1 for `PRIVILEGED` in the upper, 2 for the others.
     """
     for layer in layers:
-        names = _at_root(layer, _NAMES)
+        names = _at_root(layer)
         if layer.is_idmapped and names:
             raise LayerError(
                 f"lower {layer.path} is on an idmapped mount, which does not map the owners in its xattrs; "
@@ -302,7 +302,7 @@ def _prepare(upper: Layer, names: list[bytes], level: int, layers: Iterable[Laye
         return
     st = os.stat(upper.root_fd)
     for layer in layers:
-        found = {} if layer.is_upper else _at_root(layer, _NAMES)
+        found = {} if layer.is_upper else _at_root(layer)
         lower = next((shown for value in found.values() if (shown := parse(value, st))), None)
         if lower is not None:
             st = lower
@@ -317,9 +317,9 @@ def _prepare(upper: Layer, names: list[bytes], level: int, layers: Iterable[Laye
         ) from error
 
 
-def _at_root(layer: Layer, names: Iterable[bytes]) -> dict[bytes, bytes]:
+def _at_root(layer: Layer) -> dict[bytes, bytes]:
     found = {}
-    for name in names:
+    for name in _NAMES:
         try:
             found[name] = os.getxattr(b"/proc/self/fd/%d" % layer.root_fd, name)
         except OSError:

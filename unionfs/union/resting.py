@@ -11,7 +11,7 @@ from typing import Final
 
 from unionfs.core.places import Layer, Place
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
-from unionfs.sys.fds import Owned, open_for_listing
+from unionfs.sys.fds import Owned, names_in
 from unionfs.union import leases, opening
 from unionfs.union.layers import leased, lock
 from unionfs.union.markers import Markers
@@ -116,8 +116,8 @@ def names_below(fd: int, name: bytes) -> list[bytes]:
         inner = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
     except FileNotFoundError:
         return []
-    with Owned(inner), Owned(open_for_listing(inner)) as listing:
-        return sorted(map(os.fsencode, os.listdir(listing)))
+    with Owned(inner):
+        return sorted(map(os.fsencode, names_in(inner)))
 
 
 def is_device_whiteout(st: os.stat_result) -> bool:

@@ -58,11 +58,9 @@ class Rights:
 
         ``upper``: it is in the upper, so its mode may be changed for the moment.
         """
-        fd = self._overridden(dir_fd, name, flags, refused)
+        fd = self._overridden(dir_fd, name, flags, refused, upper=upper)
         if fd is not None:
             return fd
-        if not upper or self._work_fd < 0:
-            raise refused
         with self.widened(dir_fd):
             path = os.open(name, _PATH, dir_fd=dir_fd)
             if flags & os.O_PATH:
@@ -72,11 +70,9 @@ class Rights:
 
     def reopen(self, path_fd: int, flags: int, refused: OSError, *, upper: bool) -> int:
         """The same for the object of an O_PATH fd."""
-        fd = self._overridden(path_fd, b"", flags, refused)
+        fd = self._overridden(path_fd, b"", flags, refused, upper=upper)
         if fd is not None:
             return fd
-        if not upper or self._work_fd < 0:
-            raise refused
         with self.widened(path_fd):
             return os.open(b"/proc/self/fd/%d" % path_fd, flags)
 
@@ -99,8 +95,12 @@ class Rights:
         with self.widened(fd):
             return os.getxattr(b"/proc/self/fd/%d" % fd, name)
 
-    def _overridden(self, dir_fd: int, name: bytes, flags: int, refused: OSError) -> int | None:
-        """Open by the child what this user owns, or what is in this user's directory; None if it cannot."""
+    def _overridden(
+        self, dir_fd: int, name: bytes, flags: int, refused: OSError, *, upper: bool
+    ) -> int | None:
+        """Open by the child what this user owns, or what is in this user's directory; None if it cannot, and
+        modes of the upper may be widened for it.
+        """
         if refused.errno != errno.EACCES:
             raise refused
         uid = os.geteuid()
@@ -109,7 +109,11 @@ class Rights:
                 os.fstat(dir_fd).st_uid == uid
                 or (name and os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_uid == uid)
             ):
-                return self._override.open(dir_fd, name, flags)
+                fd = self._override.open(dir_fd, name, flags)
+                if fd is not None:
+                    return fd
+        if not upper or self._work_fd < 0:
+            raise refused
         return None
 
     # -- changing -------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from typing import Any, Final
 
 import trio
 
-from unionfs.errors import UserError, path_in, quoted, reason
+from unionfs.errors import UserError, reason_at
 from unionfs.sys.calls import PR_SET_PDEATHSIG, prctl
+from unionfs.sys.fds import Owned
 
 _MOST_CHILDREN: Final = 8
 _MOST_BYTES: Final = 16 << 20
@@ -103,13 +104,11 @@ class Children:
 
     async def _end(self, pid: int, pidfd: int) -> None:
         """Kill a child, and wait for its end: in a system call that hangs, it holds its place until then."""
-        try:
+        with Owned(pidfd):
             os.kill(pid, signal.SIGKILL)
             await trio.lowlevel.wait_readable(pidfd)
             _reap(pid)
             self._free.release()
-        finally:
-            os.close(pidfd)
 
 
 def _reap(pid: int) -> None:
@@ -127,8 +126,7 @@ def _answer(action: Callable[[], Any], writer: int) -> None:
     except UserError as error:
         answer = {"error": str(error)}
     except OSError as error:
-        where = path_in(error)
-        answer = {"error": f"{f'{quoted(where)}: ' if where else ''}{reason(error)}; check the permissions."}
+        answer = {"error": f"{reason_at(error)}; check the permissions."}
     except MemoryError:
         answer = {"error": "there is too much to show on a page; use the command line."}
     with open(writer, "wb") as pipe:

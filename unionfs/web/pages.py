@@ -50,7 +50,7 @@ def templates() -> Environment:
 
 
 def _known(shown: Any) -> Any:
-    """Return the same for values that may be None: not known."""
+    """Return a filter that shows unknown values, which are None, as `-`."""
     return lambda value: "-" if value is None else shown(value)
 
 

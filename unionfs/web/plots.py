@@ -18,7 +18,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 8, 10, 22
 _SPARK_WIDTH, _SPARK_HEIGHT = 96, 20
 _SHORTEST_SECONDS: Final = 60.0
 _LEAST: Final = 1e-9
-"""Less is as good as nothing: a nanosecond."""
+"""Smaller values are drawn as zero: a nanosecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ def _latest(one: Series, shown: Callable[[float], str]) -> str:
 
 
 def _short(text: str) -> str:
-    """Return a value without zeros that say nothing: 128 MiB, 0."""
+    """Return a value without trailing zeros: 128 MiB, 0."""
     number, space, unit = text.partition(" ")
     number = number.rstrip("0").rstrip(".") if "." in number else number
     return "0" if number == "0" else f"{number}{space}{unit}"

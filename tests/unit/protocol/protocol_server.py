@@ -32,9 +32,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from protocol_reference import NO_ENTRY, Dirents, negative_entry
+
 from unionfs.fuse.protocol import (
     FOREVER,
-    Dirents,
     IoMode,
     Opcode,
     Privileges,
@@ -135,7 +136,7 @@ class Memory:
 
     def lookup(self, r: requests.Lookup) -> Reply | None:
         if r.name == b"gone":
-            return encode.negative_entry(r.unique, FOREVER)
+            return negative_entry(r.unique, FOREVER)
         if r.name == b"slow":
             self.slow = r.unique
             return None
@@ -309,7 +310,7 @@ class Memory:
         entries = [(b".", node), (b"..", self.root), *node.names.items()]
         for off, (name, child) in enumerate(entries[r.offset :], r.offset + 1):
             if plus:
-                out = encode.NO_ENTRY
+                out = NO_ENTRY
                 if off > 2:
                     out = encode.entry_out(child.ino, 0, FOREVER, FOREVER, child.attributes())
                 if not listing.add_plus(name, child.ino, off, child.mode, out):

@@ -10,8 +10,9 @@ import timeit
 
 from protocol_abi import STRUCTS
 from protocol_messages import GOLDEN, message, number
+from protocol_reference import Dirents, attributes_of
 
-from unionfs.fuse.protocol import FOREVER, Dirents, Opcode, decoder, encode
+from unionfs.fuse.protocol import FOREVER, Opcode, decoder, encode
 
 
 def measure(what: str, statement: object) -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     raw = GOLDEN["Lookup"]
     view = memoryview(bytearray(raw) + bytes(4096))
     st = os.stat("/")
-    attr = encode.attributes_of(st, 1)
+    attr = attributes_of(st, 1)
     entry = encode.entry_out(5, 0, FOREVER, FOREVER, attr)
     data = memoryview(bytearray(1 << 20))
     measure("encode entry", lambda: encode.entry(1, 5, 0, FOREVER, FOREVER, attr))
@@ -48,7 +49,7 @@ def main() -> None:
     measure("encode opened", lambda: encode.opened(1, 5, 2))
     measure("encode data of 1 MiB", lambda: encode.data(1, data))
     measure("encode error", lambda: encode.error(1, 2))
-    measure("attributes_of a stat", lambda: encode.attributes_of(st, 1))
+    measure("attributes_of a stat", lambda: attributes_of(st, 1))
     measure(
         "decode Lookup + encode entry",
         lambda: (decode(view, len(raw)), encode.entry(1, 5, 0, FOREVER, FOREVER, attr)),

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from protocol_abi import STRUCTS
+from protocol_reference import NO_ENTRY, Dirents, attribute_values, attributes_of, negative_entry
 
-from unionfs.fuse.protocol import FOREVER, NEVER, Dirents, InitReply, Notify, Reply, encode, notify
+from unionfs.fuse.protocol import FOREVER, NEVER, InitReply, Notify, Reply, encode, notify
 from unionfs.fuse.protocol.structs import LAYOUTS
 
 ATTR = LAYOUTS["fuse_attr"].struct.pack(1, 2, 3, -4, *range(5, 17))
@@ -90,16 +91,16 @@ def test_attributes() -> None:
 
 def test_attributes_of_a_stat() -> None:
     st = os.lstat("/dev/null")
-    found = read(encode.attributes_of(st, 42, nlink=7), "fuse_attr")
+    found = read(attributes_of(st, 42, nlink=7), "fuse_attr")
     assert (found["ino"], found["nlink"], found["mode"], found["rdev"]) == (42, 7, st.st_mode, st.st_rdev)
     for kind in ("atime", "mtime", "ctime"):
         assert found[kind] * 10**9 + found[kind + "nsec"] == getattr(st, f"st_{kind}_ns")
-    assert read(encode.attributes_of(st, 42), "fuse_attr")["nlink"] == st.st_nlink
+    assert read(attributes_of(st, 42), "fuse_attr")["nlink"] == st.st_nlink
 
 
 def test_times_before_1970(tmp_path: Any) -> None:
     os.utime(tmp_path, ns=(-1, -1_500_000_000))
-    found = read(encode.attributes_of(os.stat(tmp_path), 1), "fuse_attr")
+    found = read(attributes_of(os.stat(tmp_path), 1), "fuse_attr")
     assert (found["atime"], found["atimensec"]) == (-1, 999_999_999)
     assert (found["mtime"], found["mtimensec"]) == (-2, 500_000_000)
 
@@ -115,9 +116,9 @@ def test_entries() -> None:
     fields, rest = answer(encode.created(99, out, 11, 12, -1), "fuse_entry_out")
     assert fields == expected
     assert read(rest, "fuse_open_out") == {"fh": 11, "open_flags": 12, "backing_id": -1}
-    fields, _ = answer(encode.negative_entry(99, (7, 8)), "fuse_entry_out")
+    fields, _ = answer(negative_entry(99, (7, 8)), "fuse_entry_out")
     assert fields == dict.fromkeys(expected, 0) | {"entry_valid": 7, "entry_valid_nsec": 8, "attr": bytes(88)}
-    assert len(encode.NO_ENTRY) == STRUCTS["fuse_entry_out"].size
+    assert len(NO_ENTRY) == STRUCTS["fuse_entry_out"].size
 
 
 SIMPLE: list[tuple[Reply, str, dict[str, Any]]] = [
@@ -243,8 +244,8 @@ def test_listings(names: list[bytes], limit: int, plus: bool) -> None:
 
 def test_an_entry_packed_at_once(tmp_path: Path) -> None:
     st = os.stat(tmp_path)
-    values = encode.attribute_values(st, 42, 7, -5_000_000_001)
-    attr = encode.attributes_of(st, 42, 7, -5_000_000_001)
+    values = attribute_values(st, 42, 7, -5_000_000_001)
+    attr = attributes_of(st, 42, 7, -5_000_000_001)
     one, two = Dirents(4096), Dirents(4096)
     for off, name in enumerate((b"a", b"longer-name", b"x" * 255), 1):
         entry = encode.entry_out(off, 6, (7, 8), (9, 10), attr)
@@ -260,7 +261,7 @@ def test_names_that_would_fail_the_whole_listing(name: bytes) -> None:
     with pytest.raises(ValueError, match="cannot be the name"):
         listing.add(name, 1, 1, stat.S_IFREG)
     with pytest.raises(ValueError, match="cannot be the name"):
-        listing.add_plus(name, 1, 1, stat.S_IFREG, encode.NO_ENTRY)
+        listing.add_plus(name, 1, 1, stat.S_IFREG, NO_ENTRY)
     with pytest.raises(ValueError, match="cannot be the name"):
-        listing.add_found(name, 1, 1, 0, NEVER, NEVER, encode.attribute_values(os.stat("/"), 1))
+        listing.add_found(name, 1, 1, 0, NEVER, NEVER, attribute_values(os.stat("/"), 1))
     assert listing.packed() == b""

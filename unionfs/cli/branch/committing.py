@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from unionfs.cli.branch.common import CONFLICTS, complete_branches, json_option, print_json, root_option, tell
-from unionfs.cli.run import complain
+from unionfs.cli.branch.common import CONFLICTS, complete_branches, json_option
+from unionfs.cli.common import complain, print_json, root_option, tell
 from unionfs.cli.terminal import shell_word
 from unionfs.errors import quoted
 from unionfs.settings.words import moment
@@ -61,7 +61,7 @@ def commit(
     chosen = [word for word, given in ((OURS, ours), (THEIRS, theirs), (MERGE, merge)) if given]
     if len(chosen) > 1:
         raise click.UsageError(f"{' and '.join(f'--{word}' for word in chosen)} exclude each other")
-    # Many thousand changes are no garbage, however often they are looked through.
+    # The many thousands of changes are not garbage, however often they are examined.
     gc.disable()
     wish = Wish(into, only, leave, dry_run, chosen[0] if chosen else STOP)
     store = Store(root)

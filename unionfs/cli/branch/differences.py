@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import click
 
-from unionfs.cli.branch.common import complete_branches, json_option, print_json, root_option, tell
-from unionfs.cli.run import on_terminal
+from unionfs.cli.branch.common import complete_branches, json_option
+from unionfs.cli.common import on_terminal, print_json, root_option, tell
 from unionfs.cli.terminal import shell_word
 from unionfs.settings.sizes import shown_size
 from unionfs.settings.words import printable

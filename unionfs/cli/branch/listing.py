@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from unionfs.cli.branch.common import json_option, print_json, root_option
-from unionfs.cli.run import complain, print_table
+from unionfs.cli.branch.common import json_option
+from unionfs.cli.common import complain, print_json, print_table, root_option
 from unionfs.cli.terminal import shell_word
 from unionfs.errors import quoted
 from unionfs.settings.words import moment

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from unionfs.cli.branch.common import complete_branches, json_option, print_json, root_option
+from unionfs.cli.branch.common import complete_branches, json_option
+from unionfs.cli.common import for_each, print_json, root_option
 from unionfs.cli.completing import complete_directories
-from unionfs.cli.run import for_each
 from unionfs.errors import UserError, quoted
 
 if TYPE_CHECKING:

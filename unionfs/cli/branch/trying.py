@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from unionfs.cli.branch.common import complete_branches, root_option, tell
+from unionfs.cli.branch.common import complete_branches
+from unionfs.cli.common import complain, root_option, tell
 from unionfs.cli.completing import complete_directories, complete_files
-from unionfs.cli.run import complain
 from unionfs.errors import UserError, on_failure, quoted, reason
 
 if TYPE_CHECKING:

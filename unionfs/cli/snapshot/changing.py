@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from unionfs.cli.branch.common import json_option, print_json, tell
+from unionfs.cli.branch.common import json_option
+from unionfs.cli.common import print_json, tell
 from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount
 from unionfs.cli.snapshot.common import complete_snapshots

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
-from unionfs.cli.branch.common import json_option, print_json
+from unionfs.cli.branch.common import json_option
 from unionfs.cli.branch.differences import rendered, show, values_of
+from unionfs.cli.common import print_json, print_table
 from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount
-from unionfs.cli.run import print_table
 from unionfs.cli.snapshot.common import complete_snapshots
 from unionfs.errors import quoted
 from unionfs.settings.words import moment

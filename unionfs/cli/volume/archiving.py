@@ -7,15 +7,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from unionfs.cli.common import complain, on_terminal, print_json, root_option, tell
 from unionfs.cli.completing import complete_files
-from unionfs.cli.listing import print_json
 from unionfs.cli.progress import progress_option, shown_progress
-from unionfs.cli.run import complain, on_terminal
-from unionfs.cli.volume.common import complete_volumes, open_volumes, root_option, tell
+from unionfs.cli.volume.common import complete_volumes, open_volumes
 from unionfs.errors import UserError
 from unionfs.settings.names import is_name
 from unionfs.settings.sizes import shown_size
@@ -42,21 +41,23 @@ def check_output(output: str, *, as_json: bool) -> None:
         raise UserError("standard output is closed; redirect it, or name a file with -o.")
 
 
-def report_told(report: Report, what: str, command: Callable[[str], None] = tell) -> None:
+def print_report(
+    report: Report, what: str, *, as_json: bool, to: Callable[[str], None] = tell, **facts: str
+) -> None:
+    """Print what was done as JSON with more facts, or the notes and a summary, as sentences to `to`."""
+    if as_json:
+        print_json({
+            **facts, "entries": report.entries, "size": report.size, "how": report.how,
+            "notes": report.notes, "more_notes": report.more_notes,
+        })  # fmt: skip
+        return
     for sentence in report.notes:
-        command(sentence)
+        to(sentence)
     if report.more_notes:
-        command(f"{report.more_notes} more entries were skipped or changed likewise.")
+        to(f"{report.more_notes} more entries were skipped or changed likewise.")
     how = f"; {report.how}" if report.how else ""
     entries = "1 entry" if report.entries == 1 else f"{report.entries} entries"
-    command(f"{what}: {entries}, {shown_size(report.size)}{how}.")
-
-
-def report_json(report: Report, **more: str) -> dict[str, Any]:
-    return {
-        **more, "entries": report.entries, "size": report.size, "how": report.how,
-        "notes": report.notes, "more_notes": report.more_notes,
-    }  # fmt: skip
+    to(f"{what}: {entries}, {shown_size(report.size)}{how}.")
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
@@ -110,11 +111,8 @@ def backup(
     check_output(output, as_json=as_json)
     with shown_progress(f"backup of {name}", progress) as shown:
         report = make(volumes, name, output, compress=kind, since=since, progress=shown)
-    if as_json:
-        print_json(report_json(report, volume=name, archive=output))
-        return
-    report_told(report, f"backed up volume {name}")
-    if output != "-":
+    print_report(report, f"backed up volume {name}", as_json=as_json, volume=name, archive=output)
+    if output != "-" and not as_json:
         print(output)
 
 
@@ -166,18 +164,14 @@ def restore(
     if verify_only:
         with shown_progress("verification", progress) as shown:
             report = verify_chain(source, bases, shown)
-        if as_json:
-            print_json(report_json(report, archive=source))
-        else:
-            report_told(report, "the archive is complete and matches its manifest")
+        what = "the archive is complete and matches its manifest"
+        print_report(report, what, as_json=as_json, archive=source)
         return
     with shown_progress(f"restore of {name}", progress) as shown:
         report = put(volumes, name, source, bases=bases, create=create, progress=shown)
-    if as_json:
-        print_json(report_json(report, volume=name, archive=source))
-        return
-    report_told(report, f"restored volume {name}")
-    print(name)
+    print_report(report, f"restored volume {name}", as_json=as_json, volume=name, archive=source)
+    if not as_json:
+        print(name)
 
 
 @click.command(epilog="Example: unionfs volume clone orders orders-test")
@@ -196,11 +190,9 @@ def clone(progress: str, as_json: bool, root: str | None, source: str, target: s
 
     with shown_progress(f"clone of {source}", progress) as shown:
         report = copy(open_volumes(root), source, target, progress=shown)
-    if as_json:
-        print_json(report_json(report, volume=target, source=source))
-        return
-    report_told(report, f"cloned volume {source}")
-    print(target)
+    print_report(report, f"cloned volume {source}", as_json=as_json, volume=target, source=source)
+    if not as_json:
+        print(target)
 
 
 @click.command(
@@ -229,10 +221,8 @@ def verify(progress: str, as_json: bool, root: str | None, what: str) -> int:
     if not known and ("/" in what or os.path.exists(what)):
         with shown_progress("verification", progress) as shown:
             report = verify_archive(what, shown)
-        if as_json:
-            print_json(report_json(report, archive=what))
-        else:
-            report_told(report, f"{what} is complete and matches its manifest", print)
+        sentence = f"{what} is complete and matches its manifest"
+        print_report(report, sentence, as_json=as_json, to=print, archive=what)
         return 0
     with shown_progress(f"verification of {what}", progress) as shown:
         found = verify_volume(volumes, what, shown)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from unionfs.cli.completing import complete_directories
+from unionfs.cli.common import tell
 from unionfs.errors import UserError, quoted
 
 if TYPE_CHECKING:
@@ -17,19 +16,6 @@ if TYPE_CHECKING:
     from unionfs.storage.volumes import Volumes
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def root_option(command: _F) -> _F:
-    """Add `--root`, the same for every command."""
-    return click.option(
-        "--root",
-        metavar="DIR", shell_complete=complete_directories,
-        help="The storage root (default: $UNIONFS_ROOT, see `unionfs volume --help`).",
-    )(command)
-
-
-def tell(sentence: str) -> None:
-    print(f"unionfs: {sentence}", file=sys.stderr)
 
 
 def open_volumes(root: str | None, tell: Callable[[str], object] = tell) -> Volumes:
@@ -41,12 +27,12 @@ def open_volumes(root: str | None, tell: Callable[[str], object] = tell) -> Volu
     return Volumes(storage_root(root), tell=tell)
 
 
-def pairs(words: Iterable[str], what: str, *, bare: bool = False) -> dict[str, str]:
-    """Parse KEY=VALUE arguments; `bare` also accepts KEY with an empty value, as for labels."""
+def pairs(words: Iterable[str], what: str) -> dict[str, str]:
+    """Parse arguments KEY=VALUE, or KEY with an empty value. Raises UserError."""
     found: dict[str, str] = {}
     for word in words:
-        key, equals, value = word.partition("=")
-        if not key or not (equals or bare):
+        key, _, value = word.partition("=")
+        if not key:
             raise UserError(f"invalid {what} {quoted(word)}; write KEY=VALUE.")
         if key in found and found[key] != value:
             raise UserError(f"the {what} {quoted(key)} is given twice with different values; give it once.")

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from unionfs.cli.listing import list_options, print_json, print_list, wants_fields
-from unionfs.cli.run import complain, on_terminal
+from unionfs.cli.common import complain, on_terminal, print_json, root_option
+from unionfs.cli.listing import list_options, print_list, wants_fields
 from unionfs.cli.template import Joined, render
 from unionfs.cli.terminal import all_printable
-from unionfs.cli.volume.common import complete_volumes, open_volumes, root_option
+from unionfs.cli.volume.common import complete_volumes, open_volumes
 from unionfs.errors import UserError, on_failure
 from unionfs.settings.sizes import shown_size
 from unionfs.settings.words import moment

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from unionfs.cli.volume.common import complete_drivers, complete_volumes, open_volumes, pairs, root_option
+from unionfs.cli.common import root_option
+from unionfs.cli.volume.common import complete_drivers, complete_volumes, open_volumes, pairs
 
 
 @click.command(
@@ -52,8 +53,8 @@ def create(
     made = open_volumes(root).create(
         name,
         driver=driver,
-        options=pairs(options, "option", bare=True),
-        labels=pairs(labels, "label", bare=True),
+        options=pairs(options, "option"),
+        labels=pairs(labels, "label"),
     )
     print(made.name)
 

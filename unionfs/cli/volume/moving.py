@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 
 import click
 
+from unionfs.cli.common import root_option
 from unionfs.cli.completing import complete_files
-from unionfs.cli.listing import print_json
 from unionfs.cli.progress import progress_option, shown_progress
-from unionfs.cli.volume.archiving import COMPRESS, check_output, report_json, report_told
-from unionfs.cli.volume.common import complete_volumes, open_volumes, root_option
+from unionfs.cli.volume.archiving import COMPRESS, check_output, print_report
+from unionfs.cli.volume.common import complete_volumes, open_volumes
 from unionfs.errors import UserError
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -82,11 +82,8 @@ def export(
         report = write(
             open_volumes(root), name, output, compress=kind, owner=Owner(uid, gid), progress=shown
         )
-    if as_json:
-        print_json(report_json(report, volume=name, archive=output))
-        return
-    report_told(report, f"exported volume {name}")
-    if output != "-":
+    print_report(report, f"exported volume {name}", as_json=as_json, volume=name, archive=output)
+    if output != "-" and not as_json:
         print(output)
 
 
@@ -125,8 +122,6 @@ def import_(
         )
     with shown_progress(f"import of {name}", progress) as shown:
         report = put(volumes, name, source, owner=Owner(uid, gid), progress=shown)
-    if as_json:
-        print_json(report_json(report, volume=name, archive=source))
-        return
-    report_told(report, f"imported volume {name}")
-    print(name)
+    print_report(report, f"imported volume {name}", as_json=as_json, volume=name, archive=source)
+    if not as_json:
+        print(name)

@@ -6,9 +6,8 @@ from functools import partial
 
 import click
 
-from unionfs.cli.listing import print_json
-from unionfs.cli.run import complain, for_each
-from unionfs.cli.volume.common import complete_volumes, open_volumes, root_option
+from unionfs.cli.common import complain, confirm, for_each, print_json, root_option
+from unionfs.cli.volume.common import complete_volumes, open_volumes
 from unionfs.errors import UserError
 from unionfs.settings.sizes import shown_size
 from unionfs.storage.filters import matches, parse_filters, truth
@@ -66,13 +65,7 @@ def prune(
     ]
     if not (force or dry_run):
         kind = "all volumes" if every else "anonymous volumes"
-        click.echo(f"WARNING! This will remove {kind} not used by at least one mount.", err=True)
-        try:
-            agreed = click.confirm("Are you sure you want to continue?", err=True)
-        except click.Abort:
-            agreed = False
-        if not agreed:
-            raise UserError("nothing was removed; answer y, or use --force.")
+        confirm(f"This will remove {kind} not used by at least one mount.")
     volumes.settle()
     gone, freed, code = [], 0, 0
     for volume in found:

@@ -16,7 +16,8 @@ from unionfs.fuse.protocol import Reply, encode
 
 log = logging.getLogger(__name__)
 
-_GONE: Final = (errno.ENOENT, errno.ENODEV, errno.ENOTCONN, errno.ECONNABORTED)
+GONE: Final = (errno.ENOENT, errno.ENODEV, errno.ENOTCONN, errno.ECONNABORTED)
+"""Errors of an answer whose request is gone: its caller was killed, or the mount is gone."""
 
 
 class Device:
@@ -26,13 +27,28 @@ class Device:
         self.fd = fd
         #: Notices to be sent from a thread; see :meth:`take_later`.
         self.later: list[Reply] = []
+        self._cut_off = False
+
+    def has_ended(self, error: OSError) -> bool:
+        """Whether an error of a read means that the mount is gone. Raises it if the connection was aborted,
+        or it has another cause.
+
+        An ordinary umount causes ECONNABORTED, too, during the read of a request (fs/fuse/dev.c,
+        fuse_dev_do_read). The next read distinguishes the two.
+        """
+        if error.errno == errno.ENODEV:
+            return True
+        if error.errno != errno.ECONNABORTED or self._cut_off:
+            raise error
+        self._cut_off = True
+        return False
 
     def answer(self, reply: Reply) -> None:
         """Send an answer; drops it if the caller is gone."""
         try:
             os.writev(self.fd, reply)
         except OSError as error:
-            if error.errno not in _GONE:
+            if error.errno not in GONE:
                 self.answer_refused(b"".join(reply), error.errno or errno.EIO)
 
     def answer_refused(self, answer: bytes, code: int) -> None:
@@ -53,7 +69,7 @@ class Device:
         try:
             os.writev(self.fd, notice)
         except OSError as error:
-            if error.errno not in _GONE:
+            if error.errno not in GONE:
                 log.warning("the kernel refused a notice: %s", error.strerror)
             return False
         return True

@@ -150,7 +150,6 @@ class Loop:
         channel, deferred = self._channel, self._files.deferred
         serve, latencies, invalidations = self.serve, self._latencies, self._invalidations
         limit, fence = self._limit, self._fence
-        cut_off = False
         while True:
             while self._hold is not None:
                 await self._hold.wait()
@@ -160,14 +159,9 @@ class Loop:
             try:
                 size = channel.next()
             except OSError as error:
-                if error.errno == errno.ENODEV:
+                if self._device.has_ended(error):
                     return
-                if error.errno == errno.ECONNABORTED and not cut_off:
-                    # An ordinary umount causes it too, during the read of a request (fs/fuse/dev.c,
-                    # fuse_dev_do_read). The next read distinguishes the two.
-                    cut_off = True
-                    continue
-                raise
+                continue
             if invalidations.soon or invalidations.now:
                 self._announce()  # of what `core` has copied up
             if size <= 0 and limit is not None and limit.exceeded:

@@ -85,16 +85,7 @@ class NameRequests:
 
     def _entry(self, unique: int, found: Named) -> Reply:
         """An entry, which counts one lookup."""
-        node, attributes = found
-        node.looked_up(unique)
-        return encode.entry(
-            unique,
-            node.id,
-            node.generation,
-            FOREVER if node.territory.lasting else NEVER,
-            self._ios.valid(node, attributes),
-            attributes.packed(),
-        )
+        return encode.data(unique, self.entry_out(found, unique))
 
     def entry_out(self, found: Named, unique: int) -> bytes:
         """An entry as part of another answer, which counts one lookup."""

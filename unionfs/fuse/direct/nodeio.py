@@ -68,7 +68,8 @@ class NodeIos(IoModes):
 
     def await_writer(self, node: Node) -> None:
         """Keep a lower's file from passthrough until it is copied up: the kernel repeats the writer's open
-        only once, after ESTALE, so no reader may hold the lower again before. Of the newest of them."""
+        only once, after ESTALE, so no reader may hold the lower again before. Applies to the newest of
+        such files."""
         self.awaited[node.ino] = None
         if len(self.awaited) > _AWAITED:
             del self.awaited[next(iter(self.awaited))]

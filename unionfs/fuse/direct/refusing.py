@@ -19,7 +19,6 @@ NO_ANSWER: Final = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT)
 
 async def refuse_all(device: Device, buffer: memoryview) -> None:
     """Answer all requests with EIO until the mount is gone. Raises ConnectionAbortedError if disconnected."""
-    cut_off = False
     while True:
         await trio.lowlevel.checkpoint()
         try:
@@ -28,13 +27,9 @@ async def refuse_all(device: Device, buffer: memoryview) -> None:
             await trio.lowlevel.wait_readable(device.fd)
             continue
         except OSError as error:
-            if error.errno == errno.ENODEV:
+            # ENOENT: the caller was interrupted before its request was read.
+            if error.errno not in (errno.ENOENT, errno.EINTR) and device.has_ended(error):
                 return
-            # An ordinary umount causes it, too; see `loop`.
-            if error.errno == errno.ECONNABORTED and not cut_off:
-                cut_off = True
-            elif error.errno not in (errno.ENOENT, errno.EINTR):
-                raise
             continue
         number, unique = OPCODE_UNIQUE.unpack_from(buffer)
         if number not in NO_ANSWER:

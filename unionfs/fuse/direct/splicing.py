@@ -9,7 +9,6 @@ and all of it must fit the pipe.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import mmap
 import os
@@ -18,10 +17,10 @@ from collections.abc import Callable
 from typing import Final
 
 from unionfs.core.files import OpenFile
+from unionfs.fuse.direct.device import GONE
 
 _HEADER: Final = struct.Struct("=IiQ")  # struct fuse_out_header: len, error, unique
 _SIZES: Final = (4 << 20, 2 << 20, 1 << 20)
-_GONE: Final = (errno.ENOENT, errno.ENODEV, errno.ENOTCONN, errno.ECONNABORTED)
 
 
 class _Pipe:
@@ -72,7 +71,7 @@ class Splicer:
         try:
             sent = length <= pipe.capacity and self._send(pipe, unique, file.fd, offset, length)
         except OSError as error:
-            if error.errno not in _GONE:
+            if error.errno not in GONE:
                 raise
             return length  # the caller is gone
         finally:

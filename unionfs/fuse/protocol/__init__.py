@@ -4,7 +4,7 @@
     flags       opcodes, flags, ioctls
     request     what every request is;  requests: one class for each opcode served
     decode      bytes -> request
-    encode      answers -> buffers      dirents: directory listings      notify: notifications
+    encode      answers -> buffers;     notify: notifications
     negotiate   INIT: offered flags, settings, privileges -> decision
     errors      ProtocolError, NegotiationRefused
 
@@ -26,7 +26,6 @@ A session, in short:
 
 from unionfs.fuse.protocol import encode, notify, requests
 from unionfs.fuse.protocol.decode import Decode, decoder, receive_buffer_size
-from unionfs.fuse.protocol.dirents import Dirents
 from unionfs.fuse.protocol.encode import FOREVER, NEVER, InitReply, Reply, Timeout
 from unionfs.fuse.protocol.errors import NegotiationRefused, ProtocolError
 from unionfs.fuse.protocol.flags import Init, Notify, Opcode
@@ -39,7 +38,6 @@ __all__ = [
     "SMALL_FILE",
     "Decision",
     "Decode",
-    "Dirents",
     "Init",
     "InitReply",
     "IoMode",

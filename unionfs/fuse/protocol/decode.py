@@ -22,7 +22,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from unionfs.fuse.protocol import requests as rq
 from unionfs.fuse.protocol.errors import ProtocolError
@@ -71,26 +71,14 @@ def _other(kind: type[Request] | None, view: memoryview, size: int) -> Request:
 # -- the shapes: the data after the structure -------------------------------------------------------------
 
 
-def _nothing(kind: type[Request]) -> Decode:
-    layout = _layout(kind)
-    unpack, exact, opcode = layout.unpack_from, layout.size, int(kind.opcode)
-
-    def decode(view: memoryview, size: int) -> Request:
-        if size != exact:
-            return _other(kind, view, size)
-        fields = unpack(view)
-        if fields[0] != size or fields[1] != opcode:
-            return _other(kind, view, size)
-        return kind(fields)
-
-    return decode
+_Fields = tuple[Any, ...]
+_Rest = Callable[[_Fields, memoryview, int], _Fields]
+"""(fields of the structure, view, size) -> the fields after them. Raises ProtocolError."""
 
 
-def _name(kind: type[Request]) -> Decode:
-    """One name."""
-    layout = _layout(kind)
-    unpack, start, opcode = layout.unpack_from, layout.size, int(kind.opcode)
-    shortest = start + len(b"n\0")
+def _decoder(kind: type[Request], layout: struct.Struct, shortest: int, rest: _Rest) -> Decode:
+    """The decoder of messages of at least `shortest` bytes."""
+    unpack, opcode = layout.unpack_from, int(kind.opcode)
 
     def decode(view: memoryview, size: int) -> Request:
         if size < shortest:
@@ -98,13 +86,35 @@ def _name(kind: type[Request]) -> Decode:
         fields = unpack(view)
         if fields[0] != size or fields[1] != opcode:
             return _other(kind, view, size)
-        end = size - 1
-        name = view[start:end].tobytes()
-        if view[end] or 0 in name or _SLASH in name:
-            raise _bad(kind, view, size, "has a bad name")
-        return kind(fields + (name,))  # noqa: RUF005 - the star is slower
+        return kind(fields + rest(fields, view, size))
 
     return decode
+
+
+def _nothing(kind: type[Request]) -> Decode:
+    layout = _layout(kind)
+    exact = layout.size
+
+    def rest(fields: _Fields, view: memoryview, size: int) -> _Fields:
+        if size != exact:
+            raise _bad(kind, view, size, "does not have the right length")
+        return ()
+
+    return _decoder(kind, layout, exact, rest)
+
+
+def _name(kind: type[Request]) -> Decode:
+    """One name."""
+    layout = _layout(kind)
+    start = layout.size
+
+    def rest(fields: _Fields, view: memoryview, size: int) -> _Fields:
+        name = view[start : size - 1].tobytes()
+        if view[size - 1] or 0 in name or _SLASH in name:
+            raise _bad(kind, view, size, "has a bad name")
+        return (name,)
+
+    return _decoder(kind, layout, start + len(b"n\0"), rest)
 
 
 def _strings(*slash: bool) -> Callable[[type[Request]], Decode]:
@@ -112,24 +122,18 @@ def _strings(*slash: bool) -> Callable[[type[Request]], Decode]:
 
     def shape(kind: type[Request]) -> Decode:
         layout = _layout(kind)
-        unpack, start, opcode = layout.unpack_from, layout.size, int(kind.opcode)
-        expected = len(slash) + 1
+        start, expected = layout.size, len(slash) + 1
 
-        def decode(view: memoryview, size: int) -> Request:
-            if size <= start:
-                return _other(kind, view, size)
-            fields = unpack(view)
-            if fields[0] != size or fields[1] != opcode:
-                return _other(kind, view, size)
+        def rest(fields: _Fields, view: memoryview, size: int) -> _Fields:
             names = view[start:size].tobytes().split(b"\0")
             if len(names) != expected or names.pop():
                 raise _bad(kind, view, size, "has not the right number of names")
             for name, allowed in zip(names, slash, strict=True):
                 if not name or (_SLASH in name and not allowed):
                     raise _bad(kind, view, size, "has a bad name")
-            return kind((*fields, *names))
+            return tuple(names)
 
-        return decode
+        return _decoder(kind, layout, start + 1, rest)
 
     return shape
 
@@ -138,21 +142,15 @@ def _data(length_field: str) -> Callable[[type[Request]], Decode]:
     """Data of `length_field` bytes; a view of the buffer."""
 
     def shape(kind: type[Request]) -> Decode:
-        layout = _layout(kind)
-        unpack, start, opcode = layout.unpack_from, layout.size, int(kind.opcode)
-        length_at = kind.fields.index(length_field)
+        layout, length_at = _layout(kind), kind.fields.index(length_field)
+        start = layout.size
 
-        def decode(view: memoryview, size: int) -> Request:
-            if size < start:
-                return _other(kind, view, size)
-            fields = unpack(view)
-            if fields[0] != size or fields[1] != opcode:
-                return _other(kind, view, size)
+        def rest(fields: _Fields, view: memoryview, size: int) -> _Fields:
             if fields[length_at] != size - start:
                 raise _bad(kind, view, size, f"says it has {fields[length_at]} bytes of data")
-            return kind((*fields, view[start:size]))
+            return (view[start:size],)
 
-        return decode
+        return _decoder(kind, layout, start, rest)
 
     return shape
 
@@ -160,20 +158,14 @@ def _data(length_field: str) -> Callable[[type[Request]], Decode]:
 def _forgets(kind: type[Request]) -> Decode:
     """Pairs of nodeid and nlookup."""
     layout, pair = _layout(kind), LAYOUTS["fuse_forget_one"].struct
-    unpack, start, opcode = layout.unpack_from, layout.size, int(kind.opcode)
-    count_at = kind.fields.index("entries")
+    start, count_at = layout.size, kind.fields.index("entries")
 
-    def decode(view: memoryview, size: int) -> Request:
-        if size < start:
-            return _other(kind, view, size)
-        fields = unpack(view)
-        if fields[0] != size or fields[1] != opcode:
-            return _other(kind, view, size)
+    def rest(fields: _Fields, view: memoryview, size: int) -> _Fields:
         if fields[count_at] * pair.size != size - start:
             raise _bad(kind, view, size, f"says it has {fields[count_at]} entries")
-        return kind((*fields, tuple(pair.iter_unpack(view[start:size]))))
+        return (tuple(pair.iter_unpack(view[start:size])),)
 
-    return decode
+    return _decoder(kind, layout, start, rest)
 
 
 def _xattr(kind: type[Request], extended: bool = True) -> Decode:
@@ -181,21 +173,15 @@ def _xattr(kind: type[Request], extended: bool = True) -> Decode:
     short = struct.Struct("=" + IN_HEADER.format + "II")
     assert short.size == IN_HEADER_SIZE + SETXATTR_COMPAT_SIZE
     layout, missing = (_layout(kind), ()) if extended else (short, (0,))
-    unpack, start, opcode = layout.unpack_from, layout.size, int(kind.opcode)
-    length_at = kind.fields.index("size")
+    start, length_at = layout.size, kind.fields.index("size")
 
-    def decode(view: memoryview, size: int) -> Request:
-        if size <= start:
-            return _other(kind, view, size)
-        fields = unpack(view)
-        if fields[0] != size or fields[1] != opcode:
-            return _other(kind, view, size)
+    def rest(fields: _Fields, view: memoryview, size: int) -> _Fields:
         name, nul, value = view[start:size].tobytes().partition(b"\0")
         if not name or not nul or len(value) != fields[length_at]:
             raise _bad(kind, view, size, "has a bad name or value")
-        return kind((*fields, *missing, name, value))
+        return (*missing, name, value)
 
-    return decode
+    return _decoder(kind, layout, start + 1, rest)
 
 
 def _init(kind: type[Request]) -> Decode:

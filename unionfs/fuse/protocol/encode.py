@@ -5,8 +5,8 @@ Rules:
   copying data. One writev(2) must carry one answer; `os.writev(fd, encode.entry(...))`.
 - An answer with an error is a header alone (fs/fuse/dev.c, fuse_dev_do_write: anything after it is EINVAL).
 - A timeout is a pair (seconds, nanoseconds), such as `FOREVER` and `NEVER`.
-- An object's attributes are packed once, by `attributes_of`, and travel as those 88 bytes;
-  a node may keep them. An entry likewise is packed by `entry_out` (128 bytes): LOOKUP, CREATE, READDIRPLUS.
+- An object's attributes are passed as the 88 bytes of fuse_attr (`core.stats` packs them), an entry of CREATE
+  as the 128 bytes of `entry_out`.
 - FORGET and BATCH_FORGET get no answer.
 - A value that does not fit its field is a bug of ours, and raises struct.error.
 
@@ -25,9 +25,6 @@ from unionfs.fuse.protocol.structs import ATTR_SIZE, ENTRY_OUT_SIZE, LAYOUTS, OU
 Buffer = bytes | bytearray | memoryview
 Reply = list[Buffer]
 Timeout = tuple[int, int]
-AttributeValues = tuple[
-    int, int, int, int, int, int, int, int, int, int, int, int, int, int, int, int
-]  # fmt: skip
 
 FOREVER: Final[Timeout] = (1 << 32, 0)
 """136 years: converted, it fits the kernel's clock on every machine (fs/fuse/dir.c, time_to_jiffies)."""
@@ -35,7 +32,6 @@ NEVER: Final[Timeout] = (0, 0)
 
 _MAX_ERRNO: Final = 511  # fs/fuse/dev.c: an error of -512 or below is an invalid answer
 _EIO: Final = 5
-_NS: Final = 1_000_000_000
 
 
 def _header(layout: str) -> struct.Struct:
@@ -44,7 +40,6 @@ def _header(layout: str) -> struct.Struct:
 
 
 _EMPTY: Final = struct.Struct("=IiQ").pack
-_ATTR: Final = LAYOUTS["fuse_attr"].struct.pack
 _ENTRY_OUT: Final = struct.Struct(f"=QQQQII{ATTR_SIZE}s").pack
 _ENTRY: Final = struct.Struct(f"=IiQQQQQII{ATTR_SIZE}s").pack
 _ENTRY_SIZE: Final = OUT_HEADER_SIZE + ENTRY_OUT_SIZE
@@ -80,46 +75,9 @@ class InitReply(NamedTuple):
 # -- file attributes ------------------------------------------------------------------------------------
 
 
-def attributes_of(
-    st: os.stat_result, ino: int, nlink: int | None = None, ctime_ns: int | None = None
-) -> bytes:
-    """fuse_attr from a stat, under the inode number `ino` and, if given, with another link count or ctime."""
-    return _ATTR(*attribute_values(st, ino, nlink, ctime_ns))
-
-
-def attribute_values(
-    st: os.stat_result, ino: int, nlink: int | None = None, ctime_ns: int | None = None
-) -> AttributeValues:
-    """Like `attributes_of`, but returns the fields of fuse_attr in order, to pack with surrounding fields."""
-    atime, mtime = st.st_atime_ns, st.st_mtime_ns
-    ctime = st.st_ctime_ns if ctime_ns is None else ctime_ns
-    return (
-        ino,
-        st.st_size,
-        st.st_blocks,
-        atime // _NS,
-        mtime // _NS,
-        ctime // _NS,
-        atime % _NS,
-        mtime % _NS,
-        ctime % _NS,
-        st.st_mode,
-        st.st_nlink if nlink is None else nlink,
-        st.st_uid,
-        st.st_gid,
-        st.st_rdev & 0xFFFFFFFF,
-        st.st_blksize & 0xFFFFFFFF,
-        0,
-    )
-
-
 def entry_out(nodeid: int, generation: int, entry_valid: Timeout, attr_valid: Timeout, attr: bytes) -> bytes:
-    """fuse_entry_out, 128 bytes, for CREATE and READDIRPLUS. Each one sent counts one lookup of `nodeid`."""
+    """fuse_entry_out, 128 bytes, for CREATE. Each one sent counts one lookup of `nodeid`."""
     return _ENTRY_OUT(nodeid, generation, entry_valid[0], attr_valid[0], entry_valid[1], attr_valid[1], attr)
-
-
-NO_ENTRY: Final = bytes(ENTRY_OUT_SIZE)
-"""fuse_entry_out with nodeid 0: in READDIRPLUS, an entry without attributes (fs/fuse/readdir.c)."""
 
 
 # -- answers --------------------------------------------------------------------------------------------
@@ -150,11 +108,6 @@ def entry(
             attr_valid[1], attr,
         )
     ]  # fmt: skip
-
-
-def negative_entry(unique: int, entry_valid: Timeout) -> Reply:
-    """LOOKUP found nothing, and the kernel may cache that; if not, answer `error(unique, ENOENT)`."""
-    return [_ENTRY(_ENTRY_SIZE, 0, unique, 0, 0, entry_valid[0], 0, entry_valid[1], 0, b"")]
 
 
 def attr(unique: int, attr_valid: Timeout, attr: bytes) -> Reply:

@@ -307,7 +307,7 @@ def _drawback(chosen: IoMode, other: IoMode, settings: Settings) -> str:
         )
     if _passes_lowers(chosen, settings):
         return "registering a small file costs more than to read it, and hybrid passes the large ones through"
-    return "the union could be no lower of another one"
+    return "the union could not be a lower of another one"
 
 
 def _obstacle(mode: IoMode, offered: InitRequest, settings: Settings, privileges: Privileges) -> str | None:

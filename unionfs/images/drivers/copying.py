@@ -39,8 +39,7 @@ def copy_lowers(layer: Writable, target: str, called: str = "") -> None:
         merge = Merge(layers, markers, directory_fds=256)
         resources.callback(merge.close)
         with directory(target) as root, CALLER.shown("copying the lowers") as progress:
-            if progress is not None:
-                progress.measures(lambda: _size(layers, markers))
+            progress.measures(lambda: _size(layers, markers))
             Copier(merge, root, "the container", progress).tree(merge.roots)
 
 

@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Sequence
 
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import on_failure, quoted
 
 
 def fingerprint(lowers: Sequence[str], root: str) -> str:
@@ -21,12 +21,8 @@ def fingerprint(lowers: Sequence[str], root: str) -> str:
     for lower in lowers:
         total.update(os.fsencode(lower) + b"\0")
         if not lower.startswith(images):
-            try:
+            with on_failure(f"lower {quoted(lower)} cannot be read", "check its permissions"):
                 _add(total, lower, (own.st_dev, own.st_ino))
-            except OSError as error:
-                raise UserError(
-                    f"lower {quoted(lower)} cannot be read: {reason(error)}; check its permissions."
-                ) from error
     return total.hexdigest()[:32]
 
 

@@ -26,7 +26,7 @@ from unionfs.storage.measuring import Use
 from unionfs.storage.root import make_directory
 from unionfs.sys.calls import syncfs
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability, is_host_root
-from unionfs.sys.fds import Owned, directory
+from unionfs.sys.fds import directory
 from unionfs.sys.trees import remove_path
 
 _RECORD = "record.json"
@@ -128,7 +128,7 @@ class Snapshots(Driver):
     @contextmanager
     def _locked(self) -> Iterator[None]:
         make_directory(self._home())
-        with Owned(hold(f"{self._home()}/lock", alone=True)):
+        with hold(f"{self._home()}/lock", alone=True):
             yield
 
     def _record(self, key: str) -> dict[str, Any]:

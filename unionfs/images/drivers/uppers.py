@@ -36,9 +36,10 @@ def make_like(path: str, lower: str) -> None:
 
 
 def hide_storage(layer: Writable, upper: str | None = None) -> bool:
-    """Let the container not see the storage root, where its upper is, if a lower has it.
+    """Hide the storage root, which contains the upper, from the container if a lower has it.
 
-    `upper` is another directory that hides it. Returns whether a lower has it. Raises UserError.
+    `upper`: an upper that hides it in place of the container's own. Returns whether a lower has it. Raises
+    UserError.
     """
     root, found = os.path.realpath(layer.root), False
     for lower in layer.lowers:
@@ -74,7 +75,7 @@ class UpperDriver(Driver):
             os.mkdir(work_of(layer), 0o700)
 
     def diff(self, layer: Writable) -> Iterator[tuple[str, bytes]]:
-        """What is hidden was never there."""
+        """Without the hidden directories, which were never part of the container."""
         root = os.path.realpath(layer.root)
         hidden = [parts_below(lower, root) for lower in layer.lowers]
         tops = [os.fsencode(f"/{'/'.join(parts)}/") for parts in hidden if parts is not None]

@@ -124,7 +124,7 @@ class Extractor:
         except OSError as error:
             if error.errno in _NO_DIRECTORY:
                 raise Malformed(
-                    f"its entry {_shown(path)} lies below {_shown(name)}, which is not a directory"
+                    f"its entry {quoted(path)} lies below {quoted(name)}, which is not a directory"
                 ) from None
             raise
 
@@ -138,6 +138,7 @@ class Extractor:
         return fd, name
 
     def _clear(self, at: int, name: bytes) -> None:
+        """Make room for an entry."""
         status = os.stat(name, dir_fd=at, follow_symlinks=False)
         if stat.S_ISDIR(status.st_mode):
             remove(at, name)
@@ -178,8 +179,8 @@ class Extractor:
         except OSError as error:
             if error.errno == errno.ENOTSUP and entry.xattrs:
                 raise UserError(
-                    f"{_shown(entry.path)} has extended attributes or ACLs "
-                    f"({', '.join(map(_shown, entry.xattrs))}) "
+                    f"{quoted(entry.path)} has extended attributes or ACLs "
+                    f"({', '.join(map(quoted, entry.xattrs))}) "
                     f"that {self.filesystem} cannot hold; restore {self.elsewhere}."
                 ) from error
             # EIO: rclone's error for unsupported operations
@@ -188,7 +189,7 @@ class Extractor:
                 error.errno == errno.EIO and kind not in (FILE, SPARSE, DIRECTORY)
             ):
                 raise UserError(
-                    f"{_shown(entry.path)} cannot be made here: {reason(error)}; restore as root, or "
+                    f"{quoted(entry.path)} cannot be made here: {reason(error)}; restore as root, or "
                     f"{self.elsewhere}."
                 ) from error
             raise
@@ -234,7 +235,7 @@ class Extractor:
             for name in filter(_is_privileged, xattrs):
                 self._say_once(
                     f"only root can restore {os.fsdecode(name)} and similar xattrs (of "
-                    f"{_shown(entry.path)}); they were left out."
+                    f"{quoted(entry.path)}); they were left out."
                 )
             xattrs = {name: value for name, value in xattrs.items() if not _is_privileged(name)}
         return attributes.FileAttributes(mode, entry.uid, entry.gid, self._now, entry.mtime, xattrs)
@@ -250,7 +251,7 @@ class Extractor:
             lost |= stat.S_ISUID if status.st_uid != entry.uid else 0
             lost |= stat.S_ISGID if status.st_gid != entry.gid else 0
         if entry.mode & lost:
-            self._say_once(f"set-id bits of others' files were left out, as of {_shown(entry.path)}.")
+            self._say_once(f"set-id bits of others' files were left out, as of {quoted(entry.path)}.")
         return entry.mode & ~lost
 
     def _say_once(self, sentence: str) -> None:
@@ -288,7 +289,7 @@ class Extractor:
             os.mknod(name, kind | 0o600, os.makedev(*entry.rdev), dir_fd=at)
         except PermissionError as error:
             raise UserError(
-                f"{_shown(entry.path)} is a device file, which only root can make; restore as root."
+                f"{quoted(entry.path)} is a device file, which only root can make; restore as root."
             ) from error
 
     def _link(self, at: int, name: bytes, entry: Entry) -> None:
@@ -301,11 +302,11 @@ class Extractor:
                 )  # fmt: skip
             except FileNotFoundError:
                 raise Malformed(
-                    f"the hard link {_shown(entry.path)} leads to {_shown(entry.link)}, which is not there"
+                    f"the hard link {quoted(entry.path)} leads to {quoted(entry.link)}, which is not there"
                 ) from None
             except PermissionError as error:
                 if stat.S_ISDIR(os.stat(first, dir_fd=source, follow_symlinks=False).st_mode):
-                    raise Malformed(f"the hard link {_shown(entry.path)} leads to a directory") from None
+                    raise Malformed(f"the hard link {quoted(entry.path)} leads to a directory") from None
                 raise error
 
     def end_archive(self) -> None:
@@ -341,7 +342,7 @@ class Extractor:
 
     def _finish_directory(self, fd: int, entry: Entry) -> None:
         with on_failure(
-            f"the attributes of {_shown(entry.path)} cannot be set here",
+            f"the attributes of {quoted(entry.path)} cannot be set here",
             f"restore as root, or {self.elsewhere}",
         ):
             if self._layers > 1:
@@ -380,7 +381,3 @@ def _is_privileged(name: bytes) -> bool:
 
 def _refuse(name: bytes, error: OSError) -> None:
     raise error
-
-
-def _shown(path: bytes) -> str:
-    return quoted(os.fsdecode(path))

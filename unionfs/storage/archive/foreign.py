@@ -128,7 +128,7 @@ def _decode(raw: bytes, size: int, records: Records) -> tuple[Entry, int]:
         name = records[b"GNU.sparse.name"]
     kind = _KINDS.get(raw[156:157])
     if kind is None:
-        raise Malformed(f"its entry {_shown(name)} has the type {raw[156:157]!r}, which layers do not have")
+        raise Malformed(f"its entry {quoted(name)} has the type {raw[156:157]!r}, which layers do not have")
     if kind == FILE and name.endswith(b"/"):
         kind = DIRECTORY  # before POSIX
     if b"size" in records:
@@ -161,7 +161,7 @@ def _owner(raw: bytes, key: bytes, records: Records) -> int:
 
 def _sparse_size(kind: str, name: bytes, records: Records) -> int:
     if kind != FILE or (records.get(b"GNU.sparse.major"), records.get(b"GNU.sparse.minor")) != (b"1", b"0"):
-        raise Malformed(f"{_shown(name)} is in an old sparse format, not in GNU tar's of --posix")
+        raise Malformed(f"{quoted(name)} is in an old sparse format, not in GNU tar's of --posix")
     return decimal(records.get(b"GNU.sparse.realsize", b""))
 
 
@@ -174,11 +174,5 @@ def _xattrs(name: bytes, records: Records) -> dict[bytes, bytes]:
             try:
                 found[_ACL_KEYS[key]] = acl.from_text(value)
             except ValueError as error:
-                raise Malformed(f"the ACL of {_shown(name)} cannot be used: {error}") from None
+                raise Malformed(f"the ACL of {quoted(name)} cannot be used: {error}") from None
     return found
-
-
-def _shown(name: bytes) -> str:
-    return quoted(name.decode("utf-8", "surrogateescape"))
-
-

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import IO
 
-from unionfs.errors import UserError, on_failure, quoted
+from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.sys.calls import AT_FDCWD
 from unionfs.sys.fds import Owned
 from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, openat2
@@ -31,12 +31,30 @@ def output_to(target: str, what: str = "backup") -> Iterator[IO[bytes]]:
 
 
 @contextmanager
+def written(what: str, target: str) -> Iterator[None]:
+    """Turn an OSError of the block, which writes `what` to `target`, into a UserError, but for a reader that
+    has ended.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        where, then = quoted(target), "the incomplete file was removed. Free space"
+        if target == "-":
+            where, then = "standard output", "free space"
+        raise UserError(
+            f"the {what} cannot be written to {where}: {reason(error)}; {then}, or write it elsewhere."
+        ) from error
+
+
+@contextmanager
 def whole_file(path: str, what: str = "backup") -> Iterator[IO[bytes]]:
     """An unbuffered file that replaces `path` if the context ends without an error, and else is discarded.
 
     On most filesystems it has no name until then, so even SIGKILL leaves nothing behind. Its directory stays
     open, so that a rename cannot redirect it. Anything but a regular file (a FIFO, /dev/null) is written
-    directly. `what` it is, for messages. Raises UserError.
+    directly. `what`: what is written, for messages. Raises UserError.
     """
     if not os.path.basename(path):
         raise UserError(f"{quoted(path)} is not a file name; name the file to write the {what} to.")

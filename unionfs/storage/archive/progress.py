@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
-from typing import TextIO
+from typing import Final, TextIO
 
 _Input = tuple[int, Callable[[], int]]
 _SECONDS = 0.1
@@ -90,6 +90,28 @@ class Progress:
         return None if not self._total else min(self.size / self._total, 1.0)
 
 
+class _Unseen(Progress):
+    """Shown to nobody: neither counts nor measures."""
+
+    def __call__(self, entries: int, size: int) -> None:
+        pass
+
+    def along(self, pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+        return iter(pieces)
+
+    def measures(self, size: Callable[[], int]) -> None:
+        pass
+
+    def reads_file(self, fd: int) -> None:
+        pass
+
+    def reads(self, size: int, position: Callable[[], int]) -> None:
+        pass
+
+
+UNSEEN: Final[Progress] = _Unseen()
+
+
 def _position(fd: int, size: int) -> int:
     try:
         return os.lseek(fd, 0, os.SEEK_CUR)
@@ -100,10 +122,10 @@ def _position(fd: int, size: int) -> int:
 Shows = Callable[[str, TextIO], AbstractContextManager[Progress]]
 """Shows on a stream how far the operation is that is named."""
 
-Shown = Callable[[str], AbstractContextManager[Progress | None]]
-"""Shows how far the operation is that is named, if anybody looks."""
+Shown = Callable[[str], AbstractContextManager[Progress]]
+"""Shows how far the operation is that is named, if anybody looks; else the progress is UNSEEN."""
 
 
-def unseen(what: str) -> AbstractContextManager[None]:
+def unseen(what: str) -> AbstractContextManager[Progress]:
     """Show nothing: a `Shown`."""
-    return nullcontext()
+    return nullcontext(UNSEEN)

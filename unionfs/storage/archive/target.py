@@ -53,7 +53,7 @@ def _refuse_base(target: str, directory: str) -> None:
 
 
 def _identity(path: str) -> tuple[str, str | None] | None:
-    """Return the id of an archive and that of its base; None if it is no archive of a volume."""
+    """Return the id of an archive and that of its base; None if it is not an archive of a volume."""
     try:
         with open(path, "rb", buffering=0) as raw:
             info = ArchiveReader(decompressor(raw)).info

@@ -55,7 +55,7 @@ def read_xattrs(place: int | bytes, complain: Callable[[str], None]) -> dict[byt
         # EINVAL: an empty security.capability, which the file's owner may set, is listed but cannot be read
         # (security/commoncap.c).
         elif error.errno not in _VANISHED:
-            complain(f"its xattr {quoted(os.fsdecode(name))} cannot be read ({reason(error)})")
+            complain(f"its xattr {quoted(name)} cannot be read ({reason(error)})")
 
     def is_kept(name: bytes) -> bool:
         return name in acl.RECORDS or name.startswith(_KEPT)
@@ -154,10 +154,10 @@ class Walker:
     def failed(self, path: bytes, error: OSError) -> None:
         """Note that a file has vanished; raise UserError for one that cannot be read."""
         if isinstance(error, FileNotFoundError):
-            self._note(f"{_shown(path)} vanished while it was read; it was left out.")
+            self._note(f"{quoted(path)} vanished while it was read; it was left out.")
             return
         raise UserError(
-            f"{_shown(path)} in {quoted(self._root)} cannot be read: {reason(error)}; nothing is left out of "
+            f"{quoted(path)} in {quoted(self._root)} cannot be read: {reason(error)}; nothing is left out of "
             "a backup, so make it readable, or run as root."
         ) from error
 
@@ -177,7 +177,7 @@ class Walker:
             with Owned(self._open(name, _FILE_FLAGS, at)) as fd:
                 yield self.file_entry(fd, path, os.fstat(fd)), fd
         elif kind == stat.S_IFSOCK:
-            self._note(f"{_shown(path)} is a socket, which no archive can hold; it was left out.")
+            self._note(f"{quoted(path)} is a socket, which no archive can hold; it was left out.")
         else:
             yield self._special(at, name, path, kind, status), -1
 
@@ -188,7 +188,7 @@ class Walker:
             if not os.path.samestat(os.fstat(fd), parent.status):
                 os.close(fd)
                 raise UserError(
-                    f"{_shown(child.path)} in {quoted(self._root)} was moved while it was read; try again."
+                    f"{quoted(child.path)} in {quoted(self._root)} was moved while it was read; try again."
                 )
             parent.fd = fd
 
@@ -206,7 +206,7 @@ class Walker:
                 level = _Level(path, fd, status)
                 self._fill(level)
                 return level
-        self._note(f"{_shown(path)} is a mountpoint; what is mounted there was left out.")
+        self._note(f"{quoted(path)} is a mountpoint; what is mounted there was left out.")
         os.close(fd)
         return None
 
@@ -219,7 +219,7 @@ class Walker:
 
     def _xattrs(self, place: int | bytes, path: bytes) -> dict[bytes, bytes]:
         def complain(what: str) -> None:
-            self._note(f"{_shown(path)}: {what}; left out.")
+            self._note(f"{quoted(path)}: {what}; left out.")
 
         return read_xattrs(place, complain) if self._has_xattrs else {}
 
@@ -262,7 +262,7 @@ class Walker:
         except PermissionError as error:
             if symlinks.are_sshfs(at):
                 raise UserError(
-                    f"the symlink {_shown(path)} cannot be read, because sshfs hides symlinks that are "
+                    f"the symlink {quoted(path)} cannot be read, because sshfs hides symlinks that are "
                     "absolute or lead upwards; make the volume with -o o=no_contain_symlinks."
                 ) from error
             raise
@@ -299,10 +299,6 @@ def _entry(
         path, kind, status.st_mode & 0o7777, status.st_uid, status.st_gid, size, status.st_mtime_ns,
         status.st_ctime_ns, status.st_ino, rdev, link, xattrs, segments,
     )  # fmt: skip
-
-
-def _shown(path: bytes) -> str:
-    return quoted(os.fsdecode(path) or ".")
 
 
 def sparse_segments(fd: int, size: int) -> Sequence[tuple[int, int]]:

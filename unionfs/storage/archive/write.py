@@ -15,7 +15,7 @@ from unionfs.storage.archive.content import SMALL, Contents, pieces
 from unionfs.storage.archive.entry import FILE, NO_DIGEST, SPARSE, Entry, digest_of, new_digest
 from unionfs.storage.archive.headers import DELETED, INFO, MANIFEST
 from unionfs.storage.archive.manifest import ManifestWriter, plain_line, whole_line
-from unionfs.storage.archive.progress import Progress
+from unionfs.storage.archive.progress import UNSEEN, Progress
 from unionfs.storage.archive.tar import Members, Tar
 from unionfs.storage.archive.walk import Walker
 
@@ -33,7 +33,7 @@ class Pass:
         add_line: Callable[[bytes], None],
         *,
         base: Base | None = None,
-        progress: Progress | None = None,
+        progress: Progress = UNSEEN,
     ) -> None:
         self._walker = walker
         self._contents = contents
@@ -64,7 +64,7 @@ class Pass:
     def _count(self, size: int) -> None:
         self.entries += 1
         self.read_bytes += size
-        if self._progress is not None and not self.entries & 255:
+        if not self.entries & 255:
             self._progress(self.entries, self.read_bytes)
 
     def _take(self, fd: int, path: bytes, status: os.stat_result) -> bool:
@@ -124,8 +124,7 @@ class Pass:
                 digest.update(offset, data)
                 self._members.put(data)
                 self.read_bytes += len(data)
-                if self._progress is not None:
-                    self._progress(self.entries, self.read_bytes)
+                self._progress(self.entries, self.read_bytes)
             self._members.end(entry)
             attempted = entry, digest.hexdigest(entry.size)
         assert attempted is not None
@@ -142,7 +141,7 @@ class ArchiveWriter:
         contents: Contents,
         *,
         base: Base | None = None,
-        progress: Progress | None = None,
+        progress: Progress = UNSEEN,
     ) -> None:
         self._tar = tar
         self._base = base

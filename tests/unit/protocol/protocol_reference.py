@@ -1,23 +1,23 @@
-"""Directory listings: packing entries into the answer of READDIR and READDIRPLUS.
+"""The plain form of what the compiled core packs: attributes, and the entries of READDIR and READDIRPLUS.
 
-This is the specification of `core.listings`, which packs the same bytes.
-
-Rules (fs/fuse/readdir.c, parse_dirfile and parse_dirplusfile, Linux 6.18):
+The core must pack the same bytes. Rules of listings (fs/fuse/readdir.c, parse_dirfile and parse_dirplusfile,
+Linux 6.18):
 - A record is the structure, the name without a NUL, and zeros up to the next multiple of 8.
 - The whole answer is at most the request's `size` bytes; a record that does not fit follows next time.
 - `off` is the position *after* this entry: a cookie of the daemon, never 0, below 2**63.
 - An empty name, a name with a slash, or one above 1024 bytes fails the whole listing with EIO: refused here.
 - READDIRPLUS: an entry with a nodeid counts one lookup, so look it up only if it fits (`fits_plus`), and then
-  add it. `encode.NO_ENTRY` (for "." and "..", or a failed lookup) counts none.
+  add it. `NO_ENTRY` (for "." and "..", or a failed lookup) counts none.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 from typing import Final
 
-from unionfs.fuse.protocol.encode import AttributeValues, Timeout
-from unionfs.fuse.protocol.structs import ENTRY_OUT_SIZE, LAYOUTS
+from unionfs.fuse.protocol.encode import Reply, Timeout
+from unionfs.fuse.protocol.structs import ATTR_SIZE, ENTRY_OUT_SIZE, LAYOUTS
 
 NAME_MAX: Final = 1024
 """Bytes; FUSE_NAME_MAX, supported by every kernel (newer ones may accept more)."""
@@ -28,6 +28,53 @@ _DIRENTPLUS_SIZE: Final = LAYOUTS["fuse_direntplus"].size
 _PLUS: Final = struct.Struct(f"={ENTRY_OUT_SIZE}s" + LAYOUTS["fuse_dirent"].format).pack
 _FOUND: Final = struct.Struct("=" + LAYOUTS["fuse_direntplus"].format).pack
 _PADDING: Final = tuple(bytes(-size % 8) for size in range(8))
+_ATTR: Final = LAYOUTS["fuse_attr"].struct.pack
+_ENTRY: Final = struct.Struct(f"=IiQQQQQII{ATTR_SIZE}s")
+_NS: Final = 1_000_000_000
+
+AttributeValues = tuple[
+    int, int, int, int, int, int, int, int, int, int, int, int, int, int, int, int
+]  # fmt: skip
+NO_ENTRY: Final = bytes(ENTRY_OUT_SIZE)
+"""fuse_entry_out with nodeid 0: in READDIRPLUS, an entry without attributes (fs/fuse/readdir.c)."""
+
+
+def attributes_of(
+    st: os.stat_result, ino: int, nlink: int | None = None, ctime_ns: int | None = None
+) -> bytes:
+    """fuse_attr from a stat, under the inode number `ino` and, if given, with another link count or ctime."""
+    return _ATTR(*attribute_values(st, ino, nlink, ctime_ns))
+
+
+def attribute_values(
+    st: os.stat_result, ino: int, nlink: int | None = None, ctime_ns: int | None = None
+) -> AttributeValues:
+    """Like `attributes_of`, but returns the fields of fuse_attr in order, to pack with surrounding fields."""
+    atime, mtime = st.st_atime_ns, st.st_mtime_ns
+    ctime = st.st_ctime_ns if ctime_ns is None else ctime_ns
+    return (
+        ino,
+        st.st_size,
+        st.st_blocks,
+        atime // _NS,
+        mtime // _NS,
+        ctime // _NS,
+        atime % _NS,
+        mtime % _NS,
+        ctime % _NS,
+        st.st_mode,
+        st.st_nlink if nlink is None else nlink,
+        st.st_uid,
+        st.st_gid,
+        st.st_rdev & 0xFFFFFFFF,
+        st.st_blksize & 0xFFFFFFFF,
+        0,
+    )
+
+
+def negative_entry(unique: int, entry_valid: Timeout) -> Reply:
+    """LOOKUP found nothing, and the kernel may cache that; if not, answer `error(unique, ENOENT)`."""
+    return [_ENTRY.pack(_ENTRY.size, 0, unique, 0, 0, entry_valid[0], 0, entry_valid[1], 0, b"")]
 
 
 class Dirents:
@@ -84,7 +131,7 @@ class Dirents:
     ) -> None:
         """Like `add_plus`, packed with its entry in one call. The entry must fit, see `fits_plus`.
 
-        `entry` and `attr`: the validity of name and attributes; `values`: from `encode.attribute_values`.
+        `entry` and `attr`: the validity of name and attributes; `values`: from `attribute_values`.
         Raises ValueError for an invalid name.
         """
         length = len(name)
