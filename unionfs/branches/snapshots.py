@@ -15,7 +15,7 @@ from unionfs.branches.view import View
 from unionfs.daemon.live import LiveMount, live_mounts
 from unionfs.daemon.orders import ask_for, give
 from unionfs.daemon.snapshotting import LACKS_NAMES
-from unionfs.errors import UserError, cure_for, on_failure, quoted, reason
+from unionfs.errors import UserError, cure_for, on_failure, path_in, quoted, reason
 from unionfs.images.indexed import opened_index
 from unionfs.settings.names import check_name
 from unionfs.storage.snapshot_record import Record
@@ -255,7 +255,7 @@ def compared(mount: LiveMount, name: str, other: str | None) -> Iterator[View]:
                 index = resources.enter_context(opened_index(mount.settings.work, merge))
             view = View(merge, root, index)
         except OSError as error:
-            at = f"{quoted(os.fsdecode(error.filename))}: " if error.filename else ""
+            at = f"{quoted(path)}: " if (path := path_in(error)) else ""
             raise UserError(
                 f"the snapshots of {quoted(upper)} cannot be read: {at}{reason(error)}; check their "
                 "directory."

@@ -18,7 +18,7 @@ from unionfs.branches.covered import hidden_in
 from unionfs.branches.ids import overflow
 from unionfs.branches.store import Branch, may_own
 from unionfs.core.places import Place
-from unionfs.errors import UserError, quoted, reason
+from unionfs.errors import UserError, path_in, quoted, reason
 from unionfs.images.indexed import Copy, Index, opened_index
 from unionfs.sys.attributes import ALL, FileAttributes, attributes, read_xattrs
 from unionfs.sys.fds import Owned, open_for_listing
@@ -116,7 +116,8 @@ class View:
         """Open the non-directory `name` as the branch shows it, or with `old` as below it. Raises OSError."""
         st, place = found.st, found.parts[0]
         if st is None:
-            raise OSError(errno.EIO, "it cannot be read in its layer", os.fsdecode(name))
+            code = errno.EIO if found.failure is None else found.failure
+            raise OSError(code, f"it cannot be read in its layer ({os.strerror(code)})", os.fsdecode(name))
         copy = None if old else self._copy(name, found)
         if copy is not None and self._index is not None:
             where = b"/proc/self/fd/%d/%b" % (self._index.fd, copy.entry)
@@ -249,7 +250,9 @@ class View:
                     found = _NLINK.fullmatch(
                         os.getxattr(where, self.merge.markers.nlink, follow_symlinks=False)
                     )
-                except OSError:
+                except OSError as error:
+                    if error.errno not in ABSENT:
+                        raise
                     continue
                 if found is None or int(found[1]) >= 0:
                     return True
@@ -293,7 +296,7 @@ def viewed(branch: Branch) -> Iterator[View]:
             others = None if record.ids is None else (overflow("uid"), overflow("gid"))
             view = View(merge, root, index, hidden, others)
         except OSError as error:
-            at = f"{quoted(os.fsdecode(error.filename))}: " if error.filename else ""
+            at = f"{quoted(path)}: " if (path := path_in(error)) else ""
             raise UserError(
                 f"branch {quoted(branch.name)} cannot be read: {at}{reason(error)}; check its base "
                 f"{quoted(record.base)} and its layer {quoted(branch.upper)}."

@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 
 from unionfs.errors import on_failure, quoted
-from unionfs.sys.fds import Returned
+from unionfs.sys.fds import Returned, close_quietly
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -31,10 +31,10 @@ def _take(path: str, operation: int) -> int | None:
                 try:
                     fcntl.flock(fd, operation)
                 except BlockingIOError:
-                    os.close(fd)
+                    close_quietly(fd)
                     return None
                 # Its last holder may have removed the file meanwhile.
                 with suppress(FileNotFoundError):
                     if os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False)):
                         return fd
-            os.close(fd)
+            close_quietly(fd)

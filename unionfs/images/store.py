@@ -32,7 +32,7 @@ from unionfs.storage.archive.progress import Progress
 from unionfs.storage.root import make_directory, open_root
 from unionfs.sys.calls import syncfs
 from unionfs.sys.capabilities import is_host_root
-from unionfs.sys.fds import directory
+from unionfs.sys.fds import close_quietly, directory, is_directory
 from unionfs.sys.trees import remove_path
 from unionfs.union.markers import Markers
 from unionfs.union.resting import TRUSTED, USER
@@ -88,7 +88,9 @@ class Store:
         return f"{self.path}/layers/{kind}/{diff_id}/root"
 
     def has_layer(self, kind: str, diff_id: str) -> bool:
-        return os.path.isdir(self.layer(kind, diff_id))
+        """Raises UserError if that is not known."""
+        with on_failure(f"the layer {diff_id} cannot be used", "check the store"):
+            return is_directory(self.layer(kind, diff_id))
 
     def facts(self, kind: str, diff_id: str) -> dict[str, Any]:
         """What is known about a layer. Raises UserError."""
@@ -118,15 +120,15 @@ class Store:
         while True:
             shared = hold(lock, alone=False)
             if self.has_layer(kind, diff_id):
-                held.callback(os.close, shared)
+                held.callback(close_quietly, shared)
                 return notes
-            os.close(shared)
+            close_quietly(shared)
             alone = hold(lock, alone=True)
             try:
                 if not self.has_layer(kind, diff_id):
                     notes = self._unpack(kind, diff_id, blob, rules, progress)
             finally:
-                os.close(alone)
+                close_quietly(alone)
 
     def _unpack(
         self, kind: str, diff_id: str, blob: Blob, rules: Rules, progress: Progress | None
@@ -137,6 +139,7 @@ class Store:
         with on_failure(complaint, "free space, or name another --root"):
             remove_path(new, unlock=True)
             os.mkdir(new, 0o700)
+            place = new
             try:
                 os.mkdir(f"{new}/root", 0o700)
                 contents, _ = unpack_blob(blob, f"{new}/root", markers_of(kind), rules, progress)
@@ -145,10 +148,13 @@ class Store:
                 with directory(new) as fd:
                     syncfs(fd)
                 os.rename(new, f"{above}/{diff_id}")
+                place = f"{above}/{diff_id}"
                 with directory(above) as fd:
                     os.fsync(fd)
             except BaseException:
                 with suppress(OSError):
+                    if place != new:
+                        os.rename(place, new)
                     remove_path(new, unlock=True)
                 raise
         return contents.notes
@@ -165,7 +171,7 @@ class Store:
             yield path
         finally:
             self._remove_layer(kind, f"{_NEW}{name}")
-            os.close(fd)
+            close_quietly(fd)
 
     # -- images -------------------------------------------------------------------------------------------
 
@@ -192,13 +198,15 @@ class Store:
                     if (said := self._use_layer(kind, diff_id, blob, rules, held, progress)) is not None:
                         new.append(diff_id)
                         notes += said
+                image = self._save(
+                    Image(source.id, source.names, source.config, layers, source.where, time.time())
+                )
             except BaseException:
                 held.close()
                 with suppress(UserError, OSError), self._records():
                     self._remove_unused([(kind, diff_id) for diff_id in new], {})
                 raise
-            image = Image(source.id, source.names, source.config, layers, source.where, time.time())
-            yield self._save(image)
+            yield image
 
     @contextmanager
     def used(self, image: Image, kind: str) -> Iterator[Image]:
@@ -207,7 +215,7 @@ class Store:
         with ExitStack() as held:
             for diff_id in image.layers:
                 fd = hold(self.lock_path(kind, diff_id), alone=False)
-                held.callback(os.close, fd)
+                held.callback(close_quietly, fd)
                 if not self.has_layer(kind, diff_id):
                     raise UserError(
                         f"the layer {diff_id[:12]} of image {shown(image)} is not unpacked for such a mount; "
@@ -247,7 +255,7 @@ class Store:
             with on_failure(f"the images in {quoted(self.path)} cannot be recorded", "free space"):
                 yield
         finally:
-            os.close(fd)
+            close_quietly(fd)
 
     def images(self) -> list[Image]:
         """All images, oldest first. Raises UserError."""
@@ -316,7 +324,7 @@ class Store:
                 f"image {shown(image)} cannot be removed: {user or 'another process'} uses it; end that "
                 "first."
             )
-        held.callback(os.close, fd)
+        held.callback(close_quietly, fd)
 
     def prune(self, users: Mapping[str, str]) -> list[str]:
         """Remove layers that no image has and nobody uses, and what killed processes left.
@@ -337,7 +345,7 @@ class Store:
                 continue
             if (fd := try_alone(self.lock_path(kind, diff_id))) is not None:
                 gone.append(self._remove_layer(kind, name))
-                os.close(fd)
+                close_quietly(fd)
         return gone
 
     def _remove_layer(self, kind: str, name: str) -> str:

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 
-from unionfs.sys.fds import Returned
+from unionfs.sys.fds import Returned, close_quietly
 
 
 def take(open_file: Callable[[], int], name: str, at: int | None = None) -> int | None:
@@ -22,12 +22,12 @@ def take(open_file: Callable[[], int], name: str, at: int | None = None) -> int 
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                os.close(fd)
+                close_quietly(fd)
                 return None
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(fd), os.stat(name, dir_fd=at, follow_symlinks=False)):
                     return fd
-        os.close(fd)
+        close_quietly(fd)
 
 
 def may_be_a_mounts(fd: int) -> bool:

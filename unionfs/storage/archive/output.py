@@ -13,7 +13,7 @@ from typing import IO
 
 from unionfs.errors import UserError, on_failure, quoted
 from unionfs.sys.calls import AT_FDCWD
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, close_quietly
 from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, openat2
 from unionfs.sys.walking import follow
 
@@ -83,9 +83,9 @@ def _place(path: str, opened: ExitStack) -> tuple[int, str, int | None]:
         fd = follow(path)
     except FileNotFoundError:
         directory = follow(os.path.dirname(path) or ".")
-        opened.callback(os.close, directory)
+        opened.callback(close_quietly, directory)
         return directory, os.path.basename(path), None
-    opened.callback(os.close, fd)
+    opened.callback(close_quietly, fd)
     status = os.fstat(fd)
     if stat.S_ISDIR(status.st_mode):
         raise UserError(f"{quoted(path)} is a directory; name a file in it.")
@@ -93,7 +93,7 @@ def _place(path: str, opened: ExitStack) -> tuple[int, str, int | None]:
         return -1, "", os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
     above_path, name = os.path.split(os.readlink(f"/proc/self/fd/{fd}"))
     directory = openat2(AT_FDCWD, os.fsencode(above_path), os.O_PATH | os.O_DIRECTORY, RESOLVE_NO_SYMLINKS)
-    opened.callback(os.close, directory)
+    opened.callback(close_quietly, directory)
     if not os.path.samestat(os.stat(name, dir_fd=directory, follow_symlinks=False), status):
         raise OSError(errno.ESTALE, "it was moved meanwhile")
     return directory, name, None
