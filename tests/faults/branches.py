@@ -202,8 +202,7 @@ class Stage:
             if difference := differing(after, found):
                 yield f"success, but {_short(difference)}"
             return
-        if not fault.hit.endswith("/output"):
-            yield from commands.message(outcome, fault)
+        yield from commands.message(outcome, fault)
         done = re.search(_DONE, outcome.text) is not None
         if done:
             found, after = _at_end(found), _at_end(after)

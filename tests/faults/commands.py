@@ -89,8 +89,10 @@ def run(
 
 
 def _skips(place: str, path: str) -> bool:
-    """Also what lies above the place, and is opened on each way to the storage root."""
-    return path.startswith(_NO_POINTS) or place.startswith(f"/{path.strip('/')}/".replace("//", "/"))
+    """Also what lies above the place, and is opened on each way to the storage root, and what was printed."""
+    if path.startswith(_NO_POINTS) or path == f"{place}/output":
+        return True
+    return place.startswith(f"/{path.strip('/')}/".replace("//", "/"))
 
 
 def _is_stopped(pid: int) -> bool:

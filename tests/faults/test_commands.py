@@ -19,11 +19,10 @@ def _injects() -> None:
         pytest.skip(reason)
 
 
-def _at(points: list[str], call: str, end: str) -> int:
-    """The number of the last point of that call on a path with that end."""
-    return max(
-        number for number, point in enumerate(points, 1) if point.startswith(call) and point.endswith(end)
-    )
+def _last(points: list[str], call: str, end: str, error: int = errno.EIO) -> Fault:
+    """A fault in the last call of that kind on a path with that end."""
+    count = sum(point.startswith(call) and point.endswith(end) for point in points)
+    return Fault(count, error, on=(call, end))
 
 
 def _scenario(name: str) -> branches.Scenario:
@@ -38,7 +37,7 @@ def test_a_commit(area: Path) -> None:
             ("newfstatat", "/branches/br"), ("getdents64", "/work/index"), ("newfstatat", "/base/d/f1"),
             ("openat", "/storage/branches"), ("close", "/base"),
         ):  # fmt: skip
-            fault = Fault(_at(points, call, end), errno.EIO)
+            fault = _last(points, call, end)
             assert list(stage.try_fault(fault)) == []
             assert fault.hit
 
@@ -48,7 +47,7 @@ def test_an_undo(area: Path) -> None:
     with branches.staged(area / "stage", _scenario("branch undo")) as stage:
         points = stage.points()
         for call, end in (("newfstatat", "/branch"), ("renameat2", ""), ("openat", "/last.json")):
-            fault = Fault(_at(points, call, end), errno.EIO)
+            fault = _last(points, call, end)
             assert list(stage.try_fault(fault)) == []
             assert fault.hit
 
@@ -63,6 +62,6 @@ def test_a_layer(area: Path, name: str, call: str, end: str, error: int) -> None
     """Nothing is left of one that is not there, and one that is there is reported so."""
     (scenario,) = [one for one in images.SCENARIOS if one.name == name]
     reference = commands.reference(area / "reference", scenario)
-    fault = Fault(_at(reference.points, call, end), error)
+    fault = _last(reference.points, call, end, error)
     assert commands.tried(area / "place", scenario, fault, reference) == []
     assert fault.hit
