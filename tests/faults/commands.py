@@ -206,13 +206,14 @@ def _archive(place: Path) -> Any:
     return outcome.code
 
 
+CHANGED: Final = Scenario("volume restore", _changed, _restore_words, _content)
 SCENARIOS: Final = [
     Scenario("mount", _layers, _mount_words, _is_mounted),
     Scenario("umount", _mounted, lambda place: ["umount", f"{place}/merged"], _is_mounted),
     Scenario("volume create", lambda place: None, lambda place: ["volume", "create", "vol"], _content),
     Scenario("volume rm", _volume, lambda place: ["volume", "rm", "vol"], _content),
     Scenario("volume backup", _volume, _backup_words, _archive),
-    Scenario("volume restore", _changed, _restore_words, _content),
+    CHANGED,
 ]
 
 

@@ -65,3 +65,20 @@ def test_a_layer(area: Path, name: str, call: str, end: str, error: int) -> None
     fault = _last(reference.points, call, end, error)
     assert commands.tried(area / "place", scenario, fault, reference) == []
     assert fault.hit
+
+
+def test_a_restore_after_a_killed_one(area: Path) -> None:
+    """The content that was set aside is not removed with the rest if it cannot be moved back."""
+    place = area / "place"
+    place.mkdir()
+    commands.CHANGED.prepare(place)
+    data = place / "storage/volumes/vol/_data"
+    data.rename(data.with_name(".restore-x.old"))
+    fault = Fault(1, errno.EIO, on=("rename", ".restore-x.old"))
+    outcome, _ = commands.run(place, commands.CHANGED.arguments(place), fault)
+    assert fault.hit
+    assert commands.message(outcome, fault) == []
+    assert (data.with_name(".restore-x.old") / "more").read_text() == "more"
+    again, _ = commands.run(place, commands.CHANGED.arguments(place))
+    assert again.code == 0
+    assert sorted(path.name for path in data.iterdir()) == ["d", "f"]

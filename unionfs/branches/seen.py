@@ -22,6 +22,7 @@ from unionfs.errors import on_failure, quoted
 from unionfs.settings.features import DEFAULTS
 from unionfs.storage import jsonfiles
 from unionfs.sys import calls
+from unionfs.sys.fds import exists
 from unionfs.union.diff import Change, Object
 from unionfs.union.markers import ABSENT
 from unionfs.union.origin import Origins
@@ -126,7 +127,7 @@ def accept(
     wanted, alone = set(paths), set(single)
     with on_failure(f"branch {quoted(branch.name)} cannot remember its base", "free space"):
         known = _read(branch)
-        if not _exists(former):
+        if not exists(former):
             jsonfiles.write(former, known)
         for key in [key for key in known if key in alone or _is_below(key, wanted)]:
             del known[key]
@@ -171,14 +172,6 @@ def returned(branch: Branch, view: View, paths: Collection[str]) -> None:
             if before[:_CTIME] == now[:_CTIME]:
                 known[key] = now
         jsonfiles.write(f"{branch.path}/{_FILE}", known, sync=False)
-
-
-def _exists(path: str) -> bool:
-    try:
-        os.stat(path)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def _is_below(path: str, wanted: set[str]) -> bool:

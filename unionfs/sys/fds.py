@@ -81,6 +81,15 @@ def is_directory(path: str) -> bool:
         return False
 
 
+def exists(path: str) -> bool:
+    """Whether there is anything, also a symlink. Unlike os.path.lexists raises OSError if that is not known."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def directory(path: str) -> Owned:
     """Open a directory for reading. Raises OSError."""
     return Owned(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
