@@ -82,7 +82,7 @@ def is_directory(path: str) -> bool:
 
 
 def exists(path: str) -> bool:
-    """Whether there is anything, also a symlink. Unlike os.path.lexists raises OSError if that is not known."""
+    """Whether there is anything, also a symlink. Unlike os.path.lexists raises OSError if that is unknown."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):

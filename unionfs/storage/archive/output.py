@@ -52,7 +52,8 @@ def whole_file(path: str, what: str = "backup") -> Iterator[IO[bytes]]:
                 return
             fd, temporary = _open_nameless(directory, name)
         try:
-            with open(fd, "wb", buffering=0) as out:
+            # Its data is on disk before close(2), whose error then says nothing.
+            with Owned(fd), open(fd, "wb", buffering=0, closefd=False) as out:
                 yield out
                 os.fsync(fd)
                 if temporary is None:
