@@ -46,7 +46,10 @@ def test_an_undo(area: Path) -> None:
     """The branch is not lost, and what was undone is committed again."""
     with branches.staged(area / "stage", _scenario("branch undo")) as stage:
         points = stage.points()
-        for call, end in (("newfstatat", "/branch"), ("renameat2", ""), ("openat", "/last.json")):
+        for call, end in (
+            ("newfstatat", "/branch"), ("renameat2", ""), ("openat", "/last.json"),
+            ("openat", "/journal.json"),
+        ):  # fmt: skip
             fault = _last(points, call, end)
             assert list(stage.try_fault(fault)) == []
             assert fault.hit

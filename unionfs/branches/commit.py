@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -179,7 +179,8 @@ class _Commit:
             try:
                 self._prepare(resources, entry, sites)
             except OSError as error:
-                discard(self._store, sites)
+                with suppress(OSError, UserError):  # else the next command does it
+                    discard(self._store, sites)
                 raise UserError(
                     f"branch {quoted(self._branch.name)} cannot be committed: {_where(error)}"
                     f"{reason(error)}; nothing was changed. {_cure(error)}"

@@ -332,6 +332,7 @@ def recover(store: Store, name: str | None = None) -> dict[str, Journal]:
     """
     finished: dict[str, Journal] = {}
     for id in store.commit_ids():
+        entry = None
         try:
             entry = journal.read(store, id)
             if entry is None:
