@@ -59,6 +59,7 @@ def test_an_undo(area: Path) -> None:
     ("layer import", "fchownat", "/s", KILL),
     ("layer import", "close", "/base.tar", errno.EIO),
     ("image import", "fsync", "/layers/trusted", errno.EIO),
+    ("image import", "read", "/layer.json", errno.EIO),
     ("image import", "close", "/root/d", errno.EIO),
 ])  # fmt: skip
 def test_a_layer(area: Path, name: str, call: str, end: str, error: int) -> None:

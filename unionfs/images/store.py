@@ -109,24 +109,23 @@ class Store:
         return f"{self.path}/locks/{kind}-{diff_id}"
 
     def _use_layer(
-        self, kind: str, diff_id: str, blob: Blob, rules: Rules, held: ExitStack, progress: Progress | None
-    ) -> list[str] | None:
-        """Hold a layer, which is unpacked first if it is missing; then notes are returned, else None.
-
-        Raises UserError.
+        self, kind: str, diff_id: str, blob: Blob, rules: Rules, held: ExitStack, progress: Progress | None,
+        new: dict[str, list[str]],
+    ) -> None:  # fmt: skip
+        """Hold a layer, which is unpacked first if it is missing; then its notes are in `new`, also if it
+        cannot be held afterwards. Raises UserError.
         """
         lock = self.lock_path(kind, diff_id)
-        notes: list[str] | None = None
         while True:
             shared = hold(lock, alone=False)
             if self.has_layer(kind, diff_id):
                 held.callback(close_quietly, shared)
-                return notes
+                return
             close_quietly(shared)
             alone = hold(lock, alone=True)
             try:
                 if not self.has_layer(kind, diff_id):
-                    notes = self._unpack(kind, diff_id, blob, rules, progress)
+                    new[diff_id] = self._unpack(kind, diff_id, blob, rules, progress)
             finally:
                 close_quietly(alone)
 
@@ -183,34 +182,33 @@ class Store:
         rules: Rules,
         notes: list[str],
         progress: Progress | None = None,
-    ) -> Iterator[Image]:
-        """An image from a source, whose layers nobody removes meanwhile. Raises UserError."""
+    ) -> Iterator[tuple[Image, list[str]]]:
+        """An image from a source, and its `paths`; nobody removes its layers meanwhile. Raises UserError."""
         self._prepare("layers", "locks", "records")
         layers = tuple(documents.check_digest(blob.diff_id or "") for blob in source.layers)
         if progress is not None:
             missing = {diff_id: blob.size for diff_id, blob in zip(layers, source.layers, strict=True)
                        if not self.has_layer(kind, diff_id)}  # fmt: skip
             progress.expects(sum(missing.values()))
-        new: list[str] = []
+        new: dict[str, list[str]] = {}
         with ExitStack() as held:
             try:
                 for diff_id, blob in zip(layers, source.layers, strict=True):
-                    if (said := self._use_layer(kind, diff_id, blob, rules, held, progress)) is not None:
-                        new.append(diff_id)
-                        notes += said
-                image = self._save(
-                    Image(source.id, source.names, source.config, layers, source.where, time.time())
-                )
+                    self._use_layer(kind, diff_id, blob, rules, held, progress, new)
+                image = Image(source.id, source.names, source.config, layers, source.where, time.time())
+                lowers = self.paths(image, kind)
+                image = self._save(image)
             except BaseException:
                 held.close()
                 with suppress(UserError, OSError), self._records():
                     self._remove_unused([(kind, diff_id) for diff_id in new], {})
                 raise
-            yield image
+            notes += [note for said in new.values() for note in said]
+            yield image, lowers
 
     @contextmanager
-    def used(self, image: Image, kind: str) -> Iterator[Image]:
-        """An image of the store, whose layers nobody removes meanwhile. Raises UserError."""
+    def used(self, image: Image, kind: str) -> Iterator[list[str]]:
+        """The `paths` of an image of the store, whose layers nobody removes meanwhile. Raises UserError."""
         self._prepare("layers", "locks", "records")
         with ExitStack() as held:
             for diff_id in image.layers:
@@ -221,10 +219,16 @@ class Store:
                         f"the layer {diff_id[:12]} of image {shown(image)} is not unpacked for such a mount; "
                         f"name the archive instead, as {quoted(image.source)}."
                     )
-            yield image
+            yield self.paths(image, kind)
 
     def paths(self, image: Image, kind: str) -> list[str]:
-        """The layers of an image as lowers, topmost first. Those below an opaque root are left out."""
+        """The layers of an image as lowers, topmost first. Those below an opaque root are left out. Raises
+        UserError, also if it has none.
+        """
+        if not image.layers:
+            raise UserError(
+                f"image {shown(image)} has no layers, so there is nothing to mount; choose another."
+            )
         found = []
         # The lower one of two equal layers is hidden by the other.
         for diff_id in dict.fromkeys(reversed(image.layers)):
