@@ -11,7 +11,7 @@ import time
 from contextlib import ExitStack
 from multiprocessing import util
 
-from tests.faults import commands, injecting, plan, snapshots
+from tests.faults import branches, commands, images, injecting, plan, snapshots
 from tests.faults.batch import Report
 from tests.faults.operations import OPERATIONS
 from tests.faults.plan import KINDS, OUTLIVING, SESSIONS
@@ -23,15 +23,19 @@ def main() -> int:
     parser.add_argument("--session", action="append", choices=SESSIONS, help="only that session (repeatable)")
     parser.add_argument("--operation", metavar="TEXT", default="", help="only those with TEXT in their name")
     parser.add_argument("--tenth", type=int, metavar="N", help="every tenth fault, from the N-th on")
-    parser.add_argument("--only", choices=[*KINDS, "commands", "snapshots"], help="not the other kinds")
+    kinds = [*KINDS, "commands", "branches", "snapshots"]
+    parser.add_argument("--only", choices=kinds, help="not the other kinds")
     arguments = parser.parse_args()
     if reason := injecting.reason() or mounting.overlay_reason():
         print(f"scripts/faults: {reason}", file=sys.stderr)
         return 1
     operations = [one for one in OPERATIONS if arguments.operation in one.name]
-    scenarios = [one for one in commands.SCENARIOS if arguments.operation in one.name]
+    scenarios = [
+        one for one in (*commands.SCENARIOS, *images.SCENARIOS) if arguments.operation in one.name
+    ]
+    of_branches = [one for one in branches.SCENARIOS if arguments.operation in one.name]
     orders = [order for order in snapshots.ORDERS if arguments.operation in f"snapshot {order}"]
-    if not operations and not scenarios and not orders:
+    if not (operations or scenarios or of_branches or orders):
         parser.error(f"neither an operation nor a command has {arguments.operation!r} in its name")
     place = ExitStack()
     place.enter_context(areas.run_directory())
@@ -51,6 +55,10 @@ def main() -> int:
     if scenarios and arguments.only in (None, "commands"):
         with areas.area() as area:
             _tell(commands.run_all(area, scenarios=scenarios, tenth=arguments.tenth, told=_print), report)
+    if of_branches and arguments.only in (None, "branches"):
+        with areas.area() as area:
+            done = branches.run_all(area, scenarios=of_branches, tenth=arguments.tenth, told=_print)
+            report.add(done)  # its problems were told
     if arguments.only in (None, "snapshots"):
         chosen = [one for one in snapshots.SESSIONS if one in (arguments.session or snapshots.SESSIONS)]
         for session, order, kills in itertools.product(chosen, orders, (False, True)):

@@ -85,18 +85,25 @@ KILL: Final = -1
 
 @dataclass
 class Fault:
-    """The ``number``-th point fails with ``error``, or `KILL`; ``lasts``: all later ones of that call too."""
+    """The ``number``-th point fails with ``error``, or `KILL`; ``lasts``: all later ones of that call too.
+
+    ``on``: only points that begin and end so are counted.
+    """
 
     number: int
     error: int
     lasts: bool = False
+    on: tuple[str, str] = ("", "")
     #: The call that failed, and what it was made on.
     hit: str = ""
     _call: int = field(default=-1, repr=False)
+    _count: int = field(default=0, repr=False)
 
-    def hits(self, call: int, count: int) -> bool:
-        """Whether the ``count``-th point, that call, fails."""
-        if count == self.number:
+    def hits(self, call: int, what: str) -> bool:
+        """Whether the next point, that call, fails."""
+        is_counted = what.startswith(self.on[0]) and what.endswith(self.on[1])
+        self._count += is_counted
+        if is_counted and self._count == self.number:
             self._call = call
             return True
         return self.lasts and bool(self.hit) and call == self._call
@@ -228,7 +235,7 @@ class Injector:
             return False
         self._calls.append(what)
         fault = self._fault
-        if fault is None or not fault.hits(call, len(self._calls)):
+        if fault is None or not fault.hits(call, what):
             return False
         fault.hit = fault.hit or what
         if fault.error == KILL:

@@ -356,7 +356,7 @@ class _Command:
         self.stage = stage
         self.order = order
 
-    def run(self, fault: Fault) -> tuple[commands.Outcome, int]:
+    def run(self, fault: Fault) -> tuple[commands.Outcome, list[str]]:
         """Make two snapshots more, and run the command with a fault."""
         stage = self.stage
         with stage.mounted() as (mount, entry):
@@ -438,7 +438,7 @@ def _of_command(area: Path, session: str, order: str, kills: bool, tenth: int | 
     stage = _Stage(area / "points", session)
     _, points = _Command(stage, order).run(Fault(0, 0))
     yield stage, 0
-    for some in _batched(_faults([""] * points, kills, tenth)):
+    for some in _batched(_faults([""] * len(points), kills, tenth)):
         stage = _Stage(area / "command", session)
         for fault in some:
             known = len(stage.problems)

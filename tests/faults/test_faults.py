@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import injecting, plan, snapshots
+from tests.faults import branches, commands, images, injecting, plan, snapshots
 from tests.faults.batch import Report
 from tests.faults.deaths import resends
 from tests.faults.operations import OPERATIONS
@@ -61,6 +61,27 @@ def test_deaths_of_daemons(area: Path) -> None:
     """The caller gets success, and the tree is the new one."""
     report = _run(area, "deaths")
     assert report.tried > 10
+    assert not report.problems, "\n".join(report.problems)
+
+
+def test_branches(area: Path) -> None:
+    """The tree below is the old or the new one, as the command says, and the same command then succeeds."""
+    if reason := injecting.reason():
+        pytest.skip(reason)
+    turn = _turn()
+    scenario = branches.SCENARIOS[turn % len(branches.SCENARIOS)]
+    report = branches.run_all(area, scenarios=[scenario], tenth=turn, every=100)
+    assert report.tried > 20
+    assert not report.problems, "\n".join(report.problems)
+
+
+def test_commands(area: Path) -> None:
+    """They say what failed, leave nothing, and the same command then succeeds."""
+    if reason := injecting.reason():
+        pytest.skip(reason)
+    scenarios = [*commands.SCENARIOS, *images.SCENARIOS]
+    report = commands.run_all(area, scenarios=scenarios, tenth=_turn(), every=100)
+    assert report.tried > 50
     assert not report.problems, "\n".join(report.problems)
 
 

@@ -8,6 +8,7 @@ line start real processes.
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import multiprocessing
 import os
 import resource
@@ -59,6 +60,7 @@ def _run(
     plain: bool,
     steps: bool,
     stopped: bool,
+    modules: Sequence[str],
 ) -> None:
     surroundings.take()
     os.chdir(directory)
@@ -75,6 +77,8 @@ def _run(
         take_no_shortcuts()
     if steps:
         set_hook(_not_plain)
+    for name in modules:
+        importlib.import_module(name)
     if stopped:
         os.kill(os.getpid(), signal.SIGSTOP)
     main()
@@ -104,15 +108,16 @@ class PreparedProcess:
         plain: bool = False,
         steps: bool = False,
         stopped: bool = False,
+        modules: Sequence[str] = (),
     ) -> None:
         """Start it; stdin is /dev/null, stdout and stderr are appended to ``log``.
 
         ``plain``: its unions take none of the `Shortcuts`. ``steps``: they make no bundles of system calls.
-        ``stopped``: it stops (SIGSTOP) before it runs.
+        ``stopped``: it stops (SIGSTOP) before it runs. ``modules``: it imports them before that.
         """
         self._process: ForkServerProcess = _CONTEXT.Process(
             target=_run,
-            args=(list(arguments), log, directory, _Surroundings.here(), plain, steps, stopped),
+            args=(list(arguments), log, directory, _Surroundings.here(), plain, steps, stopped, modules),
             daemon=True,
         )
         self._process.start()

@@ -10,7 +10,6 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from contextlib import suppress
 
 from unionfs.branches.beneath import Beneath, inode, rename, status
 from unionfs.branches.journal import Journal, Move
@@ -18,6 +17,7 @@ from unionfs.errors import UserError, quoted
 from unionfs.sys import attributes
 from unionfs.sys.calls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from unionfs.sys.fds import Owned, open_for_listing
+from unionfs.union.markers import ABSENT
 
 _NO_FLAGS = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -52,11 +52,16 @@ class Application:
         self._new = new
         self._old = old
         self._layer = layer
+        self._ctimes = True
         # Of a rename two directories of the tree are needed.
         self._from = Beneath(tree.fd)
 
-    def forward(self) -> None:
-        """Apply the operations that are not yet applied. Raises ChangedError, OSError."""
+    def forward(self, *, again: bool = False) -> None:
+        """Apply the operations that are not yet applied. Raises ChangedError, OSError.
+
+        `again`: some were applied and reverted, which sets ctimes.
+        """
+        self._ctimes = not again
         try:
             for move in self._journal.moves:
                 step(f"move {move.path}")
@@ -97,7 +102,7 @@ class Application:
             return
         if move.new is None:
             if inode(self._old, number) is None:
-                _expect(move, here)
+                self._expect(move, here)
                 _rename_to_free(at, name, self._old, number)
                 if inode(self._old, number) != move.old:
                     _rename_to_free(self._old, number, at, name)
@@ -109,9 +114,19 @@ class Application:
             elif inode(*self._staged(move)) != move.new:
                 return  # it was put there, and others have replaced or removed it since
             else:
-                _expect(move, here)
+                self._expect(move, here)
                 self._put(move, at, name, number)
         self._mode(move, at, name)
+
+    def _expect(self, move: Move, here: os.stat_result | None) -> None:
+        """Raise ChangedError if the object at a name is another one than at the begin of the commit."""
+        if here is None and move.old is None:
+            return
+        if here is None or here.st_ino != move.old:
+            raise _changed(move)
+        now, seen = look(here), move.seen
+        if now != seen and (self._ctimes or now is None or seen is None or now[:-1] != seen[:-1]):
+            raise _changed(move)
 
     def _rename(self, move: Move, here: os.stat_result | None, at: int, name: bytes) -> None:
         assert move.source is not None
@@ -195,8 +210,11 @@ class Application:
         with Owned(self._tree.directory(os.fsencode(path))) as found, Owned(_accessible(found)) as fd:
             for name in old.xattrs:
                 if name not in new.xattrs:
-                    with suppress(OSError):
+                    try:
                         os.removexattr(fd, name)
+                    except OSError as error:
+                        if error.errno not in ABSENT:
+                            raise
             attributes.write(fd, None, new, attributes.unsupported)
 
 
@@ -227,14 +245,6 @@ def look(st: os.stat_result) -> list[int] | None:
         return None
     # A file with several names gets another ctime when one of the others comes or goes.
     return [st.st_size, st.st_mtime_ns, st.st_ctime_ns if st.st_nlink == 1 else 0]
-
-
-def _expect(move: Move, here: os.stat_result | None) -> None:
-    """Raise ChangedError if the object at a name is another one than at the begin of the commit."""
-    if here is None and move.old is None:
-        return
-    if here is None or here.st_ino != move.old or look(here) != move.seen:
-        raise _changed(move)
 
 
 def at_path(path: str, error: OSError) -> OSError:

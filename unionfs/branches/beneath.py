@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing, contextmanager
 
 from unionfs.errors import UserError, on_failure, quoted
 from unionfs.sys.calls import renameat2
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, close_quietly
 from unionfs.sys.handles import filesystem_identity
 from unionfs.sys.openat2 import (
     RESOLVE_BENEATH,
@@ -68,7 +68,7 @@ class Beneath:
     def close(self) -> None:
         """Close all but the base's fd."""
         if self._last is not None:
-            os.close(self._last[1])
+            close_quietly(self._last[1])
             self._last = None
 
 

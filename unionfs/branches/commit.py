@@ -11,14 +11,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from unionfs.branches import beneath, journal, links, seen, writers
 from unionfs.branches.apply import at_path, look, step
 from unionfs.branches.covered import Fixed
-from unionfs.branches.ending import discard, end_in_parent, go_on, recover
+from unionfs.branches.ending import discard, end_in_parent, ends_later, go_on, recover
 from unionfs.branches.journal import Journal, Move, Setting
 from unionfs.branches.leaving import Leaving
 from unionfs.branches.merging import Merged, merged
@@ -154,7 +154,8 @@ class _Commit:
             with parent_claimed(self._store, self._branch.name, record.created, record.parent) as parent:
                 with mounted(parent) as place:
                     entry = self._apply(place, os.stat(place).st_ino, parent.record().created)
-                end_in_parent(self._store, entry, parent)
+                with ends_later(entry):
+                    end_in_parent(self._store, entry, parent)
             result.undo = True
         result.done = True
         return result
@@ -178,7 +179,8 @@ class _Commit:
             try:
                 self._prepare(resources, entry, sites)
             except OSError as error:
-                discard(self._store, sites)
+                with suppress(OSError, UserError):  # else the next command does it
+                    discard(self._store, sites)
                 raise UserError(
                     f"branch {quoted(self._branch.name)} cannot be committed: "
                     f"{reason_at(error)}; nothing was changed. {_cure(error)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 from unionfs.branches import journal, last, seen, sharing
 from unionfs.branches.after import reached
@@ -24,13 +24,21 @@ from unionfs.branches.sites import (
 )
 from unionfs.branches.store import Branch, Store
 from unionfs.branches.view import viewed
-from unionfs.errors import UserError, on_failure, quoted, reason, reason_at
+from unionfs.errors import UserError, quoted, reason, reason_at
 from unionfs.sys import calls
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, is_directory
 from unionfs.sys.trees import remove_path
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class NotUndoneError(UserError):
+    """An undo failed, and everything is as it was committed."""
+
+
+class UnfinishedError(UserError):
+    """A commit or an undo failed in the middle, and the next command goes on with it."""
 
 
 @contextmanager
@@ -78,7 +86,7 @@ def _go_on(store: Store, found: Sequence[Site]) -> None:
         for site in found:
             with sharing.opened(layer_of(store, site.entry)) as layer:
                 Application(site.entry, site.tree, site.new, site.old, layer).forward()
-    except (OSError, ChangedError) as error:
+    except (OSError, UserError) as error:
         entry.turns(journal.BACK)
         with suppress(OSError):  # on a full disk; killed now it goes forward
             journal.mark(store, entry)
@@ -86,26 +94,53 @@ def _go_on(store: Store, found: Sequence[Site]) -> None:
         if isinstance(error, ChangedError):
             raise
         raise UserError(
-            f"branch {quoted(entry.branch)} cannot be committed: {reason_at(error)}; everything was put "
-            "back."
+            f"branch {quoted(entry.branch)} cannot be committed: {_why(error)}; everything was put back."
         ) from error
-    with on_failure(
-        f"all changes of branch {quoted(entry.branch)} are in place, but its commit cannot end",
-        "the next `unionfs branch commit` ends it; free space, or check the permissions",
-    ):
+    with ends_later(entry):
         step("applied")
-        for site in found:
-            with sharing.opened(layer_of(store, site.entry)) as layer:
-                sharing.let_go(site.entry, layer)
-        step("let go")
-        for site in found:
-            calls.syncfs(site.tree.fd)
-            site.entry.has_reached(reached(site.entry, site.tree) if entry.can_undo else {})
+        _let_go(store, found)
         entry.is_applied(after=last.ended(store))
         journal.write_after(store, entry)
         step("ending")
         if entry.parent is None:
             _end(store, found)
+
+
+def _let_go(store: Store, found: Sequence[Site]) -> None:
+    """Leave to the trees what is in place there, and note their states. Raises UserError, OSError."""
+    for site in found:
+        with sharing.opened(layer_of(store, site.entry)) as layer:
+            sharing.let_go(site.entry, layer)
+    step("let go")
+    for site in found:
+        calls.syncfs(site.tree.fd)
+        site.entry.has_reached(reached(site.entry, site.tree) if found[0].entry.can_undo else {})
+
+
+def _why(error: OSError | UserError) -> str:
+    """The cause, for a sentence."""
+    if isinstance(error, UserError):
+        return str(error).rstrip(".")
+    return reason_at(error)
+
+
+def ends_later(entry: Journal) -> AbstractContextManager[None]:
+    """The end of a commit of which all is in place. Raises UserError."""
+    return _which_ends_later(
+        f"all changes of branch {quoted(entry.branch)} are in place, but its commit cannot end", "commit"
+    )
+
+
+@contextmanager
+def _which_ends_later(complaint: str, command: str) -> Iterator[None]:
+    """An error does not change what was done, and the next command does the rest. Raises UserError."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        cure = "" if isinstance(error, UserError) else "; free space, or check the permissions"
+        raise UnfinishedError(
+            f"{complaint}: {_why(error)}; the next `unionfs branch {command}` ends it{cure}."
+        ) from error
 
 
 def end_in_parent(store: Store, entry: Journal, parent: Branch) -> None:
@@ -217,18 +252,56 @@ def go_back(store: Store, found: Sequence[Site]) -> None:
 
 def _go_back(store: Store, found: Sequence[Site]) -> None:
     entry = found[0].entry
-    directory = quoted(journal.directory(store, entry.id))
-    with on_failure(
-        f"the commit of branch {quoted(entry.branch)} cannot be taken back",
-        f"its files are in {directory}. The next `unionfs branch commit` goes on",
-    ):
+    try:
         for site in reversed(found):
             with sharing.opened(layer_of(store, site.entry)) as layer:
                 Application(site.entry, site.tree, site.new, site.old, layer).backward()
                 sharing.give_back(site.entry, layer, site.new)
         step("given back")
+    except (OSError, UserError) as error:
+        if entry.ended and _is_again_in_place(store, found):
+            raise NotUndoneError(
+                f"the commit of branch {quoted(entry.branch)} cannot be undone: {_why(error)}; everything is "
+                "as it was committed."
+            ) from error
+        raise UnfinishedError(
+            f"the commit of branch {quoted(entry.branch)} cannot be taken back: {_why(error)}; its files "
+            f"are in {quoted(journal.directory(store, entry.id))}. The next `unionfs branch commit` goes on."
+        ) from error
+    done = "is undone" if entry.ended else "was put back"
+    with _which_ends_later(
+        f"the commit of branch {quoted(entry.branch)} {done}, but cannot end",
+        "undo" if entry.ended else "commit",
+    ):
+        _return_branch(store, found)
+
+
+def _is_again_in_place(store: Store, found: Sequence[Site]) -> bool:
+    """Apply everything again after an undo that failed. Returns whether that is done; else the next command
+    goes on with the undo.
+    """
+    entry = found[0].entry
+    try:
+        for site in found:
+            with sharing.opened(layer_of(store, site.entry)) as layer:
+                Application(site.entry, site.tree, site.new, site.old, layer).forward(again=True)
+        _let_go(store, found)
+        entry.turns(journal.ENDING)
+        journal.write_after(store, entry)
+    except (OSError, UserError):
+        entry.turns(journal.BACK)
+        return False
+    with suppress(OSError, UserError):  # else the next command does it
+        if entry.parent is None:
+            _end(store, found)
+    return True
+
+
+def _return_branch(store: Store, found: Sequence[Site]) -> None:
+    """Restore the branch of a reverted commit, and forget that. Raises UserError, OSError."""
+    entry = found[0].entry
     kept = f"{journal.directory(store, entry.id)}/branch"
-    if os.path.isdir(kept):
+    if is_directory(kept):
         os.rename(kept, free_name(store, entry.branch).path)
         step("branch back")
     if entry.ended:
@@ -259,6 +332,7 @@ def recover(store: Store, name: str | None = None) -> dict[str, Journal]:
     """
     finished: dict[str, Journal] = {}
     for id in store.commit_ids():
+        entry = None
         try:
             entry = journal.read(store, id)
             if entry is None:
@@ -279,8 +353,11 @@ def recover(store: Store, name: str | None = None) -> dict[str, Journal]:
     return finished
 
 
-def finish(store: Store, entry: Journal) -> bool:
-    """Complete or revert a commit. Returns whether it was completed. Raises UserError, OSError."""
+def finish(store: Store, entry: Journal, *, is_new: bool = False) -> bool:
+    """Complete or revert a commit. Returns whether it was completed. Raises UserError, OSError.
+
+    `is_new`: it is an undo that has just begun: nothing of it is done if its parent cannot be mounted.
+    """
     if entry.parent is None:
         return _settle(store, entry)
     with parent_claimed(store, entry.branch, entry.made, entry.parent) as parent:
@@ -298,8 +375,16 @@ def finish(store: Store, entry: Journal) -> bool:
             ):  # fmt: skip
                 os.rename(_kept_stage(store, entry), entry.stage, dst_dir_fd=layer)
             step("stage back")
-            with mounted(parent):
-                done = _settle(store, entry)
+            try:
+                with mounted(parent):
+                    done = _settle(store, entry)
+            except UnfinishedError:
+                raise
+            except (OSError, UserError) as error:
+                if is_new or isinstance(error, NotUndoneError):
+                    with suppress(OSError, UserError):  # else the next command does it
+                        end_in_parent(store, entry, parent)
+                raise
         if done:
             end_in_parent(store, entry, parent)
         return done

@@ -301,11 +301,12 @@ def ids_of(store: Store, name: str | None = None) -> Ids | None:
 
 
 def forget(store: Store, id: str) -> None:
-    """Remove a commit's files: first the journal, so that a partly removed one is not taken for one. Raises
-    OSError."""
+    """Remove a commit's files: first the journal, so that a partly removed one is not taken for one, and the
+    next command removes the rest. Raises OSError."""
     with suppress(FileNotFoundError):
         os.unlink(f"{directory(store, id)}/{_FILE}")
-    remove_path(directory(store, id), unlock=True)
+    with suppress(OSError):
+        remove_path(directory(store, id), unlock=True)
 
 
 def attributes_to_json(value: FileAttributes) -> dict[str, Any]:

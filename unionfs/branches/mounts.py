@@ -163,8 +163,8 @@ def mounted(branch: Branch) -> Iterator[str]:
         if mounted_at(branch.merged) is not None:
             try:
                 umount(branch.merged)
-            except UserError:
-                with suppress(UserError):
+            except (UserError, OSError):
+                with suppress(UserError, OSError):
                     umount(branch.merged, lazy=True)
 
 

@@ -8,6 +8,7 @@ copy, and counts as a change of the base.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Collection, Iterator, Mapping
@@ -21,11 +22,15 @@ from unionfs.errors import on_failure, quoted
 from unionfs.settings.features import DEFAULTS
 from unionfs.storage import jsonfiles
 from unionfs.sys import calls
+from unionfs.sys.fds import exists
 from unionfs.union.diff import Change, Object
+from unionfs.union.markers import ABSENT
 from unionfs.union.origin import Origins
 
 _FILE = "seen.json"
 
+_BROKEN = (None, errno.EINVAL, errno.EACCES, errno.EPERM)
+"""Errors of what cannot be read at any time, above all broken redirects; others may pass."""
 _CTIME = 6
 """The place of the ctime in a state."""
 State = list[int] | bool | None
@@ -122,7 +127,7 @@ def accept(
     wanted, alone = set(paths), set(single)
     with on_failure(f"branch {quoted(branch.name)} cannot remember its base", "free space"):
         known = _read(branch)
-        if not os.path.exists(former):
+        if not exists(former):
             jsonfiles.write(former, known)
         for key in [key for key in known if key in alone or _is_below(key, wanted)]:
             del known[key]
@@ -186,11 +191,13 @@ def _read(branch: Branch) -> dict[str, State]:
 
 
 def state(old: Object | None) -> State:
-    """The state of an object below."""
+    """The state of an object below. Raises OSError if it cannot be read at the moment."""
     if old is None:
         return None
     st = old.st
     if st is None:
+        if old.failure not in _BROKEN:
+            raise OSError(old.failure, os.strerror(old.failure or 0))
         return False
     if old.is_directory:
         # Its size and times change with the names in it, which are compared themselves.
@@ -259,7 +266,9 @@ def _orphans(view: View, added: list[Touched]) -> Iterator[Touched]:
         where = b"/proc/self/fd/%d/%b" % (gate.fd(place), item.change.name)
         try:
             origin = os.getxattr(where, markers.origin, follow_symlinks=False)
-        except OSError:
+        except OSError as error:
+            if error.errno not in ABSENT:
+                raise
             continue
         if not origin:
             continue
@@ -275,20 +284,33 @@ def _has_handles(origins: Origins, layer: Layer) -> bool:
     """Whether copies of the layer's objects have an origin."""
     try:
         return bool(origins.encoded(layer.root_fd, b"", layer.dev))
-    except OSError:
+    except OSError as error:
+        _refuse_passing(error)
         return False
+
+
+def _refuse_passing(error: OSError) -> None:
+    """Raise an error that may pass, and by which a change would be overlooked. Others say that there is no
+    origin.
+    """
+    if error.errno in (errno.EIO, errno.EINTR, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE):
+        raise error
 
 
 def _origins_of(item: Touched, view: View, origins: Origins) -> set[bytes]:
     """What copies of an object below have as their origin."""
-    if item.old is None or item.old.st is None or stat.S_ISDIR(item.old.st.st_mode):
+    if item.old is None or (st := item.old.st) is None or stat.S_ISDIR(st.st_mode):
         return set()
     name = item.path.rpartition(b"/")[2]
     at = view.merge.gate.fd(item.old.parts[0])
     found = set()
-    with suppress(OSError):
-        found.add(origins.encoded(at, name, item.old.st.st_dev))
-    with suppress(OSError):
-        where = b"/proc/self/fd/%d/%b" % (at, name)
+    where = b"/proc/self/fd/%d/%b" % (at, name)
+    try:
+        found.add(origins.encoded(at, name, st.st_dev))
+    except OSError as error:
+        _refuse_passing(error)
+    try:
         found.add(os.getxattr(where, view.merge.markers.origin, follow_symlinks=False))
+    except OSError as error:
+        _refuse_passing(error)
     return found

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from unionfs.branches import beneath, journal
 from unionfs.branches.journal import Journal
 from unionfs.branches.parts import Part, part_path
-from unionfs.branches.store import Branch, Store
+from unionfs.branches.store import Branch, Store, UnreadableError
 from unionfs.errors import UserError, quoted
 from unionfs.sys import attributes
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, close_quietly, is_directory
 from unionfs.sys.trees import remove
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -64,7 +64,7 @@ def _opened(store: Store, entry: Journal) -> Iterator[beneath.Beneath | None]:
         yield None
         return
     path = committed(branch, entry).path
-    if not os.path.isdir(path) or os.stat(path).st_ino != entry.inode:
+    if not is_directory(path) or os.stat(path).st_ino != entry.inode:
         raise UserError(
             f"the commit of branch {quoted(entry.branch)} cannot be undone: its layer {quoted(path)}, which "
             "changed nothing more, was removed when the branch was used since."
@@ -74,20 +74,28 @@ def _opened(store: Store, entry: Journal) -> Iterator[beneath.Beneath | None]:
 
 
 def stayed(store: Store, entry: Journal) -> Branch | None:
-    """The branch of a commit, whatever its name is now; None if it is gone."""
-    named = store.branch(entry.branch)
+    """The branch of a commit, whatever its name is now; None if it is gone. Raises UserError if that is not
+    known.
+    """
+    named, unreadable = store.branch(entry.branch), None
     for branch in [*([named] if named.exists() else []), *store.branches()]:
-        with suppress(UserError):
+        try:
             if branch.record().created == entry.made:
                 return branch
+        except UnreadableError as error:
+            unreadable = error
+        except UserError:
+            continue
+    if unreadable is not None:
+        raise unreadable
     return None
 
 
 def prepare(store: Store, site: Site, resources: ExitStack) -> None:
     """Make the directories of a commit for one tree. Raises OSError."""
     site.new, site.old = make_stage(store, site.entry, site.tree)
-    resources.callback(os.close, site.new)
-    resources.callback(os.close, site.old)
+    resources.callback(close_quietly, site.new)
+    resources.callback(close_quietly, site.old)
 
 
 def make_stage(store: Store, entry: Journal, tree: beneath.Beneath) -> tuple[int, int]:
@@ -142,11 +150,14 @@ def remove_stage(site: Site) -> None:
 
 
 def layer_of(store: Store, entry: Journal) -> str | None:
-    """The layer of a journal's branch, in the commit's or in the branch's directory; None if it is gone."""
+    """The layer of a journal's branch, in the commit's or in the branch's directory; None if it is gone.
+
+    Raises UserError, OSError.
+    """
     if entry.of_layer:
         return None
     kept = f"{journal.directory(store, entry.id)}/branch"
-    if os.path.isdir(kept):
+    if is_directory(kept):
         return os.path.join(kept, part_path(entry.key), "upper")
     branch = stayed(store, entry)
     return None if branch is None else committed(branch, entry).upper

@@ -21,7 +21,7 @@ from unionfs.branches.sharing import Sharing
 from unionfs.branches.view import Entry, View
 from unionfs.core.places import Layer, Place
 from unionfs.sys import attributes
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, close_quietly
 from unionfs.union.diff import Object
 from unionfs.union.filedata import clone, copy_data
 
@@ -101,10 +101,10 @@ class Stager:
                     self._next(levels, level, name)
                 else:
                     mode = self._finish(level, is_top=len(levels) == 1)
-                    os.close(levels.pop().fd)
+                    close_quietly(levels.pop().fd)
         finally:
             for level in levels:
-                os.close(level.fd)
+                close_quietly(level.fd)
         inode = os.stat(name, dir_fd=self._at, follow_symlinks=False).st_ino
         return Staged(inode, True, mode, shared=self._shared)
 

@@ -32,7 +32,7 @@ from unionfs.storage.removing import refuse_locked, remove_all
 from unionfs.storage.root import check_directory, is_own_directory, make_directory, open_root, storage_root
 from unionfs.sys import attributes, filelocks
 from unionfs.sys.capabilities import may_use_trusted_xattrs, uid_outside
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, is_directory
 from unionfs.sys.trees import remove_path
 from unionfs.union import leases
 
@@ -42,7 +42,13 @@ STATE_FILE = "state.json"
 LAST_FILE = "last.json"
 """Beside the commits: see `last`."""
 _PENDING = ("on", "back", "ending")
+_STAYS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM)
+"""Errors of a damaged record; others may pass."""
 _DOOMED = ".removed-"
+
+
+class UnreadableError(UserError):
+    """The record of a branch cannot be read at the moment."""
 
 
 class Store:
@@ -76,9 +82,13 @@ class Store:
         """The names of the branches that lie over a branch."""
         found = []
         for other in self.branches():
-            with suppress(UserError):  # a damaged one must not stop the others
+            try:
                 if other.record().parent == name:
                     found.append(other.name)
+            except UnreadableError:
+                raise  # it may be one
+            except UserError:
+                continue  # a damaged one must not stop the others
         return found
 
     def check(self, *, make: bool = False) -> None:
@@ -172,7 +182,9 @@ class Branch:
         self.upper, self.work, self.merged = (f"{self.path}/{part}" for part in ("upper", "work", "merged"))
 
     def exists(self) -> bool:
-        return os.path.isdir(self.path)
+        """Raises UserError if that cannot be found out."""
+        with on_failure(f"branch {quoted(self.name)} cannot be used", "check the store"):
+            return is_directory(self.path)
 
     def record(self) -> Record:
         """Raises UserError if it is missing or damaged."""
@@ -185,7 +197,8 @@ class Branch:
             ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             cause = reason(error) if isinstance(error, OSError) else str(error)
-            raise UserError(
+            passes = isinstance(error, OSError) and error.errno not in _STAYS
+            raise (UnreadableError if passes else UserError)(
                 f"branch {quoted(self.name)} cannot be used: {quoted(path)} cannot be read ({cause}); "
                 f"its files are in {quoted(self.upper)}."
             ) from error
@@ -247,8 +260,8 @@ class Branch:
                     f"branch {quoted(self.name)} is in use by another command, so it cannot be {what}; wait "
                     "for that to end."
                 ) from error
-            self._refuse_pending(what)
             with on_failure(f"branch {quoted(self.name)} cannot be {what}", "check its directory"):
+                self._refuse_pending(what)
                 leases.refuse_if_led(self.upper, alone=True)
             yield
 
@@ -259,7 +272,7 @@ class Branch:
         except UserError:
             return  # a damaged one can be discarded
         for id in self.store.commit_ids():
-            with suppress(OSError, ValueError, KeyError, TypeError):
+            with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
                 state = jsonfiles.read(f"{self.store.commits}/{id}/{STATE_FILE}")
                 if state["made"] == made and state["state"] in _PENDING:
                     raise UserError(

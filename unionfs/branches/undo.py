@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from unionfs.branches import beneath, journal
 from unionfs.branches import last as note
 from unionfs.branches.after import states
 from unionfs.branches.apply import step
-from unionfs.branches.ending import finish, recover
+from unionfs.branches.ending import NotUndoneError, UnfinishedError, finish, recover
 from unionfs.branches.journal import Journal
 from unionfs.branches.mounts import mounted, parent_claimed, unmounted
 from unionfs.branches.parts import all_of
@@ -39,8 +39,21 @@ def undo(store: Store) -> Journal:
             last.turns(journal.BACK)
             step("undo")
             journal.mark(store, last)
-            finish(store, last)
+            try:
+                finish(store, last, is_new=True)
+            except (NotUndoneError, UnfinishedError):
+                raise
+            except (OSError, UserError):
+                _is_not_begun(store, last)
+                raise
         return last
+
+
+def _is_not_begun(store: Store, last: Journal) -> None:
+    """Nothing was undone: no other command shall go on with it."""
+    last.turns(journal.DONE)
+    with suppress(OSError):
+        journal.mark(store, last)
 
 
 def _last(store: Store) -> Journal:

@@ -116,7 +116,8 @@ class View:
         """Open the non-directory `name` as the branch shows it, or with `old` as below it. Raises OSError."""
         st, place = found.st, found.parts[0]
         if st is None:
-            raise OSError(errno.EIO, "it cannot be read in its layer", os.fsdecode(name))
+            code = errno.EIO if found.failure is None else found.failure
+            raise OSError(code, f"it cannot be read in its layer ({os.strerror(code)})", os.fsdecode(name))
         copy = None if old else self._copy(name, found)
         if copy is not None and self._index is not None:
             where = b"/proc/self/fd/%d/%b" % (self._index.fd, copy.entry)
@@ -256,7 +257,9 @@ class View:
                     found = _NLINK.fullmatch(
                         os.getxattr(where, self.merge.markers.nlink, follow_symlinks=False)
                     )
-                except OSError:
+                except OSError as error:
+                    if error.errno not in ABSENT:
+                        raise
                     continue
                 if found is None or int(found[1]) >= 0:
                     return True

@@ -23,7 +23,7 @@ from unionfs.storage import jsonfiles
 from unionfs.storage.measuring import Use
 from unionfs.storage.removing import refuse_locked, refuse_mounted, remove_all
 from unionfs.storage.root import check_directory, is_own_directory, make_directory, open_root
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, exists, is_directory
 from unionfs.sys.trees import remove_path
 
 if TYPE_CHECKING:
@@ -88,7 +88,9 @@ class Container:
         self.merged = f"{self.path}/merged"
 
     def exists(self) -> bool:
-        return os.path.isdir(self.path)
+        """Raises UserError if that is not known."""
+        with on_failure(f"container {quoted(self.name)} cannot be used", "check the storage root"):
+            return is_directory(self.path)
 
     def check(self) -> None:
         """Refuse one that another user could have changed. Raises UserError."""
@@ -160,8 +162,8 @@ class Container:
             return tuple(specs)
         known = self.volumes()
         named = {spec.target: known.get(spec.target) or anonymous_name() for spec in anonymous}
-        if os.path.exists(f"{self.path}/{_FACTS}"):
-            with on_failure(f"container {quoted(self.name)} cannot be changed", "free space"):
+        with on_failure(f"container {quoted(self.name)} cannot be changed", "free space"):
+            if exists(f"{self.path}/{_FACTS}"):
                 facts = jsonfiles.read(f"{self.path}/{_FACTS}")
                 jsonfiles.write(f"{self.path}/{_FACTS}", {**facts, "volumes": {**known, **named}}, sync=False)
         return tuple(
@@ -172,10 +174,13 @@ class Container:
         )
 
     def volumes(self) -> dict[str, str]:
-        """Return the names of its anonymous volumes by target."""
+        """Return the names of its anonymous volumes by target. Raises UserError."""
         try:
-            found = jsonfiles.read(f"{self.path}/{_FACTS}").get("volumes")
-        except (OSError, ValueError, AttributeError):
+            with on_failure(f"container {quoted(self.name)} cannot be read", "check the storage root"):
+                if not exists(f"{self.path}/{_FACTS}"):
+                    return {}
+                found = jsonfiles.read(f"{self.path}/{_FACTS}").get("volumes")
+        except (ValueError, AttributeError):
             return {}
         if not isinstance(found, dict):
             return {}
@@ -184,12 +189,16 @@ class Container:
         }
 
     def driver(self) -> str | None:
-        """Return the name of the storage driver that it was created with; None for a new container."""
-        try:
-            with open(f"{self.path}/{_DRIVER}", encoding="ascii", errors="replace") as file:
+        """Return the name of the storage driver that it was created with; None for a new container. Raises
+        UserError: another driver would leave its layer.
+        """
+        with on_failure(f"container {quoted(self.name)} cannot be read", "check the storage root"):
+            with (
+                suppress(FileNotFoundError),
+                open(f"{self.path}/{_DRIVER}", encoding="ascii", errors="replace") as file,
+            ):
                 return file.read().strip()
-        except OSError:
-            return DEFAULT if os.path.exists(f"{self.path}/{_FACTS}") else None
+            return DEFAULT if exists(f"{self.path}/{_FACTS}") else None
 
     def storage_driver(self) -> Driver:
         """Return its driver. Raises UserError."""
@@ -231,7 +240,7 @@ class Container:
                 with open(f"{self.path}/{_DRIVER}", "w", encoding="ascii") as file:
                     file.write(f"{driver.name}\n")
             driver.create(layer)
-            if not os.path.exists(f"{self.path}/{_FACTS}"):
+            if not exists(f"{self.path}/{_FACTS}"):
                 facts = {"lowers": list(layer.lowers), **({"image": image} if image else {})}
                 jsonfiles.write(f"{self.path}/{_FACTS}", facts, sync=False)
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 
 from unionfs.daemon.inside import leave_peers, unmount_inside
 from unionfs.sys.calls import syncfs
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, close_quietly
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import MountEntry, mounted_at, mounts_of_device
 from unionfs.sys.unmount import open_mount, unmount
@@ -62,7 +62,7 @@ def _synced(mount: MountEntry) -> Iterator[None]:
     with ExitStack() as held:
         with suppress(OSError), Owned(open_mount(mount)) as root:
             fd = os.open(f"/proc/self/fd/{root}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            held.callback(os.close, fd)
+            held.callback(close_quietly, fd)
         yield
         if fd is not None:
             with suppress(OSError):

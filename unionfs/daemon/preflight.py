@@ -25,7 +25,7 @@ from unionfs.daemon.fuse import (
 from unionfs.errors import DeadMountError, UserError, on_failure, quoted, reason
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.options import unescape_option
-from unionfs.sys.calls import filesystem_magic
+from unionfs.sys.calls import filesystem_magic, may_access
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.fds import Owned
 from unionfs.sys.fusermount import find_fusermount
@@ -138,11 +138,12 @@ def check_directory(
         status = os.stat(path)
         # The kernel may cache a dead mount's attributes, but statfs always asks the daemon.
         os.statvfs(path)
+        may = may_access(path, access)
     except OSError as error:
         _refuse_missing(kind, path, error, cure)
     if not stat.S_ISDIR(status.st_mode):
         raise UserError(f"{kind} {quoted(path)} is not a directory; name a directory.")
-    if not os.access(path, access, effective_ids=True):
+    if not may:
         verb = "written" if access & os.W_OK else "read"
         if access & os.W_OK and os.statvfs(path).f_flag & os.ST_RDONLY:
             raise UserError(

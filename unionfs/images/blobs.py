@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from unionfs.storage.archive.headers import Malformed
 from unionfs.storage.archive.progress import UNSEEN, Progress
 from unionfs.storage.archive.tar import Tar
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
+from unionfs.sys.fds import Owned, close_quietly
 from unionfs.union import opening
 from unionfs.union.markers import Markers
 from unionfs.union.merge import Merge
@@ -105,7 +105,7 @@ def opened_layers(paths: Sequence[str], markers: Markers) -> Iterator[Merge]:
                 fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             else:
                 fd = opening.open_lower(os.path.realpath(path), privileged)
-            resources.callback(os.close, fd)
+            resources.callback(close_quietly, fd)
             layers.append(Layer(index, path, fd, is_upper=index == 0))
         merge = Merge(layers, markers, directory_fds=256)
         resources.callback(merge.close)
@@ -142,9 +142,10 @@ def write_layer(
 def file_blob(path: str) -> Iterator[Blob]:
     """A layer's file as a blob without known digests. Raises UserError."""
     name = f"the layer {quoted(path)}"
-    with on_failure(f"{name} cannot be read", "check the path"):
-        file = open(path, "rb", buffering=0)  # noqa: SIM115
-    with file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    with ExitStack() as resources:
+        with on_failure(f"{name} cannot be read", "check the path"):
+            fd = resources.enter_context(Owned(os.open(path, os.O_RDONLY | os.O_CLOEXEC)))
+            st = os.fstat(fd)
+        if not stat.S_ISREG(st.st_mode):
             raise UserError(f"{name} is not a regular file; write it to one first.")
-        yield Blob(name, file.fileno(), 0, file.seek(0, io.SEEK_END), None)
+        yield Blob(name, fd, 0, st.st_size, None)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from unionfs.errors import UserError, on_failure, quoted
 from unionfs.images.blobs import Written, file_blob, opened_layers, unpack_blob, write_layer
@@ -16,7 +17,9 @@ from unionfs.images.unpack import Contents
 from unionfs.storage.archive.compress import kind_for
 from unionfs.storage.archive.output import whole_file
 from unionfs.storage.archive.progress import UNSEEN, Progress
+from unionfs.storage.root import is_own_directory
 from unionfs.sys.capabilities import may_use_trusted_xattrs
+from unionfs.sys.fds import directory
 from unionfs.sys.trees import remove_path
 from unionfs.union.resting import resting
 
@@ -50,13 +53,16 @@ def import_layer(
     Raises UserError, and then leaves the directory as it was.
     """
     target = os.path.abspath(target)
-    new = f"{os.path.dirname(target)}/.{os.path.basename(target)[:200]}.{secrets.token_hex(4)}"
+    start = f".{os.path.basename(target)[:200]}.unionfs-"
+    new = f"{os.path.dirname(target)}/{start}{secrets.token_hex(4)}"
     with on_failure(f"{quoted(target)} cannot be filled", "name a directory that is missing or empty"):
         if os.path.lexists(target) and (os.path.islink(target) or os.listdir(target)):
             raise UserError(f"{quoted(target)} is not empty; name a directory that is missing or empty.")
-        with file_blob(file) as blob:
+        _sweep(os.path.dirname(target), start)
+        with file_blob(file) as blob, ExitStack() as held:
             os.mkdir(new, 0o700)
             try:
+                fcntl.flock(held.enter_context(directory(new)), fcntl.LOCK_EX)
                 found = unpack_blob(blob, new, markers_of(kind_of(userxattr)), rules, progress)
                 os.rename(new, target)
             except BaseException:
@@ -64,6 +70,16 @@ def import_layer(
                     remove_path(new)
                 raise
     return found
+
+
+def _sweep(above: str, start: str) -> None:
+    """Remove what killed imports into the same directory have left: their names begin so, without a lock."""
+    for name in os.listdir(above):
+        path = f"{above}/{name}"
+        if name.startswith(start) and is_own_directory(path):
+            with suppress(OSError), directory(path) as fd:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove_path(path, unlock=True)
 
 
 def squash_layers(

@@ -25,6 +25,7 @@ from unionfs.images.documents import Descriptor, Index, Manifest, SavedImage
 from unionfs.images.rules import Refused, Rules
 from unionfs.images.tarfiles import TarFiles
 from unionfs.storage.archive.headers import Malformed
+from unionfs.sys.fds import close_quietly
 from unionfs.sys.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, openat2
 
 TRANSPORTS: Final = ("oci-archive", "docker-archive", "oci")
@@ -79,7 +80,7 @@ def opened(reference: str, rules: Rules) -> Iterator[ImageSource]:
         with on_failure(f"the image {quoted(where)} cannot be read", "check the path"):
             flags = os.O_DIRECTORY if transport == "oci" else os.O_NONBLOCK
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
-            stack.callback(os.close, fd)
+            stack.callback(close_quietly, fd)
             with explained(f"the image {quoted(where)}"):
                 files: _Files = _Directory(fd, stack) if transport == "oci" else _Archive(fd)
                 image = (_saved if transport == "docker-archive" else _layout)(files, where, tag)
@@ -154,7 +155,7 @@ class _Directory(_Files):
             fd = openat2(self._root, os.fsencode(name), _FILE, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
         except OSError as error:
             raise Malformed(f"its file {quoted(name)} cannot be read ({reason(error)})") from error
-        self._stack.callback(os.close, fd)
+        self._stack.callback(close_quietly, fd)
         return fd, 0, os.fstat(fd).st_size
 
     def has(self, name: str) -> bool:

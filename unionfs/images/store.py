@@ -32,7 +32,7 @@ from unionfs.storage.archive.progress import UNSEEN, Progress
 from unionfs.storage.root import make_directory, open_root
 from unionfs.sys.calls import syncfs
 from unionfs.sys.capabilities import is_host_root
-from unionfs.sys.fds import directory
+from unionfs.sys.fds import directory, is_directory
 from unionfs.sys.trees import remove_path
 from unionfs.union.markers import Markers
 from unionfs.union.resting import TRUSTED, USER
@@ -88,7 +88,9 @@ class Store:
         return f"{self.path}/layers/{kind}/{diff_id}/root"
 
     def has_layer(self, kind: str, diff_id: str) -> bool:
-        return os.path.isdir(self.layer(kind, diff_id))
+        """Raises UserError if that is not known."""
+        with on_failure(f"the layer {diff_id} cannot be used", "check the store"):
+            return is_directory(self.layer(kind, diff_id))
 
     def facts(self, kind: str, diff_id: str) -> dict[str, Any]:
         """What is known about a layer. Raises UserError."""
@@ -107,23 +109,22 @@ class Store:
         return f"{self.path}/locks/{kind}-{diff_id}"
 
     def _use_layer(
-        self, kind: str, diff_id: str, blob: Blob, rules: Rules, held: ExitStack, progress: Progress
-    ) -> list[str] | None:
-        """Hold a layer, which is unpacked first if it is missing; then notes are returned, else None.
-
-        Raises UserError.
+        self, kind: str, diff_id: str, blob: Blob, rules: Rules, held: ExitStack, progress: Progress,
+        new: dict[str, list[str]],
+    ) -> None:  # fmt: skip
+        """Hold a layer, which is unpacked first if it is missing; then its notes are in `new`, also if it
+        cannot be held afterwards. Raises UserError.
         """
         lock = self.lock_path(kind, diff_id)
-        notes: list[str] | None = None
         while True:
             shared = hold(lock, alone=False)
             if self.has_layer(kind, diff_id):
                 held.enter_context(shared)
-                return notes
+                return
             shared.close()
             with hold(lock, alone=True):
                 if not self.has_layer(kind, diff_id):
-                    notes = self._unpack(kind, diff_id, blob, rules, progress)
+                    new[diff_id] = self._unpack(kind, diff_id, blob, rules, progress)
 
     def _unpack(
         self, kind: str, diff_id: str, blob: Blob, rules: Rules, progress: Progress
@@ -134,6 +135,7 @@ class Store:
         with on_failure(complaint, "free space, or name another --root"):
             remove_path(new, unlock=True)
             os.mkdir(new, 0o700)
+            place = new
             try:
                 os.mkdir(f"{new}/root", 0o700)
                 contents, _ = unpack_blob(blob, f"{new}/root", markers_of(kind), rules, progress)
@@ -142,10 +144,13 @@ class Store:
                 with directory(new) as fd:
                     syncfs(fd)
                 os.rename(new, f"{above}/{diff_id}")
+                place = f"{above}/{diff_id}"
                 with directory(above) as fd:
                     os.fsync(fd)
             except BaseException:
                 with suppress(OSError):
+                    if place != new:
+                        os.rename(place, new)
                     remove_path(new, unlock=True)
                 raise
         return contents.notes
@@ -173,31 +178,32 @@ class Store:
         rules: Rules,
         notes: list[str],
         progress: Progress = UNSEEN,
-    ) -> Iterator[Image]:
-        """An image from a source, whose layers nobody removes meanwhile. Raises UserError."""
+    ) -> Iterator[tuple[Image, list[str]]]:
+        """An image from a source, and its `paths`; nobody removes its layers meanwhile. Raises UserError."""
         self._prepare("layers", "locks", "records")
         layers = tuple(documents.check_digest(blob.diff_id or "") for blob in source.layers)
         missing = {diff_id: blob.size for diff_id, blob in zip(layers, source.layers, strict=True)
                    if not self.has_layer(kind, diff_id)}  # fmt: skip
         progress.expects(sum(missing.values()))
-        new: list[str] = []
+        new: dict[str, list[str]] = {}
         with ExitStack() as held:
             try:
                 for diff_id, blob in zip(layers, source.layers, strict=True):
-                    if (said := self._use_layer(kind, diff_id, blob, rules, held, progress)) is not None:
-                        new.append(diff_id)
-                        notes += said
+                    self._use_layer(kind, diff_id, blob, rules, held, progress, new)
+                image = Image(source.id, source.names, source.config, layers, source.where, time.time())
+                lowers = self.paths(image, kind)
+                image = self._save(image)
             except BaseException:
                 held.close()
                 with suppress(UserError, OSError), self._records():
                     self._remove_unused([(kind, diff_id) for diff_id in new], {})
                 raise
-            image = Image(source.id, source.names, source.config, layers, source.where, time.time())
-            yield self._save(image)
+            notes += [note for said in new.values() for note in said]
+            yield image, lowers
 
     @contextmanager
-    def used(self, image: Image, kind: str) -> Iterator[Image]:
-        """An image of the store, whose layers nobody removes meanwhile. Raises UserError."""
+    def used(self, image: Image, kind: str) -> Iterator[list[str]]:
+        """The `paths` of an image of the store, whose layers nobody removes meanwhile. Raises UserError."""
         self._prepare("layers", "locks", "records")
         with ExitStack() as held:
             for diff_id in image.layers:
@@ -207,10 +213,16 @@ class Store:
                         f"the layer {diff_id[:12]} of image {shown(image)} is not unpacked for such a mount; "
                         f"name the archive instead, as {quoted(image.source)}."
                     )
-            yield image
+            yield self.paths(image, kind)
 
     def paths(self, image: Image, kind: str) -> list[str]:
-        """The layers of an image as lowers, topmost first. Those below an opaque root are left out."""
+        """The layers of an image as lowers, topmost first. Those below an opaque root are left out. Raises
+        UserError, also if it has none.
+        """
+        if not image.layers:
+            raise UserError(
+                f"image {shown(image)} has no layers, so there is nothing to mount; choose another."
+            )
         found = []
         # The lower one of two equal layers is hidden by the other.
         for diff_id in dict.fromkeys(reversed(image.layers)):

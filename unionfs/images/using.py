@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from unionfs.daemon import live
-from unionfs.errors import UserError, quoted
+from unionfs.errors import quoted
 from unionfs.images.rules import Rules
 from unionfs.images.sources import is_reference, opened
 from unionfs.images.store import Image, Store, kind_of, shown
@@ -25,17 +25,12 @@ def image_layers(
     """
     store, kind = Store(root), kind_of(userxattr)
     if is_reference(text):
-        with opened(text, rules) as source, store.added(source, kind, rules, notes, progress) as image:
-            yield image, _paths(store, image, kind)
+        with opened(text, rules) as source, store.added(source, kind, rules, notes, progress) as found:
+            yield found
     else:
-        with store.used(store.find(text), kind) as image:
-            yield image, _paths(store, image, kind)
-
-
-def _paths(store: Store, image: Image, kind: str) -> list[str]:
-    if not image.layers:
-        raise UserError(f"image {shown(image)} has no layers, so there is nothing to mount; choose another.")
-    return store.paths(image, kind)
+        image = store.find(text)
+        with store.used(image, kind) as paths:
+            yield image, paths
 
 
 def users_of_layers(kept: Mapping[str, str]) -> dict[str, str]:

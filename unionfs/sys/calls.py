@@ -6,6 +6,7 @@ Every function raises ``OSError`` with the kernel's errno; nothing is retried or
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import struct
@@ -17,6 +18,7 @@ libc: Final = ctypes.CDLL(None, use_errno=True)
 AT_FDCWD: Final = -100
 AT_EMPTY_PATH: Final = 0x1000
 AT_SYMLINK_NOFOLLOW: Final = 0x100
+_AT_EACCESS: Final = 0x200
 
 RENAME_NOREPLACE: Final = 1
 RENAME_EXCHANGE: Final = 2
@@ -68,6 +70,7 @@ libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, c
 libc.statx.argtypes = (
     ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p,
 )  # fmt: skip
+libc.faccessat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_int)
 libc.setfsuid.argtypes = libc.setfsgid.argtypes = (ctypes.c_uint,)
 libc.mount.argtypes = (
     ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p,
@@ -175,6 +178,16 @@ def start_writeback(fd: int, offset: int, length: int) -> None:
     """Start writing a range of a file to disk, without waiting; sync_file_range(2)."""
     if libc.sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE) != 0:
         raise fail()
+
+
+def may_access(path: str, access: int) -> bool:
+    """faccessat(2) with the effective ids. Unlike os.access raises OSError if that is not known."""
+    if libc.faccessat(AT_FDCWD, os.fsencode(path), access, _AT_EACCESS) == 0:
+        return True
+    error = fail(os.fsencode(path))
+    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        raise error
+    return False
 
 
 def statx(dir_fd: int, name: bytes, flags: int, mask: int) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import stat
 from contextlib import suppress
 from types import TracebackType
 from typing import Final
@@ -68,6 +69,25 @@ def fd_limit() -> int:
     """How many fds this process may have (getrlimit(2)); at most a million."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return _MANY if soft == resource.RLIM_INFINITY else min(soft, _MANY)
+
+
+def is_directory(path: str) -> bool:
+    """Whether there is a directory. Unlike os.path.isdir raises OSError if that is not known: what is taken
+    for missing is made anew, or forgotten.
+    """
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def exists(path: str) -> bool:
+    """Whether there is anything, also a symlink. Unlike os.path.lexists raises OSError if that is unknown."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def directory(path: str) -> Owned:

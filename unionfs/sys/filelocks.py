@@ -8,7 +8,7 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 
-from unionfs.sys.fds import Returned
+from unionfs.sys.fds import Returned, close_quietly
 
 
 def take(
@@ -28,12 +28,12 @@ def take(
             try:
                 fcntl.flock(fd, operation)
             except BlockingIOError:
-                os.close(fd)
+                close_quietly(fd)
                 return None
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(fd), os.stat(name, dir_fd=at, follow_symlinks=False)):
                     return fd
-        os.close(fd)
+        close_quietly(fd)
 
 
 def may_be_a_mounts(fd: int) -> bool:

@@ -15,7 +15,7 @@ from contextlib import ExitStack, suppress
 from typing import NoReturn
 
 from unionfs.sys.calls import prctl
-from unionfs.sys.fds import Owned, Returned
+from unionfs.sys.fds import Owned, Returned, close_quietly
 from unionfs.sys.process import to_null
 
 _DISMISSED = b"."
@@ -69,7 +69,7 @@ def start(clear: Callable[[str], object], keep: int = -1) -> Guardian:
     with ExitStack() as ends:
         watched = ends.enter_context(Owned(os.pidfd_open(os.getpid())))
         reader, writer = os.pipe()
-        ends.callback(os.close, reader)
+        ends.callback(close_quietly, reader)
         with Returned(writer):
             pid = os.fork()
             if pid == 0:

@@ -18,7 +18,7 @@ from typing import Final
 
 from unionfs.sys import calls
 from unionfs.sys.capabilities import is_host_root
-from unionfs.sys.fds import Owned, Returned, names_in, open_for_listing
+from unionfs.sys.fds import Owned, Returned, close_quietly, names_in, open_for_listing
 from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -125,7 +125,7 @@ class _Level:
 
     def close(self) -> None:
         if self.fd >= 0:
-            os.close(self.fd)
+            close_quietly(self.fd)
             self.fd = -1
 
 
@@ -167,7 +167,7 @@ class _Descent:
             above = self.levels[-2]
             fd = os.open("..", _DIRECTORY | os.O_CLOEXEC, dir_fd=level.fd)
             if not os.path.samestat(os.fstat(fd), above.status):
-                os.close(fd)
+                close_quietly(fd)
                 raise OSError(errno.EBUSY, "it was moved while it was being removed", self.path())
             above.fd = fd
         return self.levels.pop()

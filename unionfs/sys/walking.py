@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from unionfs.sys.capabilities import is_host_root
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, close_quietly
 
 _MOST_LINKS: Final = 40  # MAXSYMLINKS, include/linux/namei.h
 _PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -54,10 +54,10 @@ def walk(path: str, look: Callable[[Step], None]) -> int:
                 if not target.startswith("/"):
                     continue
                 found, inside = os.open("/", _PATH), "/"
-            os.close(place)
+            close_quietly(place)
             place, here = found, inside
     except BaseException:
-        os.close(place)
+        close_quietly(place)
         raise
 
 
@@ -81,7 +81,7 @@ def follow(path: str) -> int:
     if owners and is_host_root():
         owner = os.fstat(fd).st_uid
         if others := owners - {owner}:
-            os.close(fd)
+            close_quietly(fd)
             user = min(others)
             raise PermissionError(
                 errno.EACCES, f"a symlink of uid {user} on the way leads to what belongs to uid {owner}", path

@@ -23,6 +23,7 @@ from typing import Final
 
 from unionfs.core.places import Layer, Place
 from unionfs.sys.attributes import ALL, read_xattrs
+from unionfs.sys.fds import close_quietly
 from unionfs.union.images import is_image, open_image
 from unionfs.union.markers import ABSENT, Markers
 from unionfs.union.merge import Merge
@@ -69,7 +70,7 @@ def _opened(paths: Sequence[str], resources: ExitStack, first: int = 0) -> list[
     for position, path in enumerate(paths):
         image = position > 0 and is_image(path)
         fd = open_image(os.path.realpath(path)) if image else os.open(path, _DIRECTORY)
-        resources.callback(os.close, fd)
+        resources.callback(close_quietly, fd)
         layers.append(Layer(first + position, path, fd, is_upper=position == 0))
     return layers
 
@@ -107,7 +108,7 @@ def between(
             layers = []
             for position, path in enumerate(paths):
                 fd = open_image(path) if is_image(path) else os.open(path, _DIRECTORY)
-                resources.callback(os.close, fd)
+                resources.callback(close_quietly, fd)
                 index = above - len(paths) + position
                 layers.append(Layer(index, path, fd, is_upper=first_is_upper and position == 0))
             return layers
@@ -185,10 +186,12 @@ class Object:
     of its layer.
     """
 
-    __slots__ = ("is_directory", "parts", "st")
+    __slots__ = ("failure", "is_directory", "parts", "st")
 
-    def __init__(self, st: os.stat_result | None, parts: list[Place]) -> None:
+    def __init__(self, st: os.stat_result | None, parts: list[Place], failure: int | None = None) -> None:
         self.st = st
+        #: The errno of the lookup that failed.
+        self.failure = failure
         self.is_directory = st is not None and stat.S_ISDIR(st.st_mode)
         #: The real directories merged into it, topmost first; for a non-directory the one that contains it.
         self.parts = parts
@@ -268,10 +271,10 @@ class _Comparison:
             found = self._merge.search(parts, name)
         except _VANISHED:
             raise
-        except OSError:
+        except OSError as error:
             if not parts[0].layer.is_upper or not self._has(parts[0], name):
                 parts = parts[1:] if parts[0].layer.is_upper else parts
-            return Object(None, parts[:1])
+            return Object(None, parts[:1], error.errno)
         if found is None:
             return None
         st, places = found

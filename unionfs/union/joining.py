@@ -16,7 +16,7 @@ from typing import Final
 
 from unionfs.core.places import Layer, Place
 from unionfs.sys import attributes
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, close_quietly
 from unionfs.union.filedata import clone, copy_data
 from unionfs.union.images import is_image, open_image
 from unionfs.union.markers import Markers
@@ -41,7 +41,7 @@ def join(layers: Sequence[str], target: int, markers: Markers) -> None:
                 if is_image(path)
                 else os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             )
-            resources.callback(os.close, fd)
+            resources.callback(close_quietly, fd)
             opened.append(Layer(index, path, fd, is_upper=False))
         merge = Merge(opened, markers, directory_fds=256)
         resources.callback(merge.close)

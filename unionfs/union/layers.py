@@ -21,7 +21,7 @@ from unionfs.settings.features import DEFAULTS, Features
 from unionfs.settings.shown import AS_STORED, Shown
 from unionfs.sys import calls, detached
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
-from unionfs.sys.fds import Owned, open_for_listing
+from unionfs.sys.fds import Owned, close_quietly, open_for_listing
 from unionfs.sys.filelocks import may_be_a_mounts
 from unionfs.sys.mountinfo import mount_id_of_path, read_mountinfo
 from unionfs.sys.trees import remove
@@ -131,13 +131,13 @@ class LayerStack:
                     resources.callback(_unmark, work_fd, lease)
                 layers.append(Layer(0, upper, upper_fd, is_upper=True, quiet="noatime" in atime))
             elif scratch is not None:
-                resources.callback(os.close, scratch)
+                resources.callback(close_quietly, scratch)
                 opening.set_atime(scratch, atime)
                 upper_fd, work_root, work_fd = opening.make_upper_and_work(scratch, lowers, resources)
                 layers.append(Layer(0, "", upper_fd, is_upper=True))
             for path in lowers:
                 fd = opening.open_lower(path, privileged)
-                resources.callback(os.close, fd)
+                resources.callback(close_quietly, fd)
                 layers.append(Layer(len(layers), path, fd, is_upper=False, quiet=True))
             if not layers:
                 raise LayerError("a union needs at least one layer; give one with --lower.")
@@ -169,7 +169,7 @@ class LayerStack:
         privileged = has_capability(CAP_SYS_ADMIN)
         with _Files() as resources:
             for fd in kept["files"]:
-                resources.callback(os.close, fd)
+                resources.callback(close_quietly, fd)
             work_root, work_fd = kept["work_root"], kept["work"]
             lease = None
             if kept["lease"] is not None:
@@ -223,12 +223,12 @@ class LayerStack:
 
     def claim(self, fd: int, path: str) -> None:
         """Lock another upper, and close its fd with the stack. Raises ``LayerError``, ``OSError``."""
-        self._resources.callback(os.close, fd)
+        self._resources.callback(close_quietly, fd)
         lock(fd, path, "upper", self._resources)
 
     def own_lower(self, fd: int) -> int:
         """Take over the O_PATH fd of one more lower, read-only if possible: returns the fd to use."""
-        self._resources.callback(os.close, fd)
+        self._resources.callback(close_quietly, fd)
         self.protect(fd)
         return fd
 
@@ -261,7 +261,7 @@ class LayerStack:
 
     def bind(self, path: str, root_fd: int, *, read_only: bool) -> BoundLayer:
         """A layer for a directory or file shown at one place. The O_PATH fd is closed with the stack."""
-        self._resources.callback(os.close, root_fd)
+        self._resources.callback(close_quietly, root_fd)
         layer = BoundLayer(-1 - len(self.bound), path, root_fd, read_only=read_only)
         self.bound.append(layer)
         return layer
@@ -351,7 +351,7 @@ def _lease(upper_fd: int, upper: str, resources: ExitStack, *, alone: bool) -> K
         return None
     # By the upper's own mount: the filesystem can be unmounted elsewhere.
     parent = os.open(b"..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=upper_fd)
-    resources.callback(os.close, parent)
+    resources.callback(close_quietly, parent)
     return leased(upper_fd, upper, parent, resources, alone=alone)
 
 
@@ -367,7 +367,7 @@ def leased(upper_fd: int, upper: str, parent: int, resources: ExitStack, *, alon
     if not os.path.samestat(found, os.fstat(upper_fd)):
         raise LayerError(f"upper {upper} was replaced while it was mounted; try again.")
     lease = leases.claim(upper_fd, upper, parent, alone=alone)
-    resources.callback(os.close, lease.fd)
+    resources.callback(close_quietly, lease.fd)
     keeper = Keeper(lease)
     resources.callback(keeper.end)
     return keeper
@@ -380,7 +380,7 @@ def lock(fd: int, path: str, role: str, resources: ExitStack) -> bool:
     Any user who can read a directory can lock it; a lock of a user who may not write it is not a mount's.
     """
     lock = open_for_listing(fd)
-    resources.callback(os.close, lock)
+    resources.callback(close_quietly, lock)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True

@@ -64,7 +64,7 @@ def open_upper_and_work(
                 fd = _open(calls.AT_FDCWD, path, path)
             else:
                 fd = _open(clone, os.path.relpath(path, above), path, RESOLVE_BENEATH)
-            resources.callback(os.close, fd)
+            resources.callback(close_quietly, fd)
             fds.append(fd)
     finally:
         if clone is not None:
@@ -89,7 +89,7 @@ def make_upper_and_work(scratch: int, lowers: Sequence[str], resources: ExitStac
     os.mkdir(b"upper", 0o755, dir_fd=scratch)
     os.mkdir(b"work", 0o700, dir_fd=scratch)
     upper_fd = _open(scratch, "upper", "upper")
-    resources.callback(os.close, upper_fd)
+    resources.callback(close_quietly, upper_fd)
     if lowers:
         with Owned(open_lower(lowers[0], False)) as lower:
             st = os.fstat(lower)
@@ -97,7 +97,7 @@ def make_upper_and_work(scratch: int, lowers: Sequence[str], resources: ExitStac
             calls.chown_fd(upper_fd, st.st_uid, st.st_gid)
         os.chmod(b"/proc/self/fd/%d" % upper_fd, stat.S_IMODE(st.st_mode))
     work_root = _open(scratch, "work", "work")
-    resources.callback(os.close, work_root)
+    resources.callback(close_quietly, work_root)
     return upper_fd, work_root, prepare_work(work_root, "on the tmpfs", upper_fd, resources)
 
 
@@ -115,7 +115,7 @@ def prepare_work(fd: int, path: str, upper_fd: int, resources: ExitStack) -> int
         with contextlib.suppress(FileExistsError):
             os.mkdir(b"work", 0o700, dir_fd=fd)
         inner = openat2(fd, b"work", _DIRECTORY, RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV)
-        resources.callback(os.close, inner)
+        resources.callback(close_quietly, inner)
         _check_owner(f"{path}/work", os.fstat(inner).st_uid, owner)
         _make_private(inner)
         # From here on no other user can add files.
@@ -164,7 +164,7 @@ def index_directory(work_root: int, resources: ExitStack, *, make: bool) -> int:
             f"`index` in the work directory cannot be opened: {reason(error)}; remove it, or choose an empty "
             "directory."
         ) from error
-    resources.callback(os.close, fd)
+    resources.callback(close_quietly, fd)
     _check_owner("directory index", os.fstat(fd).st_uid, os.fstat(work_root).st_uid)
     _make_private(fd)
     return fd

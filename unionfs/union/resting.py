@@ -11,7 +11,7 @@ from typing import Final
 
 from unionfs.core.places import Layer, Place
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
-from unionfs.sys.fds import Owned, names_in
+from unionfs.sys.fds import Owned, close_quietly, names_in
 from unionfs.union import leases, opening
 from unionfs.union.layers import leased, lock
 from unionfs.union.markers import Markers
@@ -56,7 +56,7 @@ def resting(
     privileged = has_capability(CAP_SYS_ADMIN)
     with ExitStack() as resources:
         fd = opening.open_lower(upper, privileged and not writable)
-        resources.callback(os.close, fd)
+        resources.callback(close_quietly, fd)
         alone = lock(fd, upper, "upper", resources)
         if leases.filesystem(fd) is not None:
             _lease(fd, upper, resources, alone=alone, writable=writable)
@@ -64,11 +64,11 @@ def resting(
         opened = None
         if work is not None:
             opened = work, opening.open_lower(work, privileged and not writable)
-            resources.callback(os.close, opened[1])
+            resources.callback(close_quietly, opened[1])
             lock(opened[1], work, "work", resources)
         for path in lowers:
             fd = opening.open_lower(path, privileged)
-            resources.callback(os.close, fd)
+            resources.callback(close_quietly, fd)
             layers.append(Layer(len(layers), path, fd, is_upper=False))
         # As in an ordinary user's own mount.
         follows = True if os.geteuid() != 0 else None
@@ -86,7 +86,7 @@ def _lease(fd: int, upper: str, resources: ExitStack, *, alone: bool, writable: 
         leases.refuse_if_led(upper, alone=alone)
         return
     parent = opening.open_lower(above, False)
-    resources.callback(os.close, parent)
+    resources.callback(close_quietly, parent)
     leased(fd, upper, parent, resources, alone=alone).begin()
 
 

@@ -129,7 +129,7 @@ class Rights:
                 restored.enter_context(self.widened(dir_fd))
                 with suppress(FileNotFoundError):
                     fd = os.open(name, _PATH, dir_fd=dir_fd)
-                    restored.callback(os.close, fd)
+                    restored.callback(close_quietly, fd)
                     if stat.S_ISDIR(os.fstat(fd).st_mode):
                         restored.enter_context(self.widened(fd))
             return call()

@@ -23,6 +23,7 @@ from unionfs.settings.mount import NOT_FOR_LIBFUSE
 from unionfs.sys import detached
 from unionfs.sys.calls import AT_FDCWD
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
+from unionfs.sys.fds import close_quietly
 from unionfs.sys.fusermount import find_fusermount
 from unionfs.sys.mountinfo import MountEntry, mount_id_of_fd, mount_of_id, mounted_at
 from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, openat2
@@ -80,9 +81,9 @@ def _by_call(mountpoint: str, options: MountOptions) -> tuple[int, MountEntry | 
         with ExitStack() as fds:
             path = os.fsencode(mountpoint)
             target = openat2(AT_FDCWD, path, os.O_PATH | os.O_DIRECTORY, RESOLVE_NO_SYMLINKS)
-            fds.callback(os.close, target)
+            fds.callback(close_quietly, target)
             made = detached.new_filesystem("fuse", [(name, value) for name, value in parameters], attributes)
-            fds.callback(os.close, made)
+            fds.callback(close_quietly, made)
             detached.attach(made, target)
             mount_id = mount_id_of_fd(made)
     except OSError as error:

@@ -29,7 +29,7 @@ from unionfs.storage.archive.entry import (
 )
 from unionfs.storage.archive.headers import Malformed
 from unionfs.sys import attributes
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, close_quietly
 from unionfs.sys.trees import remove
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -72,7 +72,7 @@ class Extractor:
     def close(self) -> None:
         self._leave(0)
         if self._root >= 0:
-            os.close(self._root)
+            close_quietly(self._root)
             self._root = -1
 
     def __enter__(self) -> Self:
@@ -86,7 +86,7 @@ class Extractor:
     def _leave(self, depth: int) -> None:
         for fd in self._fds[depth:]:
             if fd >= 0:
-                os.close(fd)
+                close_quietly(fd)
         del self._fds[depth:], self._parts[depth:]
 
     def _place(self, path: bytes) -> tuple[int, bytes]:
@@ -109,7 +109,7 @@ class Extractor:
             self._parts.append(part)
             self._fds.append(fd)
             if len(self._fds) > _MOST_OPEN and self._fds[-_MOST_OPEN] >= 0:
-                os.close(self._fds[-_MOST_OPEN])
+                close_quietly(self._fds[-_MOST_OPEN])
                 self._fds[-_MOST_OPEN] = -1
         self._prefix, self._parent = prefix, fd
         return fd, name

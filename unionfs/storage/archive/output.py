@@ -13,7 +13,7 @@ from typing import IO
 
 from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.sys.calls import AT_FDCWD
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, close_quietly
 from unionfs.sys.openat2 import RESOLVE_NO_SYMLINKS, openat2
 from unionfs.sys.walking import follow
 
@@ -70,7 +70,8 @@ def whole_file(path: str, what: str = "backup") -> Iterator[IO[bytes]]:
                 return
             fd, temporary = _open_nameless(directory, name)
         try:
-            with open(fd, "wb", buffering=0) as out:
+            # Its data is on disk before close(2), whose error then says nothing.
+            with Owned(fd), open(fd, "wb", buffering=0, closefd=False) as out:
                 yield out
                 os.fsync(fd)
                 if temporary is None:
@@ -101,9 +102,9 @@ def _place(path: str, opened: ExitStack) -> tuple[int, str, int | None]:
         fd = follow(path)
     except FileNotFoundError:
         directory = follow(os.path.dirname(path) or ".")
-        opened.callback(os.close, directory)
+        opened.callback(close_quietly, directory)
         return directory, os.path.basename(path), None
-    opened.callback(os.close, fd)
+    opened.callback(close_quietly, fd)
     status = os.fstat(fd)
     if stat.S_ISDIR(status.st_mode):
         raise UserError(f"{quoted(path)} is a directory; name a file in it.")
@@ -111,7 +112,7 @@ def _place(path: str, opened: ExitStack) -> tuple[int, str, int | None]:
         return -1, "", os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
     above_path, name = os.path.split(os.readlink(f"/proc/self/fd/{fd}"))
     directory = openat2(AT_FDCWD, os.fsencode(above_path), os.O_PATH | os.O_DIRECTORY, RESOLVE_NO_SYMLINKS)
-    opened.callback(os.close, directory)
+    opened.callback(close_quietly, directory)
     if not os.path.samestat(os.stat(name, dir_fd=directory, follow_symlinks=False), status):
         raise OSError(errno.ESTALE, "it was moved meanwhile")
     return directory, name, None

@@ -25,7 +25,7 @@ from unionfs.storage.archive.entry import (
 )
 from unionfs.sys import attributes
 from unionfs.sys.calls import FUSE_MAGIC, filesystem_magic
-from unionfs.sys.fds import Owned, Returned
+from unionfs.sys.fds import Owned, Returned, close_quietly
 from unionfs.sys.mountinfo import mount_id_of_fd
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -280,7 +280,7 @@ class _Level:
 
     def close(self) -> None:
         if self.fd >= 0:
-            os.close(self.fd)
+            close_quietly(self.fd)
             self.fd = -1
 
 

@@ -15,6 +15,7 @@ from unionfs.storage.model import Volume
 from unionfs.storage.mounts import mount_at, mount_call, run_mount, run_umount
 from unionfs.sys import quota
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
+from unionfs.sys.fds import is_directory
 from unionfs.sys.walking import follow
 
 
@@ -138,8 +139,12 @@ class Local(Driver):
                 raise UserError(
                     f"{what} is bound to {quoted(device)}, which is not a directory; create it first."
                 )
-        elif not os.path.isdir(data) and not replacing.recover_sibling(data):
-            raise UserError(f"{what} has lost its directory {quoted(data)}; restore it from a backup.")
+        else:
+            with on_failure(f"{what} cannot be used", f"check {quoted(volume.directory)}"):
+                if not is_directory(data) and not replacing.recover_sibling(data):
+                    raise UserError(
+                        f"{what} has lost its directory {quoted(data)}; restore it from a backup."
+                    )
         return data
 
     def unmount(self, volume: Volume, user: str) -> None:

@@ -13,7 +13,7 @@ from unionfs.storage.model import Volume
 from unionfs.storage.removing import refuse_locked
 from unionfs.storage.workspace import Workspace, recover, workspace
 from unionfs.sys import calls
-from unionfs.sys.fds import directory, sync_directory
+from unionfs.sys.fds import directory, exists, sync_directory
 from unionfs.sys.trees import remove_path
 from unionfs.union.work import exchange_in_steps
 
@@ -36,7 +36,7 @@ def sibling(data: str) -> Iterator[Prepared]:
     path = tempfile.mkdtemp(prefix=_SIBLING, dir=parent)
 
     def commit() -> None:
-        if os.path.lexists(data):
+        if exists(data):
             # The old content is removed next.
             refuse_locked(data, "the volume's content cannot be replaced")
             exchange(data, path)
@@ -55,19 +55,20 @@ def sibling(data: str) -> Iterator[Prepared]:
 def recover_sibling(data: str) -> bool:
     """If `data` is missing, move back the old content that an interrupted exchange set aside.
 
-    Returns whether it moved any.
+    Returns whether it moved any. Raises OSError: then it is still set aside.
     """
     parent = os.path.dirname(data)
-    with suppress(OSError):
-        for name in os.listdir(parent):
-            if name.startswith(_SIBLING) and name.endswith(_ASIDE) and not os.path.lexists(data):
-                os.rename(f"{parent}/{name}", data)
-                return True
+    for name in os.listdir(parent):
+        if name.startswith(_SIBLING) and name.endswith(_ASIDE) and not exists(data):
+            os.rename(f"{parent}/{name}", data)
+            return True
     return False
 
 
 def sweep_siblings(data: str) -> None:
-    """Remove leftovers of a killed restore beside `data`. The caller holds the volume's long lock."""
+    """Remove leftovers of a killed restore beside `data`. The caller holds the volume's long lock. Raises
+    OSError if they have the volume's content, which cannot be moved back.
+    """
     recover_sibling(data)
     parent = os.path.dirname(data)
     with suppress(OSError):
