@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import json
+import mmap
 import operator
 import os
 import platform
@@ -44,6 +45,8 @@ def rule(**more: Any) -> dict[str, Any]:
         (rule(errnoRet="EPERM"), "not a number"), (rule(errnoRet=-1), "between 0 and 65535"),
         (rule(errnoRet=True), "not a number"), (rule(action="SCMP_ACT_KILL", errnoRet=1), "does not take"),
         (rule(action="SCMP_ACT_NOTIFY"), "unknown action"), (rule(args={}), "not a list"),
+        (rule(args=[1]), "an item of args in entry 1 of syscalls is not an object"),
+        (json.dumps(_ALLOW_ALL).ljust((1 << 22) + 1).encode(), "larger than 4 MiB"),
         (rule(args=[{"index": 6, "value": 0, "op": "SCMP_CMP_EQ"}]), "between 0 and 5"),
         (rule(args=[{"index": 0, "value": 1 << 64, "op": "SCMP_CMP_EQ"}]), "between 0 and"),
         (rule(args=[{"index": 0, "value": 0, "op": "=="}]), "unknown op"),
@@ -74,6 +77,18 @@ def test_a_file_that_is_no_profile(path: str) -> None:
         compile_profile(path, ())
 
 
+def test_the_largest_values(tmp_path: Path) -> None:
+    condition = {"index": 5, "value": (1 << 64) - 1, "valueTwo": (1 << 64) - 1, "op": "SCMP_CMP_MASKED_EQ"}
+    text = json.dumps(rule(errnoRet=0xFFFF, args=[condition]))
+    path = tmp_path / "p.json"
+    path.write_text(text.ljust(1 << 22))
+    (found,) = read_profile(str(path), ()).rules
+    assert (found.action & 0xFFFF, found.conditions[0].index) == (0xFFFF, 5)
+
+
+MAJOR, MINOR = map(int, os.uname().release.split("-")[0].split(".")[:2])
+
+
 @pytest.mark.parametrize(
     ("condition", "capabilities", "holds"),
     [
@@ -85,6 +100,9 @@ def test_a_file_that_is_no_profile(path: str) -> None:
         ({"includes": {"minKernel": "3.0"}}, [], True), ({"includes": {"minKernel": "99.0"}}, [], False),
         ({"excludes": {"minKernel": "3.0"}}, [], False), ({"excludes": {"minKernel": "99.0"}}, [], True),
         ({"includes": None, "excludes": {}}, [], True),
+        ({"includes": {"minKernel": f"{MAJOR}.{MINOR}"}}, [], True),
+        ({"includes": {"minKernel": f"{MAJOR}.{MINOR + 1}"}}, [], False),
+        ({"includes": {"minKernel": f"{MAJOR + 1}.0"}}, [], False),
     ],
 )  # fmt: skip
 def test_conditions(tmp_path: Path, condition: Any, capabilities: list[str], holds: bool) -> None:
@@ -179,6 +197,47 @@ def test_actions(tmp_path: Path) -> None:
     assert answers(tmp_path / "p", content, [(newest + 1,), (9999,)]) == [errno.ENOSYS] * 2
     if platform.machine() == "x86_64":  # a call of x32, an architecture that the profile does not have
         assert answers(tmp_path / "p", content, [(0x40000000 + 39,)]) == [-signal.SIGSYS]
+
+
+#: push rbx; mov eax, edi; xor ebx, ebx; int 0x80; pop rbx; ret
+_CALL_32 = b"\x53\x89\xf8\x31\xdb\xcd\x80\x5b\xc3"
+
+
+def call_32(program: bytes | None, number: int) -> int:
+    """The errno of a system call of a 32-bit program, under a filter, with 0 for its first argument; the
+    negative number of the signal, if it is ended by one."""
+    pid = os.fork()
+    if pid == 0:
+        with mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) as code:
+            code.write(_CALL_32)
+            address = ctypes.addressof(ctypes.c_char.from_buffer(code))
+            call = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(address)
+            if program is not None:
+                no_new_privileges()
+                filter_calls(program)
+            os._exit(-call(number))
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="32-bit programs of x86")
+def test_architectures(tmp_path: Path) -> None:
+    """Calls of an architecture that the profile has are judged by their own numbers; others are fatal."""
+    mkdir, rmdir, newer = 39, 40, 9999  # arch/x86/entry/syscalls/syscall_32.tbl
+    if call_32(None, mkdir) != errno.EFAULT:
+        pytest.skip("32-bit programs cannot run here")
+    path = tmp_path / "p.json"
+    allowed = ["exit_group", "mmap", "munmap", "brk", "futex", "rt_sigaction", "madvise", "rmdir"]
+    content = {
+        "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": REFUSED, "architectures": ["SCMP_ARCH_X86"],
+        "syscalls": [{"names": allowed, "action": "SCMP_ACT_ALLOW"}],
+    }
+    path.write_text(json.dumps(content))
+    program = compile_profile(str(path), ())
+    found = [call_32(program, number) for number in (mkdir, rmdir, newer)]
+    assert found == [REFUSED, errno.EFAULT, errno.ENOSYS]
+    del content["architectures"]
+    path.write_text(json.dumps(content))
+    assert call_32(compile_profile(str(path), ()), rmdir) == -signal.SIGSYS
 
 
 def test_the_built_in_profile() -> None:

@@ -285,6 +285,19 @@ def test_a_renewal_that_returns_after_the_end(upper: Path, monkeypatch: pytest.M
     assert not lease.lost
 
 
+def test_a_renewal_that_is_needed_now(upper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long before the next one is due."""
+    monkeypatch.setenv("UNIONFS_LEASE_SECONDS", "600")
+    lease = made(upper)
+    keeper = Keeper(lease)
+    keeper.begin()
+    try:
+        lease.until = 0.0
+        assert keeper.is_sure()
+    finally:
+        keeper.end()
+
+
 def test_figures(upper: Path) -> None:
     lease = made(upper)
     keeper = Keeper(lease)
@@ -319,6 +332,32 @@ def test_an_empty_directory_runs_out(upper: Path) -> None:
     lease = made(upper, alone=True)
     assert time.monotonic() - began >= SECONDS
     lease.end()
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_what_changes_while_another_one_waits(upper: Path, begins: bool) -> None:
+    """An owner that ends is no reason to refuse, nor is one that only begins and ends."""
+    directory = upper.parent / "upper.lease"
+    directory.mkdir()
+    if not begins:
+        (directory / "2.any").touch()
+
+    def change() -> None:
+        if begins:
+            time.sleep(SECONDS / 4)
+            (directory / "2.any").touch()
+        time.sleep(SECONDS / 4)
+        (directory / "2.any").unlink()
+        time.sleep(SECONDS / 4)
+        directory.rmdir()
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    began = time.monotonic()
+    made(upper).end()
+    assert time.monotonic() - began < patient(10)
+    thread.join()
+    assert sorted(os.listdir(upper.parent)) == ["upper"]
 
 
 def test_a_wait_is_told_once(
