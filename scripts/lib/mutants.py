@@ -18,6 +18,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Final
 
+import mutants_core
 from mutants_blocks import block_at
 from mutants_changes import REPOSITORY, Finder, Mutant
 from mutants_tests import SESSIONS, Record, copy_repository, run_pytest
@@ -57,14 +58,19 @@ class Configuration:
 def _modules(names: list[str]) -> Iterator[Path]:
     for name in names:
         path = Path(name).resolve()
-        yield from sorted(path.rglob("*.py")) if path.is_dir() else [path]
+        yield from sorted([*path.rglob("*.py"), *path.rglob("*.pyx")]) if path.is_dir() else [path]
+
+
+def _changes(module: Path) -> list[Mutant]:
+    return mutants_core.find(module) if module.suffix == ".pyx" else Finder(module).found
 
 
 def _write(file: Path, code: bytes) -> None:
     """With a new time: bytecode counts as up to date by the time in seconds and the size."""
-    seconds = next(_TIMES)
     file.write_bytes(code)
-    os.utime(file, (seconds, seconds))
+    if file.suffix == ".py":
+        seconds = next(_TIMES)
+        os.utime(file, (seconds, seconds))
 
 
 def _is_caught(copy: Path, mutant: Mutant, tests: list[str], seconds: float) -> bool:
@@ -72,12 +78,17 @@ def _is_caught(copy: Path, mutant: Mutant, tests: list[str], seconds: float) -> 
     if not tests:
         return False
     file = copy / mutant.path.relative_to(REPOSITORY)
+    is_compiled = file.suffix == ".pyx"
     _write(file, mutant.source())
     try:
+        if is_compiled and not mutants_core.build(copy):
+            return True
         environment = {"UNIONFS_TEST_SESSIONS": ",".join(SESSIONS)}
         code = run_pytest(copy, ["-x", *tests], 30 + 4 * seconds, environment)
     finally:
         _write(file, mutant.code)
+        if is_compiled:
+            mutants_core.build(copy)
     if code in (4, 5):  # a wrong call, or no test
         sys.exit(f"mutants: pytest ended with {code} in {copy}: {shlex.join(tests)}")
     return code != 0
@@ -142,7 +153,7 @@ def main() -> int:
     mutants = [
         mutant
         for module in _modules(options.modules)
-        for mutant in Finder(module).found
+        for mutant in _changes(module)
         if first <= mutant.line <= last and not configuration.is_equivalent(mutant)
     ]
     by_module = _sample(mutants, options.sample or len(mutants), options.seed)
@@ -156,7 +167,7 @@ def main() -> int:
 
     def choose(mutant: Mutant) -> tuple[list[str], float]:
         module = str(mutant.path.relative_to(REPOSITORY))
-        block = block_at(mutant.code, mutant.line)
+        block = None if mutant.path.suffix == ".pyx" else block_at(mutant.code, mutant.line)
         return record.tests(module, block, options.seconds, files[mutant.path])
 
     survivors = _survivors(chosen, options.jobs, choose)

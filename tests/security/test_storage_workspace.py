@@ -153,7 +153,7 @@ class TestWorkspace:
         assert trees.tar("-tf", area / "with.tar").split()[1:-1] == ["./", "./kept"]
         assert not list((store.root / "volumes/vol").glob(".unionfs-*"))
 
-    @pytest.mark.parametrize("how", ["symlink", "directory", "gone"])
+    @pytest.mark.parametrize("how", ["symlink", "directory", "fifo", "gone"])
     def test_what_is_in_its_place_later_is_left_alone(
         self, store: Store, shared: Path, outside: Outside, area: Path, how: str, user: Worker
     ) -> None:
@@ -173,6 +173,8 @@ class TestWorkspace:
         elif how == "directory":
             user.call(os.mkdir, place)
             user.call(os.symlink, str(outside.path), place + "/new")
+        elif how == "fifo":
+            user.call(os.mkfifo, place)
         before = snapshot.take(shared)
         store.ok("backup", "vol", "-o", area / "b.tar")
         assert snapshot.take(shared) == before

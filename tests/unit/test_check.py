@@ -176,6 +176,10 @@ def _foreign(area: Path) -> None:
     (area / "work/work/mine").touch()
 
 
+def _foreign_beside(area: Path) -> None:
+    (area / "work/mine").touch()
+
+
 def _index_orphan(area: Path) -> None:
     (area / "work/index").mkdir()
     handle = bytes([0, 0xFB, 29, 0, 1]) + bytes(16) + bytes(8)
@@ -218,6 +222,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str, str, bool]] = {
     "other prefix": (_mixed, "upper/d", "has no meaning for a mount with trusted.overlay.*", False),
     "leftover": (_left, "work/work/#1", "did not end cleanly", True),
     "foreign": (_foreign, "work/work/mine", "no union filesystem", False),
+    "foreign beside work": (_foreign_beside, "work/mine", "no union filesystem", False),
     "index": (_index_orphan, "work/index/", "no name in the union", True),
     "work is a symlink": (_no_directory("work", symlink=True), "work/work", "not a directory", False),
     "work is a file": (_no_directory("work", symlink=False), "work/work", "not a directory", False),

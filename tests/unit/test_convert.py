@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
 import subprocess
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,38 @@ def test_forms(written: Path, start: str, form: str) -> None:
     else:
         with named.fuse_overlayfs(area, [area / "lower"]) as theirs:
             assert set(named.contents(theirs)) == {os.fsdecode(path[1:]) for path in SHOWN}
+
+
+@pytest.mark.parametrize("form", ["oci", "fuse-overlayfs"])
+def test_whiteouts_by_xattr(written: Path, form: str) -> None:
+    """As overlayfs has them inside of a user namespace, in a directory whose opaque is x."""
+    area = written
+    (area / "upper/b/y").touch()
+    os.setxattr(area / "upper/b/y", T + "whiteout", b"")
+    os.setxattr(area / "upper/b", T + "opaque", b"x")
+    assert _shown(area) == SHOWN - {b"/b/y"}
+    assert _convert(area, form).whiteouts == 4
+    assert sorted(os.listdir(area / "upper/b")) == [".wh.x", ".wh.y"]
+    assert _shown(area) == SHOWN - {b"/b/y"}
+    with named.fuse_overlayfs(area, [area / "lower"]) as theirs:
+        assert set(named.contents(theirs)) == {os.fsdecode(path[1:]) for path in SHOWN - {b"/b/y"}}
+
+
+@pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.ENOSPC])
+def test_an_opaque_xattr_that_cannot_be_set(
+    written: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    """Its name suffices where a filesystem has no such xattrs; other errors are told."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "setxattr", refuse)
+        with nullcontext() if error == errno.EOPNOTSUPP else pytest.raises(OSError, match="No space"):
+            assert _convert(written, "fuse-overlayfs").opaque == 1
+    assert _shown(written) == SHOWN
+    assert (written / "upper/c/.wh..wh..opq").exists()
 
 
 @pytest.mark.parametrize("form", FORMS)

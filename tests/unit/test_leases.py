@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +19,7 @@ from tests.support.patience import patient
 from tests.support.world import errno_of
 from unionfs.errors import LayerError
 from unionfs.sys.fds import Owned
-from unionfs.union import leases
+from unionfs.union import leasekeeper, leases
 from unionfs.union.leasekeeper import Keeper
 from unionfs.union.leases import Lease, Owner, claim, parsed
 
@@ -61,7 +64,9 @@ def test_its_life(upper: Path) -> None:
     lease = made(upper)
     assert before + SECONDS * 0.6 < lease.until < leases.clock() + SECONDS * 0.7
     first = names(upper)
+    before = leases.clock()
     lease.renew()
+    assert before + SECONDS * 0.6 < lease.until < leases.clock() + SECONDS * 0.7
     assert names(upper) != first
     assert [parsed(os.fsencode(name)) for name in names(upper)] == [(2, lease.owner)]
     assert lease.owner.host.encode() == os.uname().nodename.encode()[:48]
@@ -129,6 +134,187 @@ def test_one_of_this_kernel_that_nobody_can_have(upper: Path) -> None:
     assert time.monotonic() - began < SECONDS
 
 
+@pytest.mark.parametrize("other", [{"boot": "f" * 32}, {"device": 1}])
+def test_one_whose_owner_has_no_flock_here(upper: Path, other: dict[str, str]) -> None:
+    """It belongs to another kernel, or to another mount of the filesystem: it has to run out."""
+    lease = made(upper)
+    elsewhere = replace(lease.owner, **other)  # type: ignore[arg-type]
+    os.rename(lease.owner.name(1), elsewhere.name(1), src_dir_fd=lease.fd, dst_dir_fd=lease.fd)
+    began = time.monotonic()
+    made(upper, alone=True).end()
+    assert time.monotonic() - began >= SECONDS
+
+
+def test_several_that_have_run_out(upper: Path) -> None:
+    """Hosts died while they found out which one has it. Nothing of them is left."""
+    made(upper)
+    (upper.parent / "upper.lease/2.any").touch()
+    lease = made(upper)
+    assert names(upper) == [os.fsdecode(lease.owner.name(1))]
+    lease.end()
+    assert sorted(os.listdir(upper.parent)) == ["upper"]
+
+
+def test_the_longest_of_several_counts(upper: Path) -> None:
+    """This host's leases may run shorter than the other's."""
+    lease = made(upper)
+    long = replace(lease.owner, seconds=2 * SECONDS)
+    os.rename(lease.owner.name(1), long.name(1), src_dir_fd=lease.fd, dst_dir_fd=lease.fd)
+    began = time.monotonic()
+    made(upper).end()
+    assert time.monotonic() - began >= 2 * SECONDS
+
+
+def test_a_server_that_hangs_keeps_the_owner_from_renewing(
+    upper: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the time of a call that did not return does not count."""
+    lease = made(upper)
+    real, calls = leases._names, iter(range(10**6))
+
+    def listed(fd: int) -> list[bytes]:
+        if next(calls) == 1:
+            time.sleep(1.5 * SECONDS)
+            threading.Timer(SECONDS / 2, lease.renew).start()
+        return real(fd)
+
+    monkeypatch.setattr(leases, "_names", listed)
+    with pytest.raises(LayerError, match="is in use by process"):
+        made(upper)
+    lease.end()
+
+
+def test_another_one_came_first(upper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that took the new directory for one that has run out: the later one gives way, and waits."""
+    real, flags = os.open, os.O_CREAT | os.O_EXCL
+
+    def opened(path: str | bytes, how: int, *words: int, **named: int) -> int:
+        fd = real(path, how, *words, **named)
+        if how & flags == flags:
+            monkeypatch.setattr(os, "open", real)
+            (upper.parent / "upper.lease/2.other").touch()
+            names = (f"{upper}.lease/2.other", f"{upper}.lease/2.next")
+            threading.Timer(SECONDS / 2, os.rename, names).start()
+        return fd
+
+    monkeypatch.setattr(os, "open", opened)
+    with pytest.raises(LayerError, match=r"the unknown owner of 2\.next"):
+        made(upper)
+    assert names(upper) == ["2.next"]
+
+
+def test_long_names_of_hosts(upper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "a/" + "x" * 64)
+    lease = made(upper)
+    assert lease.owner.host == "a_" + "x" * 46
+    lease.end()
+    assert sorted(os.listdir(upper.parent)) == ["upper"]
+
+
+def forgetful(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """A server that was restarted knows a directory's handle no more: so many renames fail."""
+    real, left = os.rename, [None] * times
+
+    def rename(old: bytes, new: bytes, **named: int) -> None:
+        if left:
+            left.pop()
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        real(old, new, **named)
+
+    monkeypatch.setattr(os, "rename", rename)
+
+
+def test_a_directory_that_the_server_has_forgotten(upper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is opened again by its name, once."""
+    lease = made(upper)
+    os.rename(f"{upper}.lease", f"{upper}.old")
+    shutil.copytree(f"{upper}.old", f"{upper}.lease")
+    forgetful(monkeypatch, 1)
+    lease.renew()
+    assert not lease.lost
+    assert names(upper) == [os.fsdecode(lease.owner.name(2))]
+    forgetful(monkeypatch, 2)
+    assert errno_of(lease.renew) == errno.ESTALE
+    lease.leave()  # its fds may be those of other files
+    forgetful(monkeypatch, 1)
+    assert errno_of(lease.renew) == errno.ESTALE
+    shutil.rmtree(f"{upper}.lease")
+    forgetful(monkeypatch, 1)
+    lease.renew()
+    assert lease.lost == "its lease was removed"
+
+
+def test_a_keeper_of_a_lost_lease(upper: Path) -> None:
+    """It does not begin, but goes on to answer."""
+    lease = made(upper)
+    shutil.rmtree(f"{upper}.lease")
+    keeper = Keeper(lease)
+    with pytest.raises(LayerError, match="its lease was removed while it was being mounted"):
+        keeper.begin()
+    assert not keeper.passes
+    assert not keeper.is_sure()
+    found = keeper.figures()
+    assert (found["waits"], found["lost_because"]) == (False, "its lease was removed")
+
+
+def test_a_renewal_that_returns_after_the_end(upper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of the lease's fd may be that of another file by then, so nothing is opened in its place."""
+    monkeypatch.setattr(leasekeeper, "_END_SECONDS", 0.05)
+    lease = made(upper)
+    keeper = Keeper(lease)
+    asked, answers = threading.Event(), threading.Event()
+
+    def rename(*_: object, **__: object) -> None:
+        asked.set()
+        answers.wait(patient(10))
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    before = os.fstat(lease.fd).st_ino
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        keeper.go_on()
+        keeper.hurry()
+        assert asked.wait(patient(10))
+        keeper.end()
+        shutil.rmtree(f"{upper}.lease")
+        os.mkdir(f"{upper}.lease")
+        answers.set()
+        assert keeper._thread is not None
+        keeper._thread.join()
+    assert os.fstat(lease.fd).st_ino == before
+    assert not lease.lost
+
+
+def test_a_renewal_that_is_needed_now(upper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long before the next one is due."""
+    monkeypatch.setenv("UNIONFS_LEASE_SECONDS", "600")
+    lease = made(upper)
+    keeper = Keeper(lease)
+    keeper.begin()
+    try:
+        lease.until = 0.0
+        assert keeper.is_sure()
+    finally:
+        keeper.end()
+
+
+def test_figures(upper: Path) -> None:
+    lease = made(upper)
+    keeper = Keeper(lease)
+    lease.until = leases.clock() + SECONDS * 2 / 3 - 0.3
+    assert 0.3 <= keeper.figures()["renewed_seconds_ago"] < patient(10)
+    assert (keeper.figures()["seconds"], keeper.figures()["waits"]) == (SECONDS, False)
+    lease.until = leases.clock()
+    assert not keeper.passes
+    assert keeper.figures()["waits"]
+    assert keeper.is_sure()  # without a thread it is renewed at once
+    assert keeper.figures()["renewed_seconds_ago"] < patient(10)
+    lease.until = 0.0  # of a former daemon, not yet renewed
+    assert keeper.figures()["renewed_seconds_ago"] is None
+    keeper.end()
+    assert sorted(os.listdir(upper.parent)) == ["upper"]
+
+
 def test_it_was_removed(upper: Path) -> None:
     """Another owner may have come and gone meanwhile."""
     lease = made(upper)
@@ -146,6 +332,32 @@ def test_an_empty_directory_runs_out(upper: Path) -> None:
     lease = made(upper, alone=True)
     assert time.monotonic() - began >= SECONDS
     lease.end()
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_what_changes_while_another_one_waits(upper: Path, begins: bool) -> None:
+    """An owner that ends is no reason to refuse, nor is one that only begins and ends."""
+    directory = upper.parent / "upper.lease"
+    directory.mkdir()
+    if not begins:
+        (directory / "2.any").touch()
+
+    def change() -> None:
+        if begins:
+            time.sleep(SECONDS / 4)
+            (directory / "2.any").touch()
+        time.sleep(SECONDS / 4)
+        (directory / "2.any").unlink()
+        time.sleep(SECONDS / 4)
+        directory.rmdir()
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    began = time.monotonic()
+    made(upper).end()
+    assert time.monotonic() - began < patient(10)
+    thread.join()
+    assert sorted(os.listdir(upper.parent)) == ["upper"]
 
 
 def test_a_wait_is_told_once(
@@ -174,16 +386,36 @@ def test_another_version(upper: Path) -> None:
     made(upper).end()
 
 
+def test_a_look_changes_nothing(upper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What works on an upper that is not mounted looks whether another host has it."""
+    leases.refuse_if_led(str(upper), alone=False)  # no other host sees this filesystem
+    monkeypatch.setattr(leases, "filesystem", lambda fd: "NFS")
+    for path in (upper, upper.parent / "missing"):
+        leases.refuse_if_led(str(path), alone=False)
+    assert os.listdir(upper.parent) == ["upper"]
+    lease = made(upper)
+    threading.Timer(SECONDS / 2, lease.renew).start()
+    with pytest.raises(LayerError, match="is in use by process"):
+        leases.refuse_if_led(str(upper), alone=False)
+    began = time.monotonic()
+    leases.refuse_if_led(str(upper), alone=True)
+    assert time.monotonic() - began < SECONDS
+    leases.refuse_if_led(str(upper), alone=False)
+    assert time.monotonic() - began >= SECONDS
+    assert names(upper) == [os.fsdecode(lease.owner.name(2))]
+
+
 def test_a_directory_of_somebody_else(upper: Path, root: None) -> None:
     os.mkdir(f"{upper}.lease")
     os.chown(f"{upper}.lease", 12345, 12345)
     with pytest.raises(LayerError, match="belongs to uid 12345"):
         made(upper)
     os.rmdir(f"{upper}.lease")
+    (upper / "precious").touch()
     os.symlink(upper, f"{upper}.lease")
     with pytest.raises(LayerError, match="cannot be made"):
         made(upper)
-    assert os.listdir(upper) == []
+    assert os.listdir(upper) == ["precious"]
 
 
 def test_a_later_daemon_goes_on(upper: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -11,6 +12,7 @@ from typing import TypeVar
 
 import pytest
 
+from tests.support.world import errno_of
 from unionfs.core import layercalls, marks, memo
 from unionfs.core.entries import Entries
 from unionfs.core.memo import Memo, Wanted
@@ -237,6 +239,17 @@ def test_copies_of_fds_are_the_same_object(world: World) -> None:
             marks.close_fd(copy)
 
     assert world.answer(handler) == (os.fstat(world.fd).st_ino, 2)
+
+
+def test_a_copy_of_what_is_not_open(world: World) -> None:
+    fd = os.dup(world.fd)
+    os.close(fd)
+    assert errno_of(marks.duplicate, fd) == errno_of(os.dup, fd) == errno.EBADF
+    # A mark that was left behind does not count.
+    fd = layercalls.call(os.open, b"file", os.O_RDONLY, dir_fd=world.fd)
+    os.close(fd)
+    assert errno_of(marks.duplicate, fd) == errno.EBADF
+    assert errno_of(marks.close_fd, fd) == errno.EBADF
 
 
 def test_files_are_closed_aside(world: World) -> None:

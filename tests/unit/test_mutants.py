@@ -60,6 +60,49 @@ def test_what_is_changed(mutants: ModuleType, tmp_path: Path) -> None:
         ast.parse(source)
 
 
+CORE = '''"""A module."""
+from libc.errno cimport ENOENT
+cdef extern from "<fcntl.h>" nogil:
+    int O_PATH
+    int open(const char *path, int flags)
+cdef enum:
+    SIZE = 3
+
+cdef class C:
+    cdef int f(self, Node node not None, int count=1) except -1:
+        cdef char *text = <char *>self.buffer
+        cdef int left
+        if node is None or <int>count < SIZE:
+            raise ValueError
+        if node.held:
+            self.count += 1
+        node.held, self.left = -1, &count
+        with nogil:
+            close(node.fd)
+        return count | 1
+'''
+
+
+def test_what_is_changed_in_the_core(mutants: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "m.pyx"
+    path.write_text(CORE)
+    assert [(mutant.line, mutant.after) for mutant in mutants._changes(path)] == [
+        (13, "if node is not None or <int>count < SIZE:"),
+        (13, "if node is None and <int>count < SIZE:"),
+        (13, "if node is None or <int>count <= SIZE:"),
+        (14, "pass"),
+        (15, "if not (node.held):"),
+        (16, "self.count -= 1"),
+        (16, "self.count += (2)"),
+        (16, "pass"),
+        (17, "node.held, self.left = -(2), &count"),
+        (17, "pass"),
+        (19, "pass"),
+        (20, "return count & 1"),
+        (20, "return count | (2)"),
+    ]
+
+
 BLOCKS = '''"""A package."""
 from __future__ import annotations
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from unionfs.errors import UserError
+from unionfs.storage import workspace
 from unionfs.storage.drivers.replacing import finish_in_place, in_place, recover_sibling, sibling
 from unionfs.storage.model import Volume
 from unionfs.sys import calls
@@ -123,6 +125,41 @@ def test_a_workspace_of_a_living_process_is_left_alone(area: Path) -> None:
         replacement.commit()
     assert (data / "both").read_text() == "new"
     assert not os.listdir(_volume(data).directory)
+
+
+def test_a_name_that_another_process_makes_again_and_again(
+    area: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new content waits in the workspace until that process has ended."""
+    data = area / "data"
+    data.mkdir()
+    _fill(data, "old")
+    real = workspace._move_away
+
+    def moved_in_vain(name: str, aside: str, root: int, old: int) -> None:
+        real(name, aside, root, old)
+        (data / "both dirs/in the way").mkdir(parents=True, exist_ok=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workspace, "_move_away", moved_in_vain)
+        with pytest.raises(UserError, match="only a part of the volume's new content"):
+            _restore(data)
+    # As if that process, this one, had ended.
+    monkeypatch.setattr(workspace.VolumeUser, "is_gone", True)
+    finish_in_place(_volume(data), str(data))
+    assert (data / "both dirs/new").read_text() == "new"
+    assert sorted(os.listdir(data)) == ["both", "both dirs", "only new"]
+
+
+def test_only_content_that_was_set_aside_is_moved_back(area: Path) -> None:
+    for name in ("precious.old", ".restore-x", "x.old.restore-"):
+        (area / name).mkdir()
+    assert not recover_sibling(str(area / "data"))
+    (area / ".restore-x.old").mkdir()
+    assert recover_sibling(str(area / "data"))
+    assert sorted(os.listdir(area)) == [".restore-x", "data", "precious.old", "x.old.restore-"]
+    (area / ".restore-y.old").mkdir()
+    assert not recover_sibling(str(area / "data"))
 
 
 @pytest.mark.parametrize("exchanges", [True, False])
