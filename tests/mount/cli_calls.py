@@ -156,12 +156,15 @@ def place(area: Path) -> Iterator[Place]:
 
 
 def wait_for(condition: Any, seconds: float = 10.0) -> bool:
-    """Whether `condition()` becomes true within this time."""
+    """Whether `condition()` becomes true within this time. At most half of it is spent asking."""
     deadline = time.monotonic() + patient(seconds)
+    began = time.monotonic()
     while not condition():
-        if time.monotonic() > deadline:
+        asked = time.monotonic()
+        if asked > deadline:
             return False
-        time.sleep(0.005)
+        time.sleep(max(0.005, asked - began))
+        began = time.monotonic()
     return True
 
 

@@ -214,6 +214,7 @@ def test_a_mount_in_a_slave_namespace_is_not_busy(place: Place) -> None:
         subprocess.run(["umount", "-l", above], check=True)
 
 
+@pytest.mark.slow_on("direct-passthrough", "direct-cached")
 @pytest.mark.parametrize("how", ["cwd", "open file", "mapped file"])
 def test_force_cuts_off_who_uses_the_mount(place: Place, session: str, how: str) -> None:
     pid = place.mount(*cli_calls.session_words(session))
@@ -370,6 +371,7 @@ def test_a_second_signal_cuts_off_who_uses_the_mount(place: Place, how: str) -> 
     assert (place.upper / "new").read_text() == "x"
 
 
+@pytest.mark.slow_on("direct-passthrough", "direct-cached")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_the_mount_to_who_uses_it(
     place: Place, session: str, number: signal.Signals
@@ -576,7 +578,7 @@ def test_daemon_ends_when_its_mount_namespace_does(place: Place) -> None:
 
 def test_umount_right_after_many_closes(place: Place, session: str) -> None:
     """The daemon gets closes after close(2); umount cancels some while they are read."""
-    for round_ in range(12):
+    for round_ in range(5):
         with _foreground(place, *cli_calls.session_words(session)) as daemon:
             held = []
             for number in range(200):

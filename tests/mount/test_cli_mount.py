@@ -14,6 +14,7 @@ import pytest
 from tests.mount import cli_calls
 from tests.mount.cli_calls import UNIONFS, Place, gone, listed, mounts_at, succeed, unionfs, wait_for
 from tests.support.patience import patient
+from unionfs.daemon import live
 
 
 def _options(path: Path) -> set[str]:
@@ -380,6 +381,10 @@ def _processes_with(path: Path) -> list[str]:
     return found
 
 
+def _is_announced(path: Path) -> bool:
+    return any(entry.settings.mountpoint == str(path) for entry in live.entries())
+
+
 def test_a_mount_whose_caller_was_killed_goes_again(place: Place) -> None:
     for delay in (0.1, 0.2, 0.3):
         process = subprocess.Popen(
@@ -391,8 +396,10 @@ def test_a_mount_whose_caller_was_killed_goes_again(place: Place) -> None:
         process.kill()
         told = process.wait() == 0
         # The daemon may still be mounting. Or the caller knew of the mount and was killed while it ended,
-        # which takes some milliseconds: then the mount is an ordinary one.
-        if told or not wait_for(lambda: not _processes_with(place.merged), 10):
+        # which takes some milliseconds: then the mount is an ordinary one. The daemon notices when it has
+        # announced the mount.
+        assert wait_for(lambda: not _processes_with(place.merged) or _is_announced(place.merged), 30)
+        if told or not wait_for(lambda: not _processes_with(place.merged), 3):
             succeed(unionfs("umount", place.merged))
         assert wait_for(lambda: not _processes_with(place.merged), 30)
         assert mounts_at(place.merged) == []

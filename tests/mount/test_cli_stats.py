@@ -39,6 +39,7 @@ def _started(*arguments: str | Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow_on("direct-passthrough", "direct-cached")
 def test_stats(place: Place, session: str) -> None:
     """Totals since the mount; latencies only during measurement."""
     data = os.urandom(300_000)
@@ -76,6 +77,7 @@ def test_stats(place: Place, session: str) -> None:
     }
 
 
+@pytest.mark.slow_on("direct-passthrough", "direct-cached")
 def test_latency_of_a_span(place: Place, session: str) -> None:
     place.mount(*session_words(session))
     os.statvfs(place.merged)
@@ -121,6 +123,7 @@ def test_tables(place: Place) -> None:
     assert ["mountpoint", str(place.merged)] in lines
 
 
+@pytest.mark.slow_on("direct-passthrough", "direct-cached")
 def test_prometheus(place: Place, session: str) -> None:
     """The second scrape contains the latency of requests after the first, and no counter decreases."""
     place.mount(*session_words(session))

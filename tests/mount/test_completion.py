@@ -42,6 +42,9 @@ def typing(request: pytest.FixtureRequest, place: Place) -> Iterator[Typing]:
         pytest.skip(f"{words[0]} is not installed")
     area = place.root / "shell"
     (area / "bin").mkdir(parents=True)
+    # Where this directory is missing, fish makes completions of all manual pages, for half a minute.
+    for data in (".local/share", ".cache"):  # of fish 3, and of fish 4
+        (area / data / "fish/generated_completions").mkdir(parents=True)
     program = area / "bin/unionfs"
     program.write_text(_PROGRAM.format(repository=REPOSITORY, python=sys.executable, place=area))
     program.chmod(0o755)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 import stat
@@ -163,7 +162,7 @@ def _no_follow(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))])
 def test_as_kernel_with_index(kernel_overlay: None, area: Path, session: str, seed: int) -> None:
     """Random changes, remounts, dropped caches; then each side's upper under the other filesystem."""
     rng = random.Random(seed)
@@ -181,8 +180,7 @@ def test_as_kernel_with_index(kernel_overlay: None, area: Path, session: str, se
                     side.leave()
                     side.enter()
             elif rng.random() < 0.2:
-                ctypes.CDLL(None).sync()
-                Path("/proc/sys/vm/drop_caches").write_text("2")
+                syscalls.drop_caches(ours.root)
             assert (_shown(ours.root), played) == (_shown(kernel.root), played)
             tree = snapshot.take(ours.root)
             assert not normalise.strict(tree)

@@ -69,6 +69,7 @@ def test_others_go_on(place: Place) -> None:
         assert b"FileNotFoundError" in caller.stderr.read()
 
 
+@pytest.mark.slow_on("direct-passthrough")
 @pytest.mark.parametrize("call", KILLED)
 def test_a_caller_can_be_killed(place: Place, call: str) -> None:
     """It ends while the layer hangs; afterwards its call was made or not."""
@@ -86,6 +87,7 @@ def test_a_caller_can_be_killed(place: Place, call: str) -> None:
     assert (place.top / "only/read").read_bytes() == b"read" * 20_000
 
 
+@pytest.mark.slow_on("direct-passthrough")
 @pytest.mark.parametrize("call", ["look a name up", "read", "chmod"])
 def test_a_caller_that_handled_a_signal_can_be_killed(place: Place, call: str) -> None:
     """The kernel tells a filesystem of the first signal only."""

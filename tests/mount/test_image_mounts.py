@@ -85,6 +85,7 @@ def test_a_mount_shows_what_the_kernel_shows(images: Images, kernel_overlay: Non
             assert difference(found, shown(kernel.mountpoint)) == {}
 
 
+@pytest.mark.slow_on("direct-passthrough", "direct-cached")
 def test_changes_are_committed_as_an_image(images: Images, kernel_overlay: None, session: str) -> None:
     place = images.place
     reference = images.archive(BASE, MIDDLE, Env=["A=1"])
@@ -117,6 +118,7 @@ def test_changes_are_committed_as_an_image(images: Images, kernel_overlay: None,
     assert [layer["DiffId"] for layer in details["Layers"]][:2] == [one["DiffId"] for one in old["Layers"]]
 
 
+@pytest.mark.slow_on("direct-passthrough", "direct-cached")
 def test_a_mount_of_directories_is_committed_whole(images: Images, session: str) -> None:
     place = images.place
     place.mount(*session_words(session))

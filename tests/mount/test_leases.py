@@ -213,6 +213,7 @@ def test_one_of_many_takes_it_over(place: Place, turn: int) -> None:
         end(place)
 
 
+@pytest.mark.slow_on("direct-passthrough", "direct-cached")
 def test_a_server_that_comes_back(place: Place, two: list[View], session: str) -> None:
     """Who writes waits; if nobody has taken the lease meanwhile, all goes on."""
     skip_unless_possible(session)
@@ -238,6 +239,7 @@ def test_a_server_that_comes_back(place: Place, two: list[View], session: str) -
         writer.wait()
 
 
+@pytest.mark.slow_on("direct-passthrough", "direct-cached")
 @pytest.mark.parametrize("what", ["server", "daemon"])
 def test_it_was_taken_over(
     place: Place, two: list[View], elsewhere: Host, session: str, what: str

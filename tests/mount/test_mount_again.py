@@ -82,15 +82,16 @@ class TestMountAgain:
 
 
 class TestEndingDaemons:
+    @pytest.mark.slow_on("direct-passthrough", "direct-cached")
     @pytest.mark.parametrize("command", [["umount"], ["umount", "-l"]])
     def test_umount_and_mount(self, place: Place, session: str, command: list[str]) -> None:
         """umount(2) returns before the daemon has closed the layers."""
-        for number in range(6):
+        for number in range(3):
             place.mount(*session_words(session))
             (place.merged / f"new{number}").write_text("x")
             subprocess.run([*command, place.merged], check=True)
         place.mount(*session_words(session))
-        assert len(os.listdir(place.merged)) == 8
+        assert len(os.listdir(place.merged)) == 5
 
     def test_a_daemon_that_notices_late(self, place: Place, session: str) -> None:
         pid = place.mount(*session_words(session))
@@ -106,6 +107,7 @@ class TestEndingDaemons:
         assert waiting.wait(20) == 0
         assert mounts_at(place.merged) == ["fuse.unionfs"]
 
+    @pytest.mark.slow_on("direct-passthrough", "direct-cached")
     def test_a_daemon_that_was_told_to_end(self, place: Place, session: str) -> None:
         """Elsewhere or at the same place: the mount is still there when the next one begins."""
         elsewhere = place.root / "elsewhere"

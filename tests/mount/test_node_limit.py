@@ -61,6 +61,7 @@ def prunes(session: str) -> None:
         pytest.skip("FUSE_NOTIFY_PRUNE needs Linux 6.18")
 
 
+@pytest.mark.slow_on("direct-passthrough")
 @pytest.mark.parametrize("options", [(), ("-o", "outlive")])
 def test_unused_nodes_are_given_back(
     root: None, area: Path, session: str, prunes: None, options: tuple[str, ...]
@@ -77,6 +78,7 @@ def test_unused_nodes_are_given_back(
         assert asked["asked_for"] > 3 * (DIRECTORIES * FILES - LIMIT) // 2
 
 
+@pytest.mark.slow_on("direct-passthrough")
 def test_what_is_used_stays(root: None, area: Path, session: str, prunes: None) -> None:
     """Open and mapped files, removed ones, working directories and inode numbers outlast the notices."""
     with limited(area, session) as found, ExitStack() as stack:
@@ -109,6 +111,7 @@ def test_what_is_used_stays(root: None, area: Path, session: str, prunes: None) 
         assert {name: os.stat(merged / name).st_ino for name in numbers} == numbers
 
 
+@pytest.mark.slow_on("direct-passthrough")
 def test_more_is_used_than_the_limit(root: None, area: Path, session: str, prunes: None) -> None:
     """Everything works, and the notices stop until more is looked up."""
     if session == "direct-cached":

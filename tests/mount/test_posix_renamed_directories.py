@@ -193,6 +193,7 @@ def _compare(ours: snapshot.Tree, theirs: snapshot.Tree) -> None:
     assert not lines, "\n".join(lines[:20])
 
 
+@pytest.mark.slow_on("direct-passthrough")
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda function: function.__name__.strip("_"))
 def test_as_on_overlayfs(
     kernel_overlay: None, area: Path, session: str, scenario: Callable[[Path], None]

@@ -51,6 +51,17 @@ def test_until_it_is_stopped(box: Life, policy: str) -> None:
     assert wait_for(lambda: runs(box) >= 5)
     assert len(os.listdir(f"/proc/{pid}/fd")) <= files + 12  # it may be in another phase
     assert box.state("web")["pid"] == pid
+    assert box.ok("stop", "web") == "web\n"
+    assert gone(int(str(pid)))
+    assert box.state("web")["state"] == "exited"
+    lines = (box.root / "containers/web/upper/root/lines").read_text()
+    assert lines == "line\n" * runs(box)
+    assert box.is_over()
+
+
+def test_between_two_runs(box: Life) -> None:
+    start(box, "always", "echo run; exit 4")
+    pid = box.state("web")["pid"]
     assert wait_for(lambda: int(str(box.state("web")["restarts"])) >= 7)  # a pause of 6.4 s
     assert wait_for(lambda: box.state("web")["state"] == "restarting")
     assert box.ok("ps", "--format", "{{.Status}}").startswith("Restarting (4)")
@@ -60,8 +71,6 @@ def test_until_it_is_stopped(box: Life, policy: str) -> None:
     assert box.ok("stop", "web") == "web\n"
     assert gone(int(str(pid)))
     assert box.state("web")["state"] == "exited"
-    lines = (box.root / "containers/web/upper/root/lines").read_text()
-    assert lines == "line\n" * runs(box)
     assert box.is_over()
     # Started again, it has no policy but that which is given.
     assert box.ok("run", "-d", "--name", "web", "--", "true") == "web\n"

@@ -17,7 +17,7 @@ from tests.support.mounting import mounted
 from tests.support.syscalls import drop_caches
 from tests.support.world import errno_of
 
-EVERY = 19
+EVERY = 13
 """Directories between two that are changed at random."""
 WRITTEN = 10**18
 """The last change of the files, in nanoseconds."""
@@ -121,7 +121,7 @@ def _build_layers(area: Path, choice: random.Random) -> None:
     """Two lowers and, in `native`, their merged view: with whiteouts, and small and large directories."""
     for name in ("l0", "l1", "native", "upper", "work"):
         (area / name).mkdir()
-    for number in range(800):
+    for number in range(500):
         directory = f"t/a{number // 20}/b{number % 20}"
         count = choice.choice([3, 3, 8, 60, 120])
         for layer in ("l1", "l0"):

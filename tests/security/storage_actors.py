@@ -18,7 +18,7 @@ import pytest
 from tests.mount.cli_calls import REPOSITORY, Done
 from tests.support.worker import Worker
 
-SECONDS = 10.0
+SECONDS = 5.0
 _LONGEST = 90.0
 MODULE = "tests.security.storage_actors"
 

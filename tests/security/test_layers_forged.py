@@ -199,7 +199,7 @@ def test_broken_redirects_among_many_names(kernel_overlay: None, area: Path, ses
     """A long listing uses READDIRPLUS and READDIR."""
 
     def make(forge: Forge) -> list[str]:
-        for index in range(2000):
+        for index in range(800):
             forge.file(f"l0:many/{index}-{'x' * 60}", "")
         for index in range(100):
             forge.directory(f"l0:many/bad{index}")

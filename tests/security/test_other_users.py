@@ -8,13 +8,25 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from tests.mount.cli_calls import UNIONFS, Place, call, gone, listed, refused, succeed, unionfs, wait_for
+from tests.mount.cli_calls import (
+    UNIONFS,
+    Done,
+    Place,
+    call,
+    gone,
+    listed,
+    refused,
+    succeed,
+    unionfs,
+    wait_for,
+)
 from tests.mount.user_calls import UID, Host
 from tests.security import attacks
 from tests.support import syscalls, turns
@@ -55,39 +67,45 @@ def runtime(request: pytest.FixtureRequest, root: None) -> Iterator[Path]:
         yield path
 
 
+def at_once(*commands: Sequence[str | Path]) -> list[Done]:
+    """The results of commands that run side by side, since each waits for users who do not answer."""
+    with ThreadPoolExecutor(len(commands)) as pool:
+        return list(pool.map(lambda words: unionfs(*words), commands))
+
+
 def all_commands(place: Place) -> None:
     """Run every command that reads the registry or searches for mounts; each must end soon, with success."""
     began = time.monotonic()
     place.mount()
-    for command in (
+    *shown, doctor = at_once(
         ("ls",), ("ls", "--json"), ("inspect", place.merged), ("stats", "--seconds", "0", place.merged),
-        ("diff", place.merged),
-    ):  # fmt: skip
-        succeed(unionfs(*command))
-    assert unionfs("doctor").returncode == 0
+        ("diff", place.merged), ("doctor",),
+    )  # fmt: skip
+    for done in shown:
+        succeed(done)
+    assert doctor.returncode == 0
     succeed(unionfs("umount", place.merged))
-    refused(unionfs("umount", place.merged), "is not a unionfs mount")
-    refused(unionfs("inspect", place.merged), "is not an active unionfs mount")
+    umount, inspect = at_once(("umount", place.merged), ("inspect", place.merged))
+    refused(umount, "is not a unionfs mount")
+    refused(inspect, "is not an active unionfs mount")
     assert time.monotonic() - began < 60
 
 
 class TestRuntimeFiles:
-    @pytest.mark.parametrize("what", TROUBLE)
-    def test_trouble_in_a_users_directory(
-        self, place: Place, attacker: Worker, runtime: Path, what: str
-    ) -> None:
-        attacker.call(attacks.plant, str(runtime / "x.json"), what)
+    def test_trouble_in_a_users_directory(self, place: Place, attacker: Worker, runtime: Path) -> None:
+        for what in TROUBLE:
+            attacker.call(attacks.plant, str(runtime / f"x-{what}.json"), what)
         all_commands(place)
 
-    @pytest.mark.parametrize("what", TROUBLE)
-    def test_trouble_in_the_own_directory(self, place: Place, what: str) -> None:
+    def test_trouble_in_the_own_directory(self, place: Place) -> None:
         """As after a restore of /run, or a mistake by root."""
-        for name in (f"x-{what}.json", "unionfs.log.x"):
+        names = {name: what for what in TROUBLE for name in (f"x-{what}.json", f"unionfs.log.{what}")}
+        for name, what in names.items():
             attacks.plant(f"/run/unionfs/{name}", what)
         try:
             all_commands(place)
         finally:
-            for name in (f"x-{what}.json", "unionfs.log.x"):
+            for name in names:
                 with suppress(FileNotFoundError, IsADirectoryError):
                     os.unlink(f"/run/unionfs/{name}")
                 with suppress(FileNotFoundError):
@@ -176,11 +194,15 @@ def entry_of(path: Path) -> MountEntry:
 class TestMounts:
     def test_nothing_is_asked_of_a_users_mount(self, place: Place, silent_mount: Path) -> None:
         all_commands(place)
-        shown = [one for one in listed(unionfs("ls", "--json")) if one["mountpoint"] == str(silent_mount)]
+        ls, inspect, diff, mount = at_once(
+            ("ls", "--json"), ("inspect", silent_mount), ("diff", silent_mount),
+            ("mount", *place.layers, silent_mount),
+        )  # fmt: skip
+        shown = [one for one in listed(ls) if one["mountpoint"] == str(silent_mount)]
         assert [(one["pid"], one["layers"]) for one in shown] == [(None, None)]
-        refused(unionfs("inspect", silent_mount), "whose daemon does not answer root")
-        refused(unionfs("diff", silent_mount), "whose daemon does not answer root")
-        refused(unionfs("mount", *place.layers, silent_mount), "is busy")
+        refused(inspect, "whose daemon does not answer root")
+        refused(diff, "whose daemon does not answer root")
+        refused(mount, "is busy")
         succeed(unionfs("umount", silent_mount))
         assert mounted_at(str(silent_mount)) is None
 
@@ -192,8 +214,7 @@ class TestMounts:
         assert [one["state"] for one in shown] == [None]
         assert mounted_at(str(silent_mount)) is not None
 
-    @pytest.mark.parametrize("what", TROUBLE)
-    def test_cleanup_of_a_dead_mount_beside_trouble(self, host: Host, place: Place, what: str) -> None:
+    def test_cleanup_of_a_dead_mount_beside_trouble(self, host: Host, place: Place) -> None:
         """What the user planted in the runtime directory is read by a child that is that user, if at all."""
         with directory_of(UID, Path(f"/run/user/{UID}/unionfs")) as runtime:
             host.runtime = runtime.parent
@@ -204,7 +225,8 @@ class TestMounts:
             victim.mkdir(mode=0o700)
             (victim / f"{pid}-1.json").write_text("precious")
             (runtime / f"{pid}-1.json").symlink_to(victim / f"{pid}-1.json")
-            attacks.plant(str(runtime / "x.json"), what)
+            for what in TROUBLE:
+                attacks.plant(str(runtime / f"x-{what}.json"), what)
             try:
                 shown = as_root(host, "cleanup", place.merged)
             finally:

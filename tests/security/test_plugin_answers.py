@@ -166,13 +166,14 @@ class TestLimits:
     def test_one_deadline_for_all_of_it(
         self, store: Store, hostile: Hostile, script: Script, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(plugin, "_LONG_SECONDS", 2.0)
+        monkeypatch.setattr(plugin, "_LONG_SECONDS", 1.0)
         hostile.scripts["VolumeDriver.Create"] = script
-        done = _within(5, lambda: store("create", "-d", "p", "data"))
-        refused(done, "the volume plugin p at", "VolumeDriver.Create", "within 2 s")
+        done = _within(4, lambda: store("create", "-d", "p", "data"))
+        refused(done, "the volume plugin p at", "VolumeDriver.Create", "within 1 s")
 
     def test_docker_waits_no_longer(self) -> None:
         assert (plugin._LONG_SECONDS, plugin._SHORT_SECONDS) == (120, 60)  # moby volume/drivers/proxy.go
+        assert (plugin._STATUS_SECONDS, plugin._HURRIED_SECONDS) == (5, 10)
 
     def test_one_that_does_not_accept(self, store: Store, hostile: Hostile) -> None:
         os.unlink(Path(store.env[plugin.ENVIRONMENT]) / "p.sock")
@@ -206,13 +207,19 @@ class TestLimits:
 class TestWhoWaits:
     """Commands that must end within seconds though a plugin hangs."""
 
+    @pytest.fixture(autouse=True)
+    def impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What they wait, in less time."""
+        monkeypatch.setattr(plugin, "_STATUS_SECONDS", 1.0)
+        monkeypatch.setattr(plugin, "_HURRIED_SECONDS", 2.0)
+
     @pytest.mark.parametrize("request_", ["*", "VolumeDriver.Get"])
     def test_inspect_and_ls(self, store: Store, hostile: Hostile, request_: str) -> None:
         for name in ("one", "two", "three"):
             store.ok("create", "-d", "p", name)
         hostile.scripts[request_] = hangs
-        found = json.loads(_within(8, lambda: store.ok("inspect", "one", "two", "three")))
-        assert "within 5 s" in found[0]["Status"]["error"]
+        found = json.loads(_within(4, lambda: store.ok("inspect", "one", "two", "three")))
+        assert "within 1 s" in found[0]["Status"]["error"]
         assert "did not answer a moment ago" in found[2]["Status"]["error"]
         assert _within(3, lambda: store.ok("ls", "-q")) == "one\nthree\ntwo\n"
 
@@ -224,7 +231,7 @@ class TestWhoWaits:
             for index in range(3):  # users that are gone
                 store.volumes().attach(name, f"mount:{os.getpid()}:{index + 1}:/gone")
         hostile.scripts[request_] = hangs
-        done = _within(13, lambda: store("rm", "-f", *names))
+        done = _within(5, lambda: store("rm", "-f", *names))
         assert (done.returncode, done.stdout) == (0, "one\ntwo\nthree\n")
         assert "Traceback" not in done.stderr
         assert store.ok("ls", "-q") == ""
@@ -237,7 +244,7 @@ class TestWhoWaits:
             store.volumes().attach(name, f"mount:{os.getpid()}:1:/gone")
         store.ok("create", "other")
         hostile.scripts[request_] = hangs
-        done = _within(13, lambda: store("prune", "-af"))
+        done = _within(5, lambda: store("prune", "-af"))
         assert done.returncode == 1
         assert "cannot be used" in done.stderr
         assert "other" in done.stdout

@@ -112,39 +112,37 @@ def test_umount(one: Storage, kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("busy", ["data", "data/sub", "data/sub/deep/er", "data/sub/deep/er/bound"])
-def test_busy(one: Storage, kind: str, busy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_busy(one: Storage, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing changes, including the content of a tmpfs."""
     with _source(one, kind, monkeypatch) as (path, words), _mounts(path):
         one.mount(*words)
         before = _paths(one)
-        fd = os.open(one.merged / busy, os.O_RDONLY)
-        try:
-            refused(one.unionfs("umount", one.merged), "is busy", f"pid {os.getpid()}")
-        finally:
-            os.close(fd)
-        assert _paths(one) == before == _INSIDE
-        assert (one.merged / "data/sub/deep/er/file").read_text() == "er\n"
-        assert (one.merged / "data/sub/file").read_text() == "sub\n"
-        (one.merged / "data/sub/other/new").write_text("new\n")
-        assert (path / "sub/deep/er/bound/new").read_text() == "new\n"
+        for busy in ("data", "data/sub", "data/sub/deep/er", "data/sub/deep/er/bound"):
+            fd = os.open(one.merged / busy, os.O_RDONLY)
+            try:
+                refused(one.unionfs("umount", one.merged), "is busy", f"pid {os.getpid()}")
+            finally:
+                os.close(fd)
+            assert _paths(one) == before == _INSIDE
+            assert (one.merged / "data/sub/deep/er/file").read_text() == "er\n"
+            assert (one.merged / "data/sub/file").read_text() == "sub\n"
+            (one.merged / "data/sub/other/new").write_text(f"{busy}\n")
+            assert (path / "sub/deep/er/bound/new").read_text() == f"{busy}\n"
         one.umount()
 
 
-@pytest.mark.parametrize("where", ["data", "data/sub", "data/sub/deep/er", "data/sub/other", "data/plain"])
 @pytest.mark.parametrize("kind", ["plugin", "bind"])
-def test_mounts_of_others_are_left(
-    one: Storage, kind: str, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mounts_of_others_are_left(one: Storage, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one mounted on top of a submount of the source."""
     with _source(one, kind, monkeypatch) as (path, words), _mounts(path):
         (path / "plain").mkdir()
         one.mount(*words)
-        foreign = one.merged / where
-        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", foreign], check=True)
-        try:
-            refused(one.unionfs("umount", one.merged), "is busy", f"{foreign} is mounted inside it")
-        finally:
-            syscalls.umount(foreign)
-        assert _paths(one) == _INSIDE
+        for where in ("data", "data/sub", "data/sub/deep/er", "data/sub/other", "data/plain"):
+            foreign = one.merged / where
+            subprocess.run(["mount", "-t", "tmpfs", "tmpfs", foreign], check=True)
+            try:
+                refused(one.unionfs("umount", one.merged), "is busy", f"{foreign} is mounted inside it")
+            finally:
+                syscalls.umount(foreign)
+            assert _paths(one) == _INSIDE
         one.umount()

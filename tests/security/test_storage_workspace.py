@@ -236,7 +236,7 @@ class TestOrdinaryUser:
 
 
 def repeat(step: Callable[[], object]) -> int:
-    """Call it for 10 s; a refusal is acceptable. Returns the number of successes."""
+    """Call it for some seconds; a refusal is acceptable. Returns the number of successes."""
     done = 0
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:

@@ -1,7 +1,7 @@
-"""Daemons of mounts, forked from a process that has imported their modules.
+"""Daemons of mounts, and workers, forked from a process that has imported their modules.
 
 Starting an interpreter and importing trio, pyfuse3 and the package costs more than most tests of a mount do.
-The forked process runs the same `main`; only the imports happen before the fork. The tests of the command
+A forked daemon runs the same `main`; only the imports happen before the fork. The tests of the command
 line start real processes.
 """
 
@@ -24,15 +24,16 @@ from unionfs.core.steps import NotPlain, set_hook
 from unionfs.union.shortcuts import NO_SHORTCUTS
 from unionfs.union.tree import Union
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     ["unionfs.cli.main", "unionfs.cli.mount", "unionfs.daemon.service", "unionfs.fuse.session_direct",
-     "unionfs.fuse.session_pyfuse3", __name__],
+     "unionfs.fuse.session_pyfuse3", "pytest", "tests.support.snapshot", "tests.support.actions",
+     "tests.support.worker", __name__],
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class _Surroundings:
+class Surroundings:
     """What a child of this process would have inherited."""
 
     environment: dict[str, str]
@@ -40,10 +41,10 @@ class _Surroundings:
     files: tuple[int, int]
 
     @staticmethod
-    def here() -> _Surroundings:
+    def here() -> Surroundings:
         umask = os.umask(0)
         os.umask(umask)
-        return _Surroundings(dict(os.environ), umask, resource.getrlimit(resource.RLIMIT_NOFILE))
+        return Surroundings(dict(os.environ), umask, resource.getrlimit(resource.RLIMIT_NOFILE))
 
     def take(self) -> None:
         os.environ.clear()
@@ -56,7 +57,7 @@ def _run(
     arguments: Sequence[str],
     log: Path,
     directory: Path,
-    surroundings: _Surroundings,
+    surroundings: Surroundings,
     plain: bool,
     steps: bool,
     stopped: bool,
@@ -115,9 +116,9 @@ class PreparedProcess:
         ``plain``: its unions take none of the `Shortcuts`. ``steps``: they make no bundles of system calls.
         ``stopped``: it stops (SIGSTOP) before it runs. ``modules``: it imports them before that.
         """
-        self._process: ForkServerProcess = _CONTEXT.Process(
+        self._process: ForkServerProcess = CONTEXT.Process(
             target=_run,
-            args=(list(arguments), log, directory, _Surroundings.here(), plain, steps, stopped, modules),
+            args=(list(arguments), log, directory, Surroundings.here(), plain, steps, stopped, modules),
             daemon=True,
         )
         self._process.start()

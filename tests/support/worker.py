@@ -15,17 +15,17 @@ import os
 import pickle
 import select
 import struct
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tests.support import syscalls
 from tests.support.patience import patient
+from tests.support.prepared import CONTEXT, Surroundings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -77,39 +77,36 @@ class Worker:
         timeout: float = 20.0,
     ) -> None:
         self.uid, self.gid, self.timeout = uid, gid, patient(timeout)
-        names = ["tests.support.snapshot", "tests.support.actions", *modules]
-        script = (
-            f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); import tests.support.worker as w; w.main()"
+        calls, self._to = CONTEXT.Pipe(duplex=False)
+        self._from, answers = CONTEXT.Pipe(duplex=False)
+        self._process = CONTEXT.Process(
+            target=_work,
+            args=(calls, answers, Surroundings.here(), (uid, gid, list(groups)), list(modules)),
+            daemon=True,
         )
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", script, str(uid), str(gid), ",".join(map(str, groups)), ",".join(names)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd="/",
-            bufsize=0,
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._to, self._from = self._process.stdin.fileno(), self._process.stdout.fileno()
+        self._process.start()
+        for theirs in (calls, answers):
+            theirs.close()
 
     @property
     def pid(self) -> int:
         """The child's process id."""
+        assert self._process.pid is not None
         return self._process.pid
 
     @property
     def alive(self) -> bool:
         """Whether the child accepts calls."""
-        return self._process.poll() is None
+        return self._process.is_alive()
 
     def start(self, function: Callable[..., Any], *args: Any) -> None:
         """Send the call without waiting: ``finish`` returns the result."""
-        _send(self._to, (function, args))
+        _send(self._to.fileno(), (function, args))
 
     def finish(self, timeout: float | None = None) -> Any:
         """The result of the call that ``start`` sent. Raises its OSError, WorkerFailed or WorkerHung."""
         try:
-            kind, value = _receive(self._from, time.monotonic() + (timeout or self.timeout))
+            kind, value = _receive(self._from.fileno(), time.monotonic() + (timeout or self.timeout))
         except TimeoutError:
             self.kill()
             raise WorkerHung(f"no answer within {timeout or self.timeout} s") from None
@@ -140,14 +137,12 @@ class Worker:
 
     def close(self) -> None:
         """End the child in order, or kill it after 5 s."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:
+        for pipe in (self._to, self._from):
+            pipe.close()
+        self._process.join(5)
+        if self._process.is_alive():
             self._process.kill()
-            self._process.wait(5)
+            self._process.join(5)
 
     def __enter__(self) -> Worker:
         return self
@@ -166,22 +161,24 @@ def _become(uid: int, gid: int, groups: Sequence[int]) -> None:
         syscalls.set_dumpable()  # /proc/self/fd is root's otherwise
 
 
-def main() -> None:
-    """The child's loop: uid, gid, groups and the modules to import (before it becomes that user) are argv."""
-    uid, gid = int(sys.argv[1]), int(sys.argv[2])
-    groups = [int(item) for item in sys.argv[3].split(",") if item]
-    for name in sys.argv[4].split(","):
+def _work(
+    calls: Connection,
+    answers: Connection,
+    surroundings: Surroundings,
+    ids: tuple[int, int, list[int]],
+    modules: list[str],
+) -> None:
+    """The child's loop. Imports the modules before it becomes that user."""
+    surroundings.take()
+    os.chdir("/")
+    for name in modules:
         importlib.import_module(name)
-    source, sink = os.dup(0), os.dup(1)
-    os.set_inheritable(source, False)
-    null = os.open("/dev/null", os.O_RDWR)
-    os.dup2(null, 0)
     os.dup2(2, 1)
-    _become(uid, gid, groups)
+    _become(*ids)
     os.umask(0o022)
     while True:
         try:
-            function, args = _receive(source)
+            function, args = _receive(calls.fileno())
         except EOFError:
             return
         try:
@@ -190,4 +187,4 @@ def main() -> None:
             answer = ("errno", (error.errno, error.strerror))
         except Exception:
             answer = ("failed", traceback.format_exc())
-        _send(sink, answer)
+        _send(answers.fileno(), answer)
