@@ -241,6 +241,6 @@ def test_types_of_a_user_s_code(area: Path) -> None:
         'note: Revealed type is "str"', 'note: Revealed type is "Any"',
         'note: Revealed type is "list[dict[str, Any]]"',
         'note: Revealed type is "subprocess.CompletedProcess[str]"',
-        'error: Argument "conflicts" to "commit" of "TrioBranch" has incompatible type "Literal[\'none\']"; '
+        'error: Argument "conflicts" has incompatible type "Literal[\'none\']"; '
         'expected "Literal[\'stop\', \'ours\', \'theirs\', \'merge\']"',
     ], done.stdout  # fmt: skip
