@@ -81,6 +81,8 @@ def check(
         resting(upper, paths, work, userxattr=userxattr, writable=repair) as layers,
     ):
         for finding in examine(layers):
+            if repair:
+                layers.may_change()
             states.append(_repair(finding) if repair else "")
             if as_json:
                 facts.append(_facts(finding, states[-1]))
