@@ -147,6 +147,20 @@ def wait_until(condition: Callable[[], object], complaint: str) -> None:
         time.sleep(0.02)
 
 
+def prepare(area: Path, *, bare: bool = False) -> None:
+    """Make the layers, and the directory at which one is served."""
+    for name in ("served", "lower/both", "upper/own", "work"):
+        (area / name).mkdir(parents=True, exist_ok=True)
+    tree(area / "source", bare=bare)
+    (area / "lower/both/other").write_text("of the other lower")
+    (area / "lower/late").mkdir()
+    (area / "lower/late/file").write_bytes(bytes(1 << 20))
+    (area / "source/late").mkdir(mode=0o751)
+    (area / "upper/both").mkdir()
+    (area / "upper/both/mine").write_text("of the upper")
+    (area / "upper/own/file").write_text("of the upper")
+
+
 Start = Callable[[Path, Path], Remote]
 
 
@@ -156,16 +170,7 @@ def standing(
 ) -> Iterator[Place]:
     """``start``: serves a directory at another one; without it a :class:`Server` with ``seconds``. ``bare``:
     without symlinks and xattrs, which not all filesystems show."""
-    for name in ("served", "lower/both", "upper/own", "work"):
-        (area / name).mkdir(parents=True)
-    tree(area / "source", bare=bare)
-    (area / "lower/both/other").write_text("of the other lower")
-    (area / "lower/late").mkdir()
-    (area / "lower/late/file").write_bytes(bytes(1 << 20))
-    (area / "source/late").mkdir(mode=0o751)
-    (area / "upper/both").mkdir()
-    (area / "upper/both/mine").write_text("of the upper")
-    (area / "upper/own/file").write_text("of the upper")
+    prepare(area, bare=bare)
     server: Remote
     if start is None:
         server = Server(area / "source", area / "served", seconds)

@@ -31,7 +31,7 @@ from tests.mount.cli_calls import (
     wait_for,
 )  # fmt: skip
 from tests.mount.outliving_calls import RESENDS, Outliving
-from tests.support.mounting import kernel_mounted, session_reason
+from tests.support.mounting import is_mounted, kernel_mounted, session_reason
 from tests.support.patience import patient
 from tests.support.views import Host, View, views
 from tests.support.world import errno_of
@@ -370,6 +370,73 @@ def test_tools_respect_it(place: Place, two: list[View]) -> None:
     succeed(unionfs("umount", place.merged))
     succeed(unionfs("check", "-l", place.lower, *other.layers, env=environment))
     assert sorted(os.listdir(other.at)) == ["upper", "work", "work2"]
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["later", "at once"])
+def test_unmounted_while_the_server_is_away(
+    place: Place, two: list[View], elsewhere: Host, session: str, at_once: bool
+) -> None:
+    """The command answers. The lease is left: another host can mount when it has run out, and this one at
+    once."""
+    skip_unless_possible(session)
+    one, other = two
+    succeed(mount(place, one, place.merged, *session_words(session), seconds=6 * SECONDS))
+    (place.merged / "file").write_text("before")
+    pid = entry(place.merged).pid
+    token = _token(other)
+    one.stop()
+    if not at_once:
+        assert wait_for(lambda: figures(place.merged)["waits"] is True, 60)
+    succeed(unionfs("umount", place.merged))
+    assert not is_mounted(place.merged)
+    assert _token(other) == token
+    one.go_on()
+    assert wait_for(lambda: gone(pid))
+    if at_once:
+        began = time.monotonic()
+        succeed(mount(place, one, place.merged, seconds=LONG))
+        assert time.monotonic() - began < LONG
+        assert (place.merged / "file").read_text() == "before"
+        assert _token(other) != token
+    else:
+        second = place.root / "second"
+        done = mount(place, other, second, host=elsewhere)
+        assert done.returncode == 0, done.stderr
+        assert "waiting until it runs out" in done.stderr
+        assert (elsewhere.path(second) / "file").read_text() == "before"
+
+
+@pytest.mark.parametrize("tool", ["convert", "check"])
+def test_a_tool_that_has_lost_it(place: Place, two: list[View], elsewhere: Host, tool: str) -> None:
+    """Another host took the lease over while the tool was stopped: it changes nothing more, and says why."""
+    one, other = two
+    upper = place.root / "shared/upper"
+    for number in range(3000):
+        os.mknod(upper / f"n{number}", 0o020000, 0)
+    words = ("--to", "oci") if tool == "convert" else ("--repair", "-l", str(place.lower))
+    process = subprocess.Popen(
+        [*UNIONFS, tool, "-u", str(one.upper), *words],
+        env={**os.environ, "UNIONFS_LEASE_SECONDS": str(SECONDS)},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+    def left() -> set[str]:
+        return {name for name in os.listdir(upper) if name.startswith("n")}
+
+    try:
+        assert wait_for(lambda: len(left()) < 3000)
+        with stopped(process.pid):
+            before = left()
+            assert len(before) > 2, "it was done before it could be stopped"
+            succeed(mount(place, other, place.root / "second", host=elsewhere))
+        said = process.communicate(timeout=patient(30))[1]
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 1
+    assert f"upper {one.upper} was not changed any further: " in said
+    assert "of host elsewhere has taken its lease over; run the command again when nobody uses it." in said
+    assert len(before - left()) <= 1, "it went on"
 
 
 def test_branches_respect_it(place: Place, two: list[View], elsewhere: Host) -> None:

@@ -52,7 +52,9 @@ class Daemons:
         new = Union(union.stack, state=self._states[-1])
         self._later.append(new)
         operations = Operations(new)
-        Restoring(new.nodes, new.stack.layers).nodes_of_former()
+        files = new.files
+        handles = operations.files.handles
+        Restoring(new.nodes, new.stack.layers, handles, files.reopen, files.open_again).take_over()
         return new, operations
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from unionfs.cli.common import print_json
 from unionfs.cli.completing import complete_directories, complete_files
 from unionfs.daemon.preflight import check_directory, check_lower, check_unused
 from unionfs.daemon.settle import absolute
+from unionfs.daemon.silent import await_layers, interruptible, layers_of
 from unionfs.errors import quoted, reason
 from unionfs.sys.capabilities import may_use_trusted_xattrs
 from unionfs.sys.override import override_modes
@@ -61,6 +62,7 @@ def check(
     from unionfs.union.check import check as examine
     from unionfs.union.resting import resting
 
+    await_layers(layers_of(lowers, upper, work))
     access = os.R_OK | os.X_OK | (os.W_OK if repair else 0)
     check_directory("upper", upper, access)
     for lower in lowers:
@@ -74,8 +76,13 @@ def check(
     states: list[str] = []
     facts = []
     paths = [absolute(lower) for lower in lowers]
-    with resting(upper, paths, work, userxattr=userxattr, writable=repair) as layers:
+    with (
+        interruptible(),
+        resting(upper, paths, work, userxattr=userxattr, writable=repair) as layers,
+    ):
         for finding in examine(layers):
+            if repair:
+                layers.may_change()
             states.append(_repair(finding) if repair else "")
             if as_json:
                 facts.append(_facts(finding, states[-1]))

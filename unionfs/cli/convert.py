@@ -10,6 +10,7 @@ from unionfs.cli.common import print_table
 from unionfs.cli.completing import complete_directories
 from unionfs.daemon.preflight import check_directory, check_unused
 from unionfs.daemon.settle import absolute
+from unionfs.daemon.silent import await_layers, interruptible
 from unionfs.sys.capabilities import may_use_trusted_xattrs
 from unionfs.sys.override import override_modes
 
@@ -41,12 +42,13 @@ def convert(upper: str, form: str, userxattr: bool) -> None:
     from unionfs.union.convert import convert as rewrite
     from unionfs.union.resting import resting
 
+    await_layers([("upper", upper)])
     check_directory("upper", upper, os.R_OK | os.W_OK | os.X_OK)
     upper = absolute(upper)
     check_unused(upper)
     userxattr = userxattr or not may_use_trusted_xattrs()
     override_modes()
-    with resting(upper, userxattr=userxattr, writable=True) as layers:
+    with interruptible(), resting(upper, userxattr=userxattr, writable=True) as layers:
         done = rewrite(layers, form)
     print_table(
         ("WHITEOUTS", "OPAQUE", "XATTRS"), [(str(done.whiteouts), str(done.opaque), str(done.xattrs))]

@@ -16,6 +16,7 @@ from unionfs.daemon.differences import changes_of
 from unionfs.daemon.live import LiveMount, find_by_device
 from unionfs.daemon.others import runtime_parent
 from unionfs.daemon.preflight import check_directory, check_lower
+from unionfs.daemon.silent import await_layers, interruptible, layers_of
 from unionfs.errors import UserError, quoted
 from unionfs.sys.asuser import run_as
 from unionfs.sys.capabilities import may_use_trusted_xattrs
@@ -54,6 +55,7 @@ def diff(
         return _of_mount(found, as_json) if found.uid is None else _of_other(found, found.uid, as_json)
     if upper is None or not lowers:
         raise click.UsageError("give a mountpoint, or --upper and at least one --lower")
+    await_layers(layers_of(lowers, upper, None))
     check_directory("upper", upper)
     for lower in lowers:
         check_lower(lower)
@@ -61,11 +63,15 @@ def diff(
     follows = True if os.geteuid() != 0 else None
     plain = userxattr or not may_use_trusted_xattrs()
     prefix = b"user.overlay." if plain else b"trusted.overlay."
-    return print_changes(changes(upper, lowers, prefix, follows_redirects=follows), as_json)
+    with interruptible():
+        return print_changes(changes(upper, lowers, prefix, follows_redirects=follows), as_json)
 
 
 def _of_mount(mount: LiveMount, as_json: bool) -> int:
-    return print_changes(changes_of(mount), as_json)
+    settings = mount.settings
+    await_layers(layers_of(settings.lowers, settings.upper, None))
+    with interruptible():
+        return print_changes(changes_of(mount), as_json)
 
 
 def _of_other(mount: LiveMount, uid: int, as_json: bool) -> int:

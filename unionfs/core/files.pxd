@@ -45,7 +45,7 @@ cdef class Handle:
     cdef readonly object who, node
     cdef readonly bint writes, maps, through
     cdef HandleRecord *record
-    cdef bint holds
+    cdef bint holds, late
     cdef uint32_t uid
 
 cdef class Use:

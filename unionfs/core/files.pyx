@@ -287,6 +287,7 @@ cdef class Handle:
     # maps: whether the file can be mapped to write: open for both (mmap(2)).
     # record: what another daemon would need; see `state`.
     # through: whether it is in passthrough.
+    # late: whether a former daemon opened it, and this one has not yet.
     # holds, uid: whether it holds an fd of its own, and the user that opened it; see `Handles`.
 
     def __init__(self, OpenFile file not None, who, *, bint writes, bint maps=False, node=None):

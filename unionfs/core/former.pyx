@@ -12,13 +12,17 @@ cdef class Former:
 
     # slots: the slot of each record.
     # below: how many of them have a node as their parent.
+    # fixed: the ids of those whose number is stored, by parent and name; linked: of those with several names, by number.
+    # opens: the records of open files, by the id of their node; numbers: the ids of these nodes, by the file's number.
+    # restoring: takes over what needs more than a lookup.
     # expected: the one whose name is looked up just now.
 
     def __init__(self, State state not None):
         cdef uint32_t slot
         cdef Record *record
         cdef Record *other
-        self.state, self.slots, self.below = state, {}, {}
+        self.state, self.slots, self.below, self.fixed, self.linked = state, {}, {}, {}, {}
+        self.opens, self.numbers = {}, {}
         for slot in range(1, state.head.slots):
             record = &state.slots[slot]
             if not record.id:
@@ -46,9 +50,25 @@ cdef class Former:
         slot = self.slots.get(id_)
         return NULL if slot is None else &self.state.slots[<uint32_t>slot]
 
-    cdef uint64_t id_for(self, uint64_t number, uint64_t parent, bytes name, uint32_t kind) except? 0:
-        """The id that the object with that inode number had under a name; 0 if it is not known."""
+    def fixed_stay(self):
+        """Find the nodes whose number is stored, which are not known yet, also by their names and numbers."""
+        cdef Record *record
+        for id_ in self.ids(FIXED):
+            record = self.at(id_)
+            if not record.flags & (UNLINKED | SUPERSEDED):
+                self.fixed[record.parent, self.state.name_of(record)] = id_
+                self.linked[self.state.number_of(record), record.kind] = id_
+
+    cdef uint64_t id_for(self, uint64_t number, uint64_t parent, bytes name, uint32_t kind, bint linked) except? 0:
+        """The id that the object with that inode number had under a name; 0 if it is not known. ``linked``: of all
+        objects with that number, it may have other names."""
         cdef Record *record = self.expected
+        if self.fixed:
+            known = self.fixed.get((parent, name))
+            if known is None and linked:
+                known = self.linked.get((number, kind >> 12))
+            if known is not None and self.at(known) != NULL and self.at(known).kind == kind >> 12:
+                return known
         if record == NULL or record.parent != parent or self.state.name_of(record) != name:
             record = self.at(number)
         elif record.flags & FIXED and record.kind == kind >> 12:

@@ -14,6 +14,9 @@ it starts mounts the union anew; the holder stays in charge.
 
 Of two holders, that of the daemon which took over and that which started it, one is in charge, `Head.holder`.
 
+A daemon that is killed is dead when its first thread is, which is the parent of the holder: other threads may be in a
+call that a filesystem's server has and does not answer. They return into no program any more.
+
 The holder waits in here, with all signals blocked, and no function of the waiting uses the interpreter.
 """
 
@@ -24,7 +27,7 @@ from libc.errno cimport errno as c_errno
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.string cimport strlen
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap
-from posix.signal cimport SIG_BLOCK, SIG_SETMASK, sigemptyset, sigfillset, sigprocmask, sigset_t
+from posix.signal cimport SIG_BLOCK, SIG_SETMASK, sigaddset, sigemptyset, sigfillset, sigprocmask, sigset_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.unistd cimport _exit, close, execve, fork, getpid, read, write
 
@@ -46,7 +49,8 @@ cdef extern from "<sched.h>" nogil:
     unsigned long CLONE_FILES
 
 cdef extern from "<signal.h>" nogil:
-    int SIGCHLD
+    int SIGCHLD, SIGUSR1
+    int sigwaitinfo(const sigset_t *signals, void *information)
 
 cdef extern from "<fcntl.h>" nogil:
     int O_RDONLY, O_CLOEXEC, O_DIRECTORY, F_SETFD
@@ -65,7 +69,7 @@ cdef extern from "<sys/wait.h>" nogil:
 
 cdef extern from "<sys/prctl.h>" nogil:
     int prctl(int option, ...)
-    int PR_SET_NAME, PR_GET_NAME
+    int PR_SET_NAME, PR_GET_NAME, PR_SET_PDEATHSIG
 
 cdef extern from "<time.h>" nogil:
     int nanosleep(const timespec *time, timespec *left)
@@ -163,10 +167,17 @@ cdef void start_others(Head *head) noexcept:
 
 
 cdef void await_death(int watched) noexcept nogil:
+    """Wait until the first thread of the daemon has ended. The signal is blocked."""
     cdef pollfd waited
+    cdef sigset_t told
+    sigemptyset(&told)
+    sigaddset(&told, SIGUSR1)
+    prctl(PR_SET_PDEATHSIG, SIGUSR1, 0, 0, 0)
     waited.fd, waited.events, waited.revents = watched, POLLIN, 0
-    while poll(&waited, 1, -1) <= 0:
-        pass
+    if poll(&waited, 1, 0) <= 0:  # else it has ended before the signal was asked for
+        while sigwaitinfo(&told, NULL) != SIGUSR1:
+            pass
+    prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)
 
 
 cdef void close_all_but(int kept) noexcept nogil:

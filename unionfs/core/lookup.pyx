@@ -1,10 +1,13 @@
 """Names of the merged layers: the node of a name, with its attributes."""
 
-from libc.errno cimport ENAMETOOLONG, ESTALE
+from libc.errno cimport ENAMETOOLONG, ENOENT, ESTALE
+from libc.errno cimport errno as c_errno
+from libc.string cimport memset
 
 from unionfs.core.node cimport has_lower_data
-from unionfs.core.places cimport Place
-from unionfs.core.stats cimport S_IFMT, S_IFREG, failure
+from unionfs.core.places cimport Place, new_place
+from unionfs.core.state cimport MOST_PARTS
+from unionfs.core.stats cimport AT_SYMLINK_NOFOLLOW, S_IFDIR, S_IFMT, S_IFREG, failure, fstatat
 
 cdef enum:
     NAME_MAX = 255
@@ -55,18 +58,72 @@ cdef class Names(Territory):
         if len(name) > NAME_MAX:
             raise failure(ENAMETOOLONG)
         places = self.merge.find(parent.parts, name, first, &st)
-        if places is None:
-            return None
-        node = self.nodes.place_object(parent, name, &st, places)
+        return None if places is None else self.entered(parent, name, &st, places)
+
+    cdef Attributes entered(self, Node parent, bytes name, const stat_t *st, list places):
+        cdef Node node = self.nodes.place_object(parent, name, st, places)
         if node.is_copy_in_index() and not (<Place>places[0]).layer.is_upper:
             return self.objects.attributes(node)  # of the copy
-        if self.may_lack_data(&st, node):
+        if self.may_lack_data(st, node):
             try:
                 self.find_data(node)
             except BaseException:
                 self.nodes.subtract(node, 0)  # a known node is not asked about its data again
                 raise
-        return node.shown(&st)
+        return node.shown(st)
+
+    def has_again(self, parent, bytes name, kind, number, layers):
+        cdef Node directory = parent
+        cdef list places
+        cdef stat_t st
+        cdef Place part
+        memset(&st, 0, sizeof(st))
+        if len(directory.parts) >= self.merge.many:
+            return False
+        if kind == S_IFDIR:
+            places = self.parts_again(directory.parts, name, layers)
+            if places is None:
+                return False
+            st.st_mode = kind
+            self.nodes.enter(directory, name, &st, places, number, False, None)
+            return True
+        # A copy may have been made in the upper just before the daemon died.
+        places = [part for part in directory.parts if not part.layer.slow and 1 << part.layer.index <= layers]
+        if not places or not layers >> (<Place>places[-1]).layer.index & 1:
+            return False
+        places = self.merge.find(places, name, 0, &st)
+        if places is None or st.st_mode & S_IFMT != kind:
+            return False
+        self.entered(directory, name, &st, places)
+        return True
+
+    cdef list parts_again(self, list parts, bytes name, uint32_t layers):
+        """The parts of a directory in those layers; None if they are others by now."""
+        cdef Place part, place
+        cdef stat_t st
+        cdef bint has, slow
+        cdef list found = []
+        for part in parts:
+            slow = part.layer.slow != 0
+            has = layers >> <uint32_t>part.layer.index & 1 if part.layer.index < MOST_PARTS else False
+            if not slow and (has or part.layer.is_upper):
+                if fstatat(self.merge.gate.fd(part), name, &st, AT_SYMLINK_NOFOLLOW) != 0:
+                    if c_errno != ENOENT and c_errno != ENAMETOOLONG:
+                        return None
+                    st.st_mode = 0
+                if (st.st_mode & S_IFMT == S_IFDIR) != has:
+                    return None
+            if not has:
+                continue
+            place = new_place(part.layer, part, name, 0)
+            found.append(place)
+            layers &= ~(<uint32_t>1 << <uint32_t>part.layer.index)
+            if not slow:
+                place.key, place.dev, place.inode = part.layer.key_of(&st), st.st_dev, st.st_ino
+                if part.layer.index != self.lowest:
+                    marks = self.merge.markers.directory(self.merge.gate.fd(place))
+                    place.marked(impure=marks.impure, copied=marks.copied)
+        return None if layers or not found else found
 
     cdef bint may_lack_data(self, const stat_t *st, Node node) noexcept:
         """Whether a regular file has too few blocks for its size, so that it may be metacopy."""

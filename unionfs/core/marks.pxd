@@ -35,7 +35,8 @@ cdef bint is_slow(int fd) noexcept nogil
 cdef int mark_as(int fd, const Mark *mark) noexcept nogil
 cdef Mark new_mark(int fd, const Mark *of, bint opened) noexcept nogil
 cdef int xattr_error(int fd, int code) noexcept nogil
-cdef int mark_root(int fd, uint32_t layer) except -1
+cdef int mark_root(int fd, uint32_t layer, bint bare) except -1
+cdef int mark_held(int fd, int root) noexcept nogil
 cdef int marked_copy(int fd, const Mark *mark) noexcept nogil
 cdef int marked_child(int fd, int opened, int flags) noexcept nogil
 cdef int close(int fd) noexcept nogil

@@ -16,7 +16,7 @@ from posix.unistd cimport close as c_close
 from unionfs.core.stats cimport O_PATH, S_IFDIR, S_IFMT, S_IFREG, failure
 
 cdef extern from "<fcntl.h>" nogil:
-    int F_DUPFD_CLOEXEC
+    int F_DUPFD_CLOEXEC, F_GETFL
     int fcntl(int fd, int command, ...)
 
 cdef extern from "<sys/stat.h>" nogil:
@@ -70,8 +70,27 @@ cdef Mark new_mark(int fd, const Mark *of, bint opened) noexcept nogil:
     return mark
 
 
-cdef int mark_root(int fd, uint32_t layer) except -1:
-    """Mark the root of a slow layer with that number."""
+def lacks_xattrs(int fd):
+    """Whether the filesystem of a layer's root has no xattrs."""
+    try:
+        os.listxattr(b"/proc/self/fd/%d" % fd)
+    except OSError as error:
+        return error.errno == EOPNOTSUPP
+    return False
+
+
+def device(int fd):
+    """The ``st_dev`` of an fd by which a file or directory is open, not only found (O_PATH); else 0. Asks no server."""
+    cdef statx_t found
+    cdef int flags = fcntl(fd, F_GETFL)
+    memset(&found, 0, sizeof(found))
+    if flags < 0 or flags & O_PATH or statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, 0, &found) != 0:
+        return 0
+    return os.makedev(found.stx_dev_major, found.stx_dev_minor)
+
+
+cdef int mark_root(int fd, uint32_t layer, bint bare) except -1:
+    """Mark the root of a slow layer with that number. ``bare``: see :func:`lacks_xattrs`."""
     global marks
     cdef Mark mark
     memset(&mark, 0, sizeof(mark))
@@ -79,13 +98,18 @@ cdef int mark_root(int fd, uint32_t layer) except -1:
         marks = <Mark *>calloc(MOST_FDS, sizeof(Mark))
         if marks == NULL:
             raise MemoryError
-    mark.layer = layer
-    try:
-        os.listxattr(b"/proc/self/fd/%d" % fd)
-    except OSError as error:
-        mark.bare = error.errno == EOPNOTSUPP
+    mark.layer, mark.bare = layer, bare
     mark = new_mark(fd, &mark, False)
     return mark_as(fd, &mark)
+
+
+cdef int mark_held(int fd, int root) noexcept nogil:
+    """Mark an O_PATH fd of an object in the layer with that root, if that is marked."""
+    cdef Mark mark
+    if is_slow(root):
+        mark = new_mark(fd, &marks[root], False)
+        mark_as(fd, &mark)
+    return 0
 
 
 cdef int marked_copy(int fd, const Mark *mark) noexcept nogil:

@@ -25,7 +25,7 @@ cdef class NodeTable(Recorder):
     )
     cdef uint64_t number_of(self, bytes name, const stat_t *st, list places, bint *from_origin, list entry) except 0
     cdef uint64_t free(self, uint64_t number) except 0
-    cdef uint64_t id_for(self, uint64_t number, Node parent, bytes name, uint32_t kind) except 0
+    cdef uint64_t id_for(self, uint64_t number, Node parent, bytes name, uint32_t kind, bint linked=*) except 0
     cdef uint32_t next_generation(self) noexcept
     cdef bint is_linkable(self, const stat_t *st, Place place) noexcept
     cdef bint may_share(self, const stat_t *st, Place place) noexcept

@@ -167,11 +167,11 @@ cdef class NodeTable(Recorder):
             number = self.numbers.hashed(b"taken%d" % number)
         return number
 
-    cdef uint64_t id_for(self, uint64_t number, Node parent, bytes name, uint32_t kind) except 0:
+    cdef uint64_t id_for(self, uint64_t number, Node parent, bytes name, uint32_t kind, bint linked=False) except 0:
         """The id of a new node: the number itself, or another one if a node has it. A former node keeps its own."""
         cdef uint64_t id_ = 0
         if self.former is not None:
-            id_ = self.former.id_for(number, parent.id, name, kind)
+            id_ = self.former.id_for(number, parent.id, name, kind, linked)
         return id_ if id_ else self.free(number)
 
     cdef uint32_t next_generation(self) noexcept:
@@ -245,7 +245,8 @@ cdef class NodeTable(Recorder):
         """A new node with that number."""
         cdef Place place = places[0]
         cdef uint32_t kind = st.st_mode & S_IFMT
-        cdef uint64_t id_ = self.id_for(number, parent, name, kind)
+        cdef bint linked = st.st_nlink > 1 and self.is_linkable(st, place)
+        cdef uint64_t id_ = self.id_for(number, parent, name, kind, linked)
         cdef int64_t key = 0 if kind == S_IFDIR else place.layer.key_of(st)
         cdef uint64_t ino = number if id_ == number or self.may_share(st, place) else id_
         cdef Node node = new_node(
@@ -258,7 +259,7 @@ cdef class NodeTable(Recorder):
             self.record(node)
         if self.on_known is not None and (kind == S_IFDIR or (st.st_nlink > 1 and not place.layer.is_upper)):
             self.on_known(node)
-        if st.st_nlink > 1 and self.is_linkable(st, place):
+        if linked:
             self.linked(node, result_of(st))
             if entry is not None and self.index is not None:
                 node.may_be_indexed(entry, 0)

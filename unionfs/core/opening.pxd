@@ -16,6 +16,7 @@ cdef class Handles:
     cdef readonly Py_ssize_t fds
     cdef Py_ssize_t shared, most
 
+    cdef Handle found(self, uint64_t number)
     cpdef int may_hold(self, uint32_t uid) except -1
     cdef uint64_t add(self, Node node, OpenFile file, who, uint32_t uid, bint writes, bint maps, uint64_t unique=*)
     cdef Handle remove(self, uint64_t number)

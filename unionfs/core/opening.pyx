@@ -56,7 +56,20 @@ cdef class Handles:
 
     def get(self, uint64_t number):
         """The open file with that number, or None."""
-        return self.by_number.get(number)
+        return self.found(number)
+
+    cdef Handle found(self, uint64_t number):
+        cdef Handle handle = self.by_number.get(number)
+        if self.nodes.former is not None and (handle is None or handle.late):
+            if handle is None:
+                known = self.nodes.former.numbers.get(number)
+                if known is None:
+                    return None
+                self.nodes.known(known)
+                handle = self.by_number.get(number)
+            if handle is not None and handle.late:
+                self.nodes.former.restoring.opens_again(handle)
+        return handle
 
     @property
     def next(self):
@@ -98,6 +111,7 @@ cdef class Handles:
 
     def release(self, uint64_t number):
         """Close an open file. Raises KeyError."""
+        self.found(number)
         handle = self.remove(number)
         if handle is None:
             raise KeyError(number)

@@ -168,7 +168,7 @@ cdef class Opens:
             return 0
         number = (<const uint64_t *>body)[0]
         if number:
-            handle = self.handles.by_number.get(number)
+            handle = self.handles.found(number)
             if handle is None:
                 return 0
             try:

@@ -10,6 +10,8 @@ cdef class Layer:
     cdef readonly str path
     cdef readonly bint is_upper, in_place, acl, quiet, memory, keeps_numbers, is_idmapped, remote
     cdef readonly uint32_t slow
+    cdef readonly unsigned long magic
+    cdef readonly dict known
     cdef public bint atime_stays  # settable for tests, as is the next one
     cdef public Py_ssize_t links_of_removed
     cdef readonly object dev, permissions

@@ -1,9 +1,12 @@
 import os
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 if TYPE_CHECKING:
     from unionfs.union.permissions import Permissions
     from unionfs.union.rights import Rights
+
+T = TypeVar("T")
 
 NOT_THERE: Final[tuple[int, ...]]
 NO_KEY: Final[int]
@@ -33,6 +36,10 @@ class Layer:
     @property
     def slow(self) -> int: ...
     @property
+    def magic(self) -> int: ...
+    @property
+    def known(self) -> dict[str, Any]: ...
+    @property
     def is_idmapped(self) -> bool: ...
     @property
     def links_of_removed(self) -> int: ...
@@ -45,8 +52,16 @@ class Layer:
     @property
     def root_fd(self) -> int: ...
     def __init__(
-        self, index: int, path: str, root_fd: int, *, is_upper: bool, quiet: bool = False
+        self,
+        index: int,
+        path: str,
+        root_fd: int,
+        *,
+        is_upper: bool,
+        quiet: bool = False,
+        known: dict[str, Any] | None = None,
     ) -> None: ...
+    def once(self, what: str, look: Callable[[int], T]) -> T: ...
     def is_slow(self) -> None: ...
     def becomes_lower(self) -> None: ...
     def becomes_upper_again(self, *, quiet: bool) -> None: ...

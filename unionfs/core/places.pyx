@@ -17,6 +17,7 @@ from unionfs.core.stats cimport (
 )
 
 from unionfs.core.layercalls import call
+from unionfs.core.marks import lacks_xattrs
 
 cdef extern from "<fcntl.h>" nogil:
     int O_NOATIME
@@ -81,8 +82,8 @@ cdef int64_t mixed(uint64_t number, uint64_t owner, uint64_t rest) noexcept nogi
 cdef class Layer:
     """One directory tree of the stack; ``root`` is its place, whose fd stays open."""
 
-    def __init__(self, index, str path, int root_fd, *, bint is_upper, bint quiet=False):
-        """``quiet``: reading must not change access times."""
+    def __init__(self, index, str path, int root_fd, *, bint is_upper, bint quiet=False, dict known=None):
+        """``quiet``: reading must not change access times. ``known``: see :meth:`once`."""
         self.index = index
         self.path = path
         self.is_upper = is_upper
@@ -90,14 +91,14 @@ cdef class Layer:
         self.in_place = is_upper
         self.root = new_place(self, None, b"", 0)
         self.root.fd = root_fd
-        st = os.stat(root_fd)
-        self.dev = st.st_dev
-        self.acl = has_acls(root_fd)
-        #: Whether reading does not change access times, as in a lower's read-only clone.
-        self.atime_stays = bool(os.fstatvfs(root_fd).f_flag & (os.ST_RDONLY | os.ST_NOATIME))
+        #: What was asked of the root; see `once`.
+        self.known = {} if known is None else known
+        # The last: whether reading does not change access times, as in a lower's read-only clone.
+        self.dev, uid, magic, self.acl, self.atime_stays = self.once("root", look_at_root)
+        #: The type of its filesystem.
+        self.magic = magic
         #: Whether to open files with O_NOATIME, which fails for files of other users.
-        self.quiet = quiet and not self.atime_stays and st.st_uid == os.geteuid()
-        magic = filesystem_magic(root_fd)
+        self.quiet = quiet and not self.atime_stays and uid == os.geteuid()
         #: In memory: no need to sync, and reads never wait for a disk.
         self.memory = magic == TMPFS or magic == RAMFS
         #: The link count of a removed file that is still open: on NFS it has another name (`.nfs` and a
@@ -118,10 +119,17 @@ cdef class Layer:
         """Record that its mount maps ids."""
         self.is_idmapped = True
 
+    def once(self, str what not None, look):
+        """What ``look`` returns for the fd of the root, JSON-able: a daemon that takes over knows it from the former
+        one, and need not ask a server that does not answer."""
+        if what not in self.known:
+            self.known[what] = look(self.root.fd)
+        return self.known[what]
+
     def is_slow(self):
         """Record that requests put calls into it aside; see `memo`."""
         self.slow = self.index + 1
-        mark_root(self.root.fd, self.slow)
+        mark_root(self.root.fd, self.slow, self.once("bare", lacks_xattrs))
 
     def becomes_lower(self):
         """Record that another upper lies on top of it: from now on its objects are copied up, and stay the same ones
@@ -176,6 +184,13 @@ cdef class BoundLayer(Layer):
         self.in_place = True
         self.is_bound = True
         self.read_only = read_only
+
+
+def look_at_root(int fd):
+    """Device, owner, type of the filesystem; whether that has ACLs; whether reading leaves access times alone."""
+    st = os.stat(fd)
+    stays = bool(os.fstatvfs(fd).f_flag & (os.ST_RDONLY | os.ST_NOATIME))
+    return st.st_dev, st.st_uid, filesystem_magic(fd), has_acls(fd), stays
 
 
 cdef bint has_acls(int fd):

@@ -59,7 +59,7 @@ cdef class Reads:
         cdef OpenFile file
         cdef Node node
         if number:
-            handle = self.handles.by_number.get(number)
+            handle = self.handles.found(number)
             return None if handle is None else handle.file
         node = self.nodes.found(id_)
         if node is None:

@@ -5,7 +5,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from unionfs.core.former cimport Former
 from unionfs.core.idtable cimport IdTable
 from unionfs.core.node cimport Node
-from unionfs.core.state cimport State
+from unionfs.core.state cimport Record, State
 
 cdef class Recorder:
     cdef IdTable by_id
@@ -24,6 +24,7 @@ cdef class Recorder:
     cdef Node found(self, uint64_t id_)
     cdef Node known(self, uint64_t id_)
     cdef Node revived(self, uint64_t id_)
+    cdef bint found_again(self, Node parent, Record *record) except -1
     cdef release_former(self, uint64_t id_)
     cdef void forget_id(self, uint64_t id_, int64_t lookups)
     cdef void subtract(self, Node node, int64_t lookups)

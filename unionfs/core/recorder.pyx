@@ -3,11 +3,30 @@ them, see `state`. Without a state nothing is recorded."""
 
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 
+from unionfs.core.marks cimport marks
 from unionfs.core.node cimport Node, successor_of
+from unionfs.core.places cimport Place
 from unionfs.core.state cimport EXCHANGING as C_EXCHANGING
-from unionfs.core.state cimport FIXED, MAPPED, UNLINKED, WRITTEN, Record
+from unionfs.core.state cimport FIXED, MAPPED, MOST_PARTS, PARTS, SUPERSEDED, UNLINKED, WRITTEN, Record
 from unionfs.core.state cimport REMOVING as C_REMOVING
 from unionfs.core.state cimport RENAMING as C_RENAMING
+from unionfs.core.stats cimport S_IFDIR
+
+
+cdef uint32_t layers_of_parts(Node node):
+    """A bit for each layer of a directory's parts; 0: its name in the parts of its parent does not lead to them, or
+    not to what is known of them."""
+    cdef uint32_t layers = 0
+    cdef Place part
+    if node.parent is None or node.unlinked:
+        return 0
+    for part in node.parts:
+        if not 0 <= part.layer.index < MOST_PARTS or part.name != node.name or part.parent not in node.parent.parts:
+            return 0
+        if part.layer.slow and (part.impure or part.copied):
+            return 0
+        layers |= 1 << <uint32_t>part.layer.index
+    return layers
 
 
 cdef class Recorder:
@@ -47,7 +66,8 @@ cdef class Recorder:
                 (FIXED if node.ino != node.id else 0) | (UNLINKED if node.unlinked else 0), node.ino, node.name,
             )
             if node.record != NULL:
-                node.record.held, node.record.layer = node.held, <uint16_t>node.top_layer().index
+                node.record.held = node.held
+                self.record_layer(node)
             return
         node.record = record
         node.generation, node.lookups = record.generation, record.lookups
@@ -55,17 +75,23 @@ cdef class Recorder:
             node.ino = self.state.number_of(record)
         if record.flags & (WRITTEN | MAPPED):
             node.in_use().was_written(bool(record.flags & WRITTEN), bool(record.flags & MAPPED))
+        self.record_layer(node)
+        if self.former.opens:
+            self.former.restoring.opens_of(node)
 
     cdef void record_name(self, Node node):
         """Record its name."""
         if node.record == NULL:
             return
         if node.unlinked:
-            node.record.held, node.record.layer = node.held, <uint16_t>node.top_layer().index
+            if not node.record.flags & PARTS:
+                node.record.layer = <uint16_t>node.top_layer().index
+            node.record.held = node.held
             node.record.flags |= UNLINKED
             return
         self.state.write(node.record, node.parent.id, node.ino, node.name)
         node.record.flags &= ~UNLINKED
+        self.record_layer(node)
 
     cdef void record_number(self, Node node):
         """Record its number, which the layers do not tell, or that it has several names."""
@@ -82,9 +108,22 @@ cdef class Recorder:
             node.record = new
 
     cdef void record_layer(self, Node node) noexcept:
-        """Record the layer of its object."""
-        if node.record != NULL:
+        """Record the layer of its object, or those of its parts if some are slow."""
+        cdef uint32_t layers = 0
+        if node.record == NULL:
+            return
+        if node.kind == S_IFDIR and marks != NULL:
+            layers = layers_of_parts(node)
+        node.record.flags &= ~PARTS
+        if layers:
+            node.record.layer = <uint16_t>layers
+            node.record.flags |= PARTS
+        else:
             node.record.layer = <uint16_t>node.top_layer().index
+
+    def merges_others(self, Node node not None):
+        """Record the parts of a directory, which have changed."""
+        self.record_layer(node)
 
     cdef void begin(
         self, uint32_t kind, Node parent, bytes name, Node new_parent, bytes new_name, Node node, Node target, int held
@@ -136,22 +175,40 @@ cdef class Recorder:
         cdef Node parent
         if record == NULL:
             return None
+        if record.flags & SUPERSEDED:
+            self.former.restoring.superseded(id_)
+            return self.by_id.get(id_)
         parent = self.found(record.parent)
         record = self.former.at(id_)
         if record == NULL or parent is None or parent.children is None or parent.unlinked:
             return self.by_id.get(id_)
         self.former.expected = record
         try:
-            parent.territory.lookup(parent, self.state.name_of(record))
+            if not self.found_again(parent, record):
+                parent.territory.lookup(parent, self.state.name_of(record))
         finally:
             self.former.expected = NULL
         return self.by_id.get(id_)
+
+    cdef bint found_again(self, Node parent, Record *record) except -1:
+        """Make a former node without a call into slow layers that know nothing more of it."""
+        cdef bint is_directory = record.kind == S_IFDIR >> 12
+        cdef uint32_t layers = record.layer
+        if marks == NULL or (is_directory and not record.flags & PARTS):
+            return False
+        if not is_directory:
+            if layers >= MOST_PARTS:
+                return False
+            layers = 1 << layers
+        return parent.territory.has_again(
+            parent, self.state.name_of(record), <uint32_t>record.kind << 12, self.state.number_of(record), layers
+        )
 
     cdef release_former(self, uint64_t id_):
         """Drop a former node if nothing needs it, and parents that only it needed."""
         cdef Record *record = self.former.at(id_)
         cdef uint64_t parent
-        while record != NULL and record.lookups <= 0 and id_ not in self.former.below:
+        while record != NULL and record.lookups <= 0 and id_ not in self.former.below and id_ not in self.former.opens:
             parent = record.parent
             self.former.take(id_)
             self.state.drop(record)

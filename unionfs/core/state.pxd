@@ -9,6 +9,8 @@ cdef enum:
     SUPERSEDED = 4  # the parent is the node that took over
     WRITTEN = 8  # as in `Use`
     MAPPED = 16
+    PARTS = 32  # of a directory with a name: `layer` has a bit for each layer of its parts, which have that name in the
+    # parts of its parent
     # Of `HandleRecord.flags`
     WRITES = 1
     MAPS = 2
@@ -25,6 +27,7 @@ cdef enum:
     IN_MORE = 52
     NAME_SIZE = 256
     DEATHS = 16
+    MOST_PARTS = 16
 
 cdef struct Record:  # 64 bytes
     uint64_t id, parent
@@ -105,6 +108,15 @@ cdef class State:
     cdef uint32_t add_kept(self, uint64_t node, int32_t backing_id) noexcept
     cdef void drop_kept(self, uint32_t place) noexcept
     cdef void drop_handle(self, HandleRecord *record) noexcept
+
+cdef inline uint32_t layer_of(const Record *record) noexcept:
+    """The layer of the object, or of its topmost part."""
+    cdef uint32_t layer = 0
+    if not record.flags & PARTS:
+        return record.layer
+    while layer < MOST_PARTS and not record.layer >> layer & 1:
+        layer += 1
+    return layer
 
 cdef inline uint32_t short_unique(uint64_t unique) noexcept:
     """What a record has of the number of a request, without the mark of one that is sent again. It is never 0, and

@@ -29,11 +29,11 @@ cdef extern from *:
 cdef extern from "<sys/mman.h>" nogil:
     int MAP_NORESERVE
 
-VERSION = 2
+VERSION = 3
 """Of the layout and the meaning of the records; a daemon takes over only its own."""
 
 cdef enum:
-    C_VERSION = 2
+    C_VERSION = 3
     TEXT = 8192
     HANDLES = 16 << 20
     MOST_HANDLES = 1 << 20
@@ -243,6 +243,7 @@ cdef class State:
         cdef size_t size = 0, at, piece
         cdef uint32_t first = 0, slot, old = record.more
         cdef More *last = NULL
+        record.flags &= ~PARTS  # of the former name
         if record.flags & FIXED:
             memcpy(text, &ino, 8)
             size = 8

@@ -33,6 +33,11 @@ cdef class Territory:
         """
         raise NotImplementedError
 
+    def has_again(self, parent, bytes name, kind, number, layers):
+        """Make the node of a name that a former daemon knew, if that is possible without a call into slow layers;
+        returns whether. ``layers``: a bit for each layer in which the object was, or that of its parts."""
+        return False
+
     def number(self, parent, bytes name):
         """``st_ino`` and file type (S_IFMT bits) of a name, without creating a node."""
         raise NotImplementedError

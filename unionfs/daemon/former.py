@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from unionfs.core.restoring import Restoring
 from unionfs.core.state import State, StateError
-from unionfs.daemon.holder import close_others
+from unionfs.daemon.holder import close_others, open_on
 from unionfs.daemon.live import LiveMount
 from unionfs.fuse.direct import agreed
 from unionfs.fuse.direct.former import Former
@@ -19,7 +22,7 @@ from unionfs.settings.mount import MountSettings
 from unionfs.settings.options import ATIME_WORDS
 from unionfs.sys.guardian import Guardian
 from unionfs.sys.mountinfo import mount_of_id
-from unionfs.union.layers import LayerStack
+from unionfs.union.layers import LayerStack, slow_devices
 
 
 class FormerDaemon:
@@ -41,8 +44,12 @@ class FormerDaemon:
         except (ValueError, KeyError, TypeError) as error:
             raise StateError(f"its text cannot be read ({type(error).__name__}: {error})") from error
         self.holder = os.getppid()
-        pipes = set() if self.guardian is None else {self.guardian.kept()[0]}
-        close_others({state.fd, self._connection.device, *self._layers["files"], *state.files(), *pipes})
+        self._slow = open_on(slow_devices(self._layers["known"]))
+        kept = {state.fd, self._connection.device, *self._layers["files"], *state.files()}
+        if self.guardian is not None:
+            kept.add(self.guardian.kept()[0])
+        self._slow -= kept
+        close_others(kept | self._slow)
 
     def layers(self) -> LayerStack:
         """The same layers. Raises LayerError, OSError."""
@@ -61,7 +68,16 @@ class FormerDaemon:
     def take_over(self, operations: Operations) -> tuple[Connection, Former]:
         """Take over nodes and open files; returns the connection, and what the session needs."""
         union = operations.union
-        restoring = Restoring(union.nodes, union.stack.layers)
-        restoring.nodes_of_former()
-        opened, backing_ids, kept = restoring.files_of_former(operations.files.handles, union.files.reopen)
-        return self._connection, Former(opened, backing_ids, kept)
+        handles, files = operations.files.handles, union.files
+        restoring = Restoring(union.nodes, union.stack.layers, handles, files.reopen, files.open_again)
+        opened, backing_ids, kept = restoring.take_over()
+        if self._slow:
+            threading.Thread(target=_close_all, args=(sorted(self._slow),), daemon=True).start()
+        return self._connection, Former(opened, backing_ids, kept, restoring.opened_by)
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    """Close files of slow layers: close(2) waits for the server."""
+    for fd in fds:
+        with suppress(OSError):
+            os.close(fd)

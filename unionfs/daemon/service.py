@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -285,19 +286,34 @@ class Service:
             self._storage.give_back()
         self._announcement.mark_ending()
         lease = self._stack.lease
-        if lease is None or lease.is_sure():  # else work may be another host's
+        sure = lease is None or lease.is_renewed()
+        answers = sure or (lease is not None and bool(lease.lost))
+        if sure:  # else work may be another host's
             self._operations.union.work.close()
         if not settings.volatile:
-            try:
-                self._stack.sync_upper()
-            except OSError as error:
-                log.error("the upper could not be written to disk: %s", error)
-                on_disk = False
-        self._stack.close()
+            on_disk = self._synced(answers=answers)
+        if answers:
+            self._stack.close()
+        else:
+            # Who unmounts does not wait for the server. The process ends by a signal that kills.
+            closing = threading.Thread(target=self._stack.close, daemon=True)
+            closing.start()
+            closing.join(_LEASE_SECONDS)
         self._announcement.withdraw()
         self._let_go()
         log.info("ended: %s", settings.mountpoint)
         return on_disk
+
+    def _synced(self, *, answers: bool) -> bool:
+        """Write the upper to disk, if its server answers; returns whether that was possible."""
+        try:
+            if not answers:
+                raise TimeoutError("its filesystem does not answer")
+            self._stack.sync_upper()
+        except OSError as error:
+            log.error("the upper could not be written to disk: %s", error)
+            return False
+        return True
 
     def _release_claim(self) -> None:
         if self._claim is not None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
+from unionfs.daemon.silent import await_layers, layers_of
 from unionfs.errors import UserError, quoted
 from unionfs.settings.configuration import Configuration
 from unionfs.settings.features import Features
@@ -40,7 +41,7 @@ def settle(
     storage: Sequence[Spec] = (),
     storage_root: str | None = None,
 ) -> MountSettings:
-    """Return the settings for a call. Changes nothing. Raises UserError.
+    """Return the settings for a call, when its layers answer. Changes nothing. Raises UserError.
 
     `source` is mount(8)'s first argument, the default of `fsname`. `trusted_xattrs`: whether `trusted.*` may
     be written (None: find out). `storage_root` is `--root`, ignored without `storage`. `session`, `io`,
@@ -53,6 +54,7 @@ def settle(
     chosen_work = _either("work", "-w", "workdir=", work, parsed.work)
     _check_paths(chosen_lowers, chosen_upper, chosen_work, mountpoint)
     chosen_upper, upper_tmpfs = _writable_layer(chosen_upper, chosen_work)
+    await_layers(layers_of(chosen_lowers, chosen_upper, chosen_work))
     storage = _with_options(storage, parsed.storage)
     session, io = _session_and_io(parsed, session, io, configured := configuration())
     upper_path = None if chosen_upper is None else absolute(chosen_upper)
@@ -64,8 +66,7 @@ def settle(
         upper=upper_path,
         work=None if chosen_work is None else absolute(chosen_work),
         read_only=(chosen_upper is None and upper_tmpfs is None) or parsed.read_only,
-        session=session,
-        io=io,
+        session=session, io=io,
         fsname=parsed.fsname or source or "unionfs",
         subtype="unionfs" if parsed.subtype is None else parsed.subtype,
         # As with kernel filesystems, all users may access root's mounts; the kernel checks permissions.

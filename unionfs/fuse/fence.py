@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import select
 from typing import Final
 
 import trio
@@ -13,6 +14,13 @@ from unionfs.union.leasekeeper import Keeper
 
 _LOOK_SECONDS: Final = 0.02
 _HURRY_SECONDS: Final = 1.0
+
+
+def is_cut_off(device: int) -> bool:
+    """Whether the mount of an fd of /dev/fuse is gone (fs/fuse/dev.c, fuse_dev_poll)."""
+    poll = select.poll()
+    poll.register(device, 0)
+    return bool(poll.poll(0))
 
 
 class Fence:
@@ -27,11 +35,14 @@ class Fence:
         """Whether requests may be answered."""
         return self._lease.passes
 
-    async def passed(self) -> bool:
-        """Wait until they may be; False if they never will."""
+    async def passed(self, device: int = -1) -> bool:
+        """Wait until they may be; False if they never will. Returns True also if the mount of this ``device``
+        is gone: whoever reads it finds out."""
         while not self._lease.passes:
             if self._lease.lost:
                 return False
+            if device >= 0 and is_cut_off(device):
+                return True
             if (now := trio.current_time()) >= self._hurried + _HURRY_SECONDS:
                 self._hurried = now
                 self._lease.hurry()

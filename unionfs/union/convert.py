@@ -59,6 +59,7 @@ def convert(layers: Resting, form: str) -> Converted:
         conversion.survey(place, path)
     for place, _ in _directories(layers):
         before = os.stat(layers.gate.fd(place))
+        layers.may_change()
         if conversion.rewrite(place):
             os.utime(
                 object_path(layers.gate.fd(place), b""), ns=(before.st_atime_ns, before.st_mtime_ns)
@@ -213,6 +214,7 @@ class _ToOverlay(_Conversion):
             if place.parent is None:
                 self._own_xattrs(dir_fd, b"")
             for name, st in self._layers.entries(place):
+                self._layers.may_change()
                 if name == OPAQUE:
                     self._markers.set_opaque(dir_fd)
                     os.unlink(name, dir_fd=dir_fd)
@@ -290,6 +292,7 @@ class _ToNames(_Conversion):
                 self._opaque(dir_fd)
             self._drop_xattrs(object_path(dir_fd, b""))
             for name, st in self._layers.entries(place):
+                self._layers.may_change()
                 if is_device_whiteout(st) or self._markers.is_whiteout(st, dir_fd, name):
                     _make(dir_fd, PREFIX + name)
                     os.unlink(name, dir_fd=dir_fd)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any, Final
@@ -180,10 +180,10 @@ class LayerStack:
                 remove_leftovers(kept["layers"][0], work_fd)
             layers: list[Layer] = []
             paths = [*([upper or ""] if work_fd >= 0 else []), *lowers]
-            for path, fd in zip(paths, kept["layers"], strict=True):
+            for path, fd, known in zip(paths, kept["layers"], kept["known"], strict=True):
                 is_upper = work_fd >= 0 and not layers
                 quiet = not is_upper or (upper is not None and "noatime" in atime)
-                layers.append(Layer(len(layers), path, fd, is_upper=is_upper, quiet=quiet))
+                layers.append(Layer(len(layers), path, fd, is_upper=is_upper, quiet=quiet, known=known))
             prefix = b"trusted.overlay." if privileged and not userxattr else b"user.overlay."
             markers, chosen = _choose(features, prefix, layers[0], work_fd)
             if shown.permissions:
@@ -205,6 +205,8 @@ class LayerStack:
         return {
             "files": self._resources.files(),
             "layers": [layer.root_fd for layer in self.layers],
+            # Of a lower, which does not change; the upper's xattrs do.
+            "known": [None if layer.is_upper else layer.known for layer in self.layers],
             "mapped": [layer.is_idmapped for layer in self.layers],
             "work_root": self._work_root,
             "work": self.work_fd,
@@ -285,6 +287,11 @@ class LayerStack:
     def close(self) -> None:
         """Close all fds, including the locks."""
         self._resources.close()
+
+
+def slow_devices(known: Iterable[Mapping[str, Any] | None]) -> set[int]:
+    """The devices of the layers whose calls wait for a server, by `LayerStack.kept`'s ``known``."""
+    return {one["root"][0] for one in known if one is not None and one.get("bare") is not None}
 
 
 def _choose(features: Features, prefix: bytes, top: Layer, work_fd: int) -> tuple[Markers, Features]:

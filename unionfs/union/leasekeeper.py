@@ -80,6 +80,28 @@ class Keeper:
             time.sleep(_LOOK_SECONDS)
         return self.passes
 
+    def is_renewed(self) -> bool:
+        """Renew it now. Returns False if it is lost, or if the server does not answer within a while."""
+        before, deadline = self._lease.until, clock() + _END_SECONDS
+        if self._thread is None:
+            self._renew()
+        while self._lease.until <= before and not self.lost and clock() < deadline:
+            self.hurry()
+            time.sleep(_LOOK_SECONDS)
+        return self._lease.until > before and not self.lost
+
+    def wait(self) -> None:
+        """Return when the upper may be changed, as long as the server takes. Raises LayerError if it may not
+        be any more."""
+        while not self.passes:
+            if self.lost:
+                raise LayerError(
+                    f"upper {quoted(self._lease.upper)} was not changed any further: {self.lost}; run the "
+                    "command again when nobody uses it."
+                )
+            self.hurry()
+            time.sleep(_LOOK_SECONDS)
+
     def kept(self) -> dict[str, Any]:
         """What another process with the same open files needs to go on with it: JSON-able."""
         return {"parent": self._lease.parent, "fd": self._lease.fd, "token": self._lease.owner.token}

@@ -71,11 +71,14 @@ class NamedWhiteouts:
             roots.append(layer.root)
             opaque = known.get(layer)
             if opaque is None:
-                opaque = self._exists(layer.root, OPAQUE, layer.root_fd)
+                opaque = self._is_opaque(layer)
             self._opaque_roots[layer] = opaque
             if opaque:
                 break
         return roots
+
+    def _is_opaque(self, layer: Layer) -> bool:
+        return layer.once("opaque", lambda fd: self._exists(layer.root, OPAQUE, fd))
 
     def _may_have(self, place: Place) -> bool:
         """List a directory that was asked often, once. One that is large or unreadable may have some."""

@@ -85,6 +85,12 @@ class OpenFiles:
         file = self._lend(node, write=write)
         return self.lend(node, write=False) if file is None else file
 
+    def open_again(self, node: Node) -> OpenFile:
+        """A backing file of the node's own, to read, for open files of a former daemon."""
+        while node.successor is not None:
+            node = node.successor
+        return self._open_for_reading(node)
+
     def is_open_for_writing(self, node: Node) -> bool:
         """Whether the backing file is open for writing, so the data is in place."""
         file = None if node.use is None else node.use.file

@@ -27,7 +27,6 @@ from unionfs.core.nodes import Stored
 from unionfs.core.origins import OriginFormat, handle_at, subvolume
 from unionfs.core.places import Gate, Layer, Place
 from unionfs.settings.features import Features
-from unionfs.sys import calls
 from unionfs.sys.handles import filesystem_uuid
 from unionfs.union.markers import Markers
 from unionfs.union.numbers import Numbers
@@ -56,9 +55,10 @@ class Origins(OriginFormat):
         of_device: dict[int, _Filesystem] = {}
         for layer in layers:
             if layer.dev not in of_device:
-                filesystem = _look_at(layer)
-                if filesystem is not None:
-                    of_device[layer.dev] = filesystem
+                found = layer.once("filesystem", _look_at)
+                if found is not None:
+                    uuid = bytes.fromhex(found[0])
+                    of_device[layer.dev] = _Filesystem(layer.dev, layer.magic, uuid, found[1])
         known = _distinct(of_device.values(), features)
         super().__init__(
             [(*one, one in known) for one in of_device.values()],
@@ -68,8 +68,12 @@ class Origins(OriginFormat):
         self._gate = gate
         self._lowest = len(layers) - 1
         for layer in layers[:-1]:
-            marks = markers.directory(layer.root_fd)
-            layer.root.marked(impure=marks.impure, copied=False)
+            impure = (
+                markers.directory(layer.root_fd).impure  # which changes
+                if layer.is_upper
+                else layer.once("impure", lambda fd: markers.directory(fd).impure)
+            )
+            layer.root.marked(impure=impure, copied=False)
 
     # -- reading --------------------------------------------------------------------------------------
 
@@ -137,8 +141,11 @@ class Origins(OriginFormat):
             origin = self.encoded(layer.root_fd, b"", layer.dev)
         except OSError:
             return False
+        number = self.number_of(origin)
+        if number is None:  # of all slow layers
+            return False
         st = os.stat(layer.root_fd)
-        return self.number_of(origin) == self.numbers.of(st.st_dev, st.st_ino)
+        return number == self.numbers.of(st.st_dev, st.st_ino)
 
     def moves(self, node: Node, place: Place, dir_fd: int) -> None:
         """Mark a directory of the upper before ``node`` gets a name in it, if it is a copy (dir.c,
@@ -155,17 +162,15 @@ class Origins(OriginFormat):
         return place.impure
 
 
-def _look_at(layer: Layer) -> _Filesystem | None:
-    """The filesystem of a layer; None if it has no file handles or its uuid cannot be read."""
+def _look_at(root_fd: int) -> tuple[str, int] | None:
+    """Uuid, in hexadecimal, and subvolume of the filesystem of a layer; None if it has no file handles or its
+    uuid cannot be read."""
     try:
-        kind, handle = handle_at(layer.root_fd)
+        kind, handle = handle_at(root_fd)
     except OSError:
         return None
-    uuid = filesystem_uuid(layer.root_fd)
-    if uuid is None:
-        return None
-    magic = calls.filesystem_magic(layer.root_fd)
-    return _Filesystem(layer.dev, magic, uuid, subvolume(kind, handle))
+    uuid = filesystem_uuid(root_fd)
+    return None if uuid is None else (uuid.hex(), subvolume(kind, handle))
 
 
 def _distinct(filesystems: Iterable[_Filesystem], features: Features) -> set[_Filesystem]:

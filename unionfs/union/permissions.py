@@ -281,7 +281,7 @@ def find(layers: Sequence[Layer], level: int) -> None:
     ``level``: 1 for `PRIVILEGED` in the upper, 2 for the others.
     """
     for layer in layers:
-        names = _at_root(layer)
+        names = [os.fsencode(name) for name in layer.once("permissions", _names_at)]
         if layer.is_idmapped and names:
             raise LayerError(
                 f"lower {layer.path} is on an idmapped mount, which does not map the owners in its xattrs; "
@@ -302,7 +302,7 @@ def _prepare(upper: Layer, names: list[bytes], level: int, layers: Iterable[Laye
         return
     st = os.stat(upper.root_fd)
     for layer in layers:
-        found = {} if layer.is_upper else _at_root(layer)
+        found = {} if layer.is_upper else _at_root(layer.root_fd)
         lower = next((shown for value in found.values() if (shown := parse(value, st))), None)
         if lower is not None:
             st = lower
@@ -317,11 +317,16 @@ def _prepare(upper: Layer, names: list[bytes], level: int, layers: Iterable[Laye
         ) from error
 
 
-def _at_root(layer: Layer) -> dict[bytes, bytes]:
+def _names_at(root_fd: int) -> list[str]:
+    """The xattrs that a root has."""
+    return [os.fsdecode(name) for name in _at_root(root_fd)]
+
+
+def _at_root(root_fd: int) -> dict[bytes, bytes]:
     found = {}
     for name in _NAMES:
         try:
-            found[name] = os.getxattr(b"/proc/self/fd/%d" % layer.root_fd, name)
+            found[name] = os.getxattr(b"/proc/self/fd/%d" % root_fd, name)
         except OSError:
             continue
     return found

@@ -285,6 +285,7 @@ class Refresh:
         if kept != node.parts:
             self._union.merge.forget(set(node.parts) - set(kept))
             node.has_parts(kept)
+            self._union.nodes.merges_others(node)
             if self._union.watches is not None:
                 self._union.watches.known(node)
             self._outdated.add(node)

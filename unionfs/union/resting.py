@@ -14,6 +14,7 @@ from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.fds import Owned, close_quietly, names_in
 from unionfs.union import leases, opening
 from unionfs.union.layers import leased, lock
+from unionfs.union.leasekeeper import Keeper
 from unionfs.union.markers import Markers
 from unionfs.union.merge import Merge
 
@@ -24,13 +25,21 @@ USER: Final = b"user.overlay."
 class Resting:
     """The layers, locked against mounts; the upper's are at index 0 of the merge's layers."""
 
-    def __init__(self, merge: Merge, upper: Layer, work: tuple[str, int] | None) -> None:
+    def __init__(
+        self, merge: Merge, upper: Layer, work: tuple[str, int] | None, lease: Keeper | None = None
+    ) -> None:
         self.merge = merge
         self.markers = merge.markers
         self.gate = merge.gate
         self.upper = upper
         #: The path and an O_PATH fd of the work directory.
         self.work = work
+        self._lease = lease
+
+    def may_change(self) -> None:
+        """Call this before each change. Raises LayerError if another host may have the upper by now."""
+        if self._lease is not None:
+            self._lease.wait()
 
     def path(self, below: bytes) -> bytes:
         """The path on the host of something in the upper, for messages."""
@@ -58,8 +67,9 @@ def resting(
         fd = opening.open_lower(upper, privileged and not writable)
         resources.callback(close_quietly, fd)
         alone = lock(fd, upper, "upper", resources)
+        lease = None
         if leases.filesystem(fd) is not None:
-            _lease(fd, upper, resources, alone=alone, writable=writable)
+            lease = _lease(fd, upper, resources, alone=alone, writable=writable)
         layers = [Layer(0, upper, fd, is_upper=True)]
         opened = None
         if work is not None:
@@ -75,19 +85,21 @@ def resting(
         markers = Markers(USER if userxattr else TRUSTED, follows_redirects=follows)
         merge = Merge(layers, markers, directory_fds=256)
         resources.callback(merge.close)
-        yield Resting(merge, layers[0], opened)
+        yield Resting(merge, layers[0], opened, lease)
 
 
-def _lease(fd: int, upper: str, resources: ExitStack, *, alone: bool, writable: bool) -> None:
+def _lease(fd: int, upper: str, resources: ExitStack, *, alone: bool, writable: bool) -> Keeper | None:
     """Hold the upper's lease. Who may not make one only looks whether another host has it. Raises LayerError,
     OSError."""
     above = os.path.dirname(upper)
     if not writable and not os.access(above, os.W_OK, effective_ids=True):
         leases.refuse_if_led(upper, alone=alone)
-        return
+        return None
     parent = opening.open_lower(above, False)
     resources.callback(close_quietly, parent)
-    leased(fd, upper, parent, resources, alone=alone).begin()
+    keeper = leased(fd, upper, parent, resources, alone=alone)
+    keeper.begin()
+    return keeper
 
 
 def object_path(dir_fd: int, name: bytes) -> bytes:

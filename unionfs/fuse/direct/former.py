@@ -9,7 +9,7 @@ only this request can have made, removed or moved the name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 
 from unionfs.core.files import Handle
@@ -29,10 +29,14 @@ class Former:
     """Of these."""
     kept_ids: Set[int] = frozenset()
     """Of files that were kept for the next open."""
+    find: Callable[[int], tuple[int, Handle] | None] | None = None
+    """Finds one that is not among `opened` yet."""
 
     def opened_by(self, unique: int) -> tuple[int, Handle] | None:
         """The file that was opened by a request, which is sent again now."""
-        return self.opened.get(unique & ~UNIQUE_RESEND)
+        number = unique & ~UNIQUE_RESEND
+        found = self.opened.get(number)
+        return self.find(number) if found is None and self.find is not None else found
 
 
 NO_FORMER = Former()

@@ -153,7 +153,7 @@ class Loop:
         while True:
             while self._hold is not None:
                 await self._hold.wait()
-            if fence is not None and not fence.passes and not await fence.passed():
+            if fence is not None and not fence.passes and not await fence.passed(self._device.fd):
                 await refuse_all(self._device, self._view)
                 return
             try:
