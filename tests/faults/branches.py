@@ -43,6 +43,8 @@ _MODULES: Final = (
     "unionfs.cli.branch.committing", "unionfs.branches.commit", "unionfs.branches.undo",
     "unionfs.branches.merging", "unionfs.daemon.service",
 )  # fmt: skip
+_COMMIT: Final = ("branch", "commit", "br")
+_PART: Final = (*_COMMIT, "--only", "d", "--only", "ren", "--only", "gone")
 
 
 @dataclass(frozen=True)
@@ -57,19 +59,25 @@ class Scenario:
     #: Whether the base is on another filesystem than the store, so that no commit can be undone.
     apart: bool = False
     below: str = ""
+    #: The commit that is undone.
+    undone: tuple[str, ...] = _COMMIT
+
+    @property
+    def commit(self) -> tuple[str, ...]:
+        return self.undone if self.undoes else self.words
 
     def __str__(self) -> str:
         return self.name
 
 
-_COMMIT: Final = ("branch", "commit", "br")
 SCENARIOS: Final = [
     Scenario("branch commit", _COMMIT),
     Scenario("branch commit --merge", (*_COMMIT, "--merge"), below=_BELOW),
-    Scenario("branch commit --only", (*_COMMIT, "--only", "d", "--only", "ren", "--only", "gone")),
+    Scenario("branch commit --only", _PART),
     Scenario("branch commit to another filesystem", _COMMIT, apart=True),
     Scenario("branch commit to a parent", _COMMIT, nested=True),
     Scenario("branch undo", ("branch", "undo"), undoes=True),
+    Scenario("branch undo of a part", ("branch", "undo"), undoes=True, undone=_PART),
     Scenario("branch undo in a parent", ("branch", "undo"), undoes=True, nested=True),
 ]
 
@@ -111,7 +119,7 @@ class Stage:
         """The tree that is changed: the base, or the parent, read by the kernel, as another lies over it."""
         if not self.scenario.nested:
             found = tree(self.branching.base)
-            if "--only" in self.scenario.words:  # not the root, whose time is that of the changes in it
+            if "--only" in self.scenario.commit:  # not the root, whose time is that of the changes in it
                 del found[b"."]
             return found
         lowers = [self.branching.root / "branches/parent/upper", self.branching.base]
@@ -140,7 +148,7 @@ class Stage:
         return {one for one in ids if not Path(self.branching.store.commits, one, "journal.json").exists()}
 
     def _commit(self) -> None:
-        outcome, _ = self.run(_COMMIT if self.scenario.undoes else self.scenario.words)
+        outcome, _ = self.run(self.scenario.commit)
         assert outcome.code == 0, outcome.text
 
     def run(self, words: Sequence[str], fault: Fault | None = None) -> tuple[Outcome, list[str]]:

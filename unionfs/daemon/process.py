@@ -25,7 +25,7 @@ from unionfs.daemon import logs, preflight
 from unionfs.daemon.caller import CALLER, result
 from unionfs.daemon.outliving import holder_for
 from unionfs.daemon.runtime import RuntimeDirectory, runtime_directory
-from unionfs.errors import DeadMountError, MountRefusedError, UserError, quoted
+from unionfs.errors import DeadMountError, MountRefusedError, UserError, quoted, reason
 from unionfs.settings.mount import MountSettings
 from unionfs.sys.fds import Owned
 from unionfs.sys.liveness import is_dead
@@ -277,9 +277,14 @@ def _be_daemon(settings: MountSettings, directory: str, writer: int) -> NoReturn
     code = 1
     try:
         code = _serve_detached(settings, directory, {writer}, report)
-    except UserError as error:
-        with suppress(BrokenPipeError):
-            os.write(writer, json.dumps(str(error)).encode("ascii") + b"\n")
+    except (UserError, OSError) as error:
+        # Above all one that comes before the log.
+        sentence = str(error) if isinstance(error, UserError) else (
+            f"the daemon for {quoted(settings.mountpoint)} cannot start: {reason(error)}; see "
+            f"{logs.log_place(directory)}."
+        )  # fmt: skip
+        with suppress(OSError):
+            os.write(writer, json.dumps(sentence).encode("ascii") + b"\n")
     finally:
         _leave(code)
 

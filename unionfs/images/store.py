@@ -328,7 +328,18 @@ class Store:
         """
         self._prepare("locks", "records")
         with self._records():
-            return self._remove_unused(list(self.all_layers()), users)
+            gone = self._remove_unused(list(self.all_layers()), users)
+            self._remove_locks()
+        return gone
+
+    def _remove_locks(self) -> None:
+        """Remove the locks of layers that are gone."""
+        layers = {f"{kind}-{name.removeprefix(_NEW)}" for kind, name in self.all_layers()}
+        for name in {*_names(f"{self.path}/locks")} - {*layers, "records"}:
+            if (fd := try_alone(f"{self.path}/locks/{name}")) is not None:
+                with suppress(OSError):
+                    os.unlink(f"{self.path}/locks/{name}")
+                close_quietly(fd)
 
     def _remove_unused(self, layers: Sequence[tuple[str, str]], users: Mapping[str, str]) -> list[str]:
         """Remove those of the layers that no image has and nobody uses. Returns their directories."""
