@@ -350,7 +350,7 @@ def test_made_as_the_kernel_makes_it(
     assert made[:-1] == expected[:-1]
     assert made[-1] == (["user.overlay.opaque"] if over and kind == "directory" else [])
     assert find(union, f"d/{name}") is node
-    assert (node.flags, node.from_origin) == (0, False)
+    assert (node.flags, node.from_origin, node.no_capability) == (0, False, True)
     assert os.listdir(tmp_path / "work/work") == []
     plain = not over or not mode & stat.S_ISGID
     replaces = [*(["opaque"] if kind == "directory" else []), "appear"]
