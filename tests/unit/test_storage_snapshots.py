@@ -79,6 +79,7 @@ def test_one_changes_them_at_a_time(upper: Path, monkeypatch: pytest.MonkeyPatch
             patch.setattr(snapshots, "_LOCK_SECONDS", 0.1)
             with pytest.raises(UserError, match="in use by another process"), store.locked():
                 pass
+        monkeypatch.setattr(snapshots, "_LOCK_SECONDS", patient(10))
         threading.Timer(0.1, ends.set).start()
         with store.locked():
             assert ends.is_set()

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.support import acl
 from tests.unit.union_support import ME, OpenUnion, find, get
 from tests.unit.union_support import open_union as open_union
 from unionfs.core.copyup import SmallCopyUps
@@ -350,11 +351,37 @@ def test_made_as_the_kernel_makes_it(
     assert made[:-1] == expected[:-1]
     assert made[-1] == (["user.overlay.opaque"] if over and kind == "directory" else [])
     assert find(union, f"d/{name}") is node
-    assert (node.flags, node.from_origin) == (0, False)
+    assert (node.flags, node.from_origin, node.no_capability) == (0, False, True)
     assert os.listdir(tmp_path / "work/work") == []
     plain = not over or not mode & stat.S_ISGID
     replaces = [*(["opaque"] if kind == "directory" else []), "appear"]
     assert steps == ["begin", *(["make"] if plain else []), *(replaces if plain and over else [])]
+
+
+@pytest.mark.parametrize("umask", [0, 0o077])
+@pytest.mark.parametrize("over", [False, True])
+def test_a_default_acl_is_inherited(tmp_path: Path, open_union: OpenUnion, over: bool, umask: int) -> None:
+    """Also by what replaces a whiteout, and before anybody has asked whether the directory has one."""
+    for directory in ("upper/d", "l0/d", "native"):
+        (tmp_path / directory).mkdir(parents=True)
+        os.setxattr(tmp_path / directory, acl.DEFAULT, acl.simple(7, 5, 0, users={1000: 6}))
+    (tmp_path / "l0/d/a").touch()
+    union = open_union()
+    changes, caller = Changes(union), Caller(*ME[:2], umask)
+    name = "a" if over else "new"
+    if over:
+        get(union, "d/a")
+        changes.unlink(get(union, "d"), b"a")
+    for kind in ("file", "directory"):
+        make_natively(tmp_path / "native" / name, kind, caller)
+        make(changes, union, kind, name.encode(), caller)
+        made, natively = tmp_path / "upper/d" / name, tmp_path / "native" / name
+        assert os.getxattr(made, acl.ACCESS) == os.getxattr(natively, acl.ACCESS)
+        assert made.stat().st_mode == natively.stat().st_mode
+        if kind == "file":
+            changes.unlink(get(union, "d"), name.encode())
+            natively.unlink()
+    assert os.getxattr(made, acl.DEFAULT) == os.getxattr(natively, acl.DEFAULT)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support import named as layers
+from tests.support.world import errno_of
 from tests.unit.union_support import ME, OpenUnion, copy_up, find, get, names
 from tests.unit.union_support import open_union as open_union
 from unionfs.union.changes import Changes
@@ -53,6 +55,26 @@ def test_names() -> None:
     assert [is_reserved(name) for name in (b".wh.", b".wh.x", OPAQUE, b".wh", b"a.wh.b")] == [
         True, True, True, False, False,
     ]  # fmt: skip
+
+
+def test_names_that_are_never_shown(tmp_path: Path, open_union: OpenUnion) -> None:
+    """Nor can they be made."""
+    for layer in ("l0", "l1", "upper"):
+        (tmp_path / layer / "d").mkdir(parents=True)
+    for name in (".wh.", ".wh.x", ".wh..wh.plnk"):
+        (tmp_path / "l0/d" / name).touch()
+        (tmp_path / "upper/d" / name).touch()
+    for name in (".wh", "x.wh."):
+        (tmp_path / "l0/d" / name).touch()
+    union = open_union(2)
+    directory = get(union, "d")
+    assert names(union, "d") == {b".wh", b"x.wh."}
+    changes = Changes(union)
+    for name in (b".wh.", b".wh.x", b".wh..wh.plnk", b".wh.other"):
+        assert union.lookup(directory, name) is None
+        assert errno_of(changes.mkdir, directory, name, 0o700, ME) == errno.EINVAL
+    for name in (b".wh", b"x.wh."):
+        assert union.lookup(directory, name) is not None
 
 
 def test_absent_names_cost_little(

@@ -83,14 +83,31 @@ def error_of(action: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def opened(home: Path) -> Iterator[Union]:
-    stack = LayerStack.open([f"{home}/l0"], f"{home}/upper", f"{home}/work", userxattr=True)
+def opened(home: Path, *lowers: str) -> Iterator[Union]:
+    layers = [f"{home}/{name}" for name in lowers or ("l0",)]
+    stack = LayerStack.open(layers, f"{home}/upper", f"{home}/work", userxattr=True)
     union = Union(stack)
     try:
         yield union
     finally:
         union.close()
         stack.close()
+
+
+@pytest.mark.parametrize("closed", ["l1/p", "l0/p/d"])
+def test_what_another_user_closes_is_not_left_out(home: Path, closed: str) -> None:
+    """Whether it has a name, or a whiteout, cannot be known: an error, not a merge without it."""
+    as_user(lambda: [os.makedirs(home / name) for name in ("l0/p/d", "l1/p/d", "upper", "work")] and None)
+    (home / "l1/p/d/file").touch()
+
+    def look() -> Any:
+        with opened(home, "l0", "l1") as union:
+            return error_of(lambda: get(union, "p/d/file") is not None)
+
+    assert as_user(look) is True
+    os.chown(home / closed, 0, 0)
+    (home / closed).chmod(0o700)
+    assert as_user(look) == "EACCES"
 
 
 # -- crashes ------------------------------------------------------------------------------------------
