@@ -12,7 +12,18 @@ import threading
 
 import pytest
 
-from tests.mount.cli_calls import UNIONFS, Place, gone, listed, mounts_at, refused, succeed, unionfs, wait_for
+from tests.mount.cli_calls import (
+    UNIONFS,
+    Place,
+    gone,
+    listed,
+    mounts_at,
+    refused,
+    stopped,
+    succeed,
+    unionfs,
+    wait_for,
+)  # fmt: skip
 from tests.mount.outliving_calls import MODES, RESENDS, Outliving, children, fill, load, storm, tree
 from tests.mount.user_calls import Host
 from unionfs.daemon import live
@@ -249,6 +260,23 @@ def test_unmounted_while_no_daemon_serves(place: Place) -> None:
     subprocess.run(["umount", "--lazy", mount.top], check=True)
     assert all(wait_for(lambda pid=pid: gone(pid), 30) for pid in mount.processes())
     assert wait_for(lambda: not [e for e in live.entries() if e.settings.mountpoint == str(mount.top)], 30)
+
+
+@pytest.mark.parametrize("deaths", [0, 1])
+def test_the_upper_stays_locked(place: Place, deaths: int) -> None:
+    """Another mount cannot have it, also while there is no daemon, and after the one that took the lock."""
+    mount = Outliving(place)
+    for _ in range(deaths):
+        mount.kill()
+    pid, holder = mount.processes()
+    other = place.root / "other"
+    other.mkdir()
+    with stopped(holder):
+        os.kill(pid, signal.SIGKILL)
+        assert wait_for(lambda: gone(pid))
+        refused(unionfs("mount", *place.layers, other), "already in use by another mount")
+    assert mount.entry().pid != pid
+    mount.end()
 
 
 def test_an_ordinary_user(host: Host) -> None:

@@ -50,16 +50,21 @@ def may_be_a_mounts(fd: int) -> bool:
 
 
 def holders(status: os.stat_result) -> list[int]:
-    """Return the visible processes that hold flock(2) on the file with these attributes."""
+    """Return the visible processes that hold flock(2) on the file with these attributes.
+
+    The taker may have ended, and have left the open file to another process, as the daemon of a mount that
+    outlives it; so its pid in /proc/locks counts only where no process is seen to have the file open.
+    """
     # /proc/locks shows the superblock's device, which on btrfs is not st_dev: compare inodes only.
     inode = f":{status.st_ino}"
-    found = []
+    if found := _openers(inode):
+        return found
     with open("/proc/locks", encoding="ascii") as locks:
         for line in locks:
             words = line.split()
             if len(words) > 5 and words[1] == "FLOCK" and words[5].endswith(inode):
                 found.append(int(words[4]))
-    return found or _openers(inode)
+    return [pid for pid in found if os.path.exists(f"/proc/{pid}")]
 
 
 def _openers(inode: str) -> list[int]:
