@@ -336,10 +336,9 @@ class Store:
         """Remove the locks of layers that are gone."""
         layers = {f"{kind}-{name.removeprefix(_NEW)}" for kind, name in self.all_layers()}
         for name in {*_names(f"{self.path}/locks")} - {*layers, "records"}:
-            if (fd := try_alone(f"{self.path}/locks/{name}")) is not None:
-                with suppress(OSError):
+            if (lock := try_alone(f"{self.path}/locks/{name}")) is not None:
+                with lock, suppress(OSError):
                     os.unlink(f"{self.path}/locks/{name}")
-                close_quietly(fd)
 
     def _remove_unused(self, layers: Sequence[tuple[str, str]], users: Mapping[str, str]) -> list[str]:
         """Remove those of the layers that no image has and nobody uses. Returns their directories."""
