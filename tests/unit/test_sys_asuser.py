@@ -37,7 +37,7 @@ _CLEAR = {
 }
 _CLEAN = {
     **_CLEAR,
-    "work": _CLEAR["work"] + "; assert {'subprocess', 'xxhash'} <= set(sys.modules)",
+    "work": _CLEAR["work"] + "; assert {'importlib.metadata', 'subprocess', 'xxhash'} <= set(sys.modules)",
     "call": "with patch.object(dead, 'run_as', run_as): dead.clean(dead.DeadMount(Mock(), None, 1000))",
 }
 

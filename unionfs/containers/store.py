@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -66,7 +65,7 @@ def lowers_of_all(root: str) -> dict[str, str]:
 
 def new_name() -> str:
     """A name for a container without one: 12 hexadecimal digits."""
-    return secrets.token_hex(6)
+    return os.urandom(6).hex()
 
 
 def _lock(fd: int) -> bool:
@@ -258,7 +257,7 @@ class Container:
         self._sweep()
         # Rename it to an invalid container name first, so that a partly removed one is not taken for a
         # container.
-        doomed = f"{self.above}/.removed-{secrets.token_hex(8)}"
+        doomed = f"{self.above}/.removed-{os.urandom(8).hex()}"
         with on_failure(f"{complaint} from {quoted(self.above)}", "check the permissions"):
             try:
                 os.rename(self.path, doomed)

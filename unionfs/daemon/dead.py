@@ -32,6 +32,7 @@ _ASKING_SECONDS: Final = 3.0
 _ALL_ASKING_SECONDS: Final = 6.0
 _CLEANING_SECONDS: Final = 20.0
 _NEEDED: Final = (
+    "importlib.metadata",
     "subprocess",
     "xxhash",
     "unionfs.storage.users",

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from unionfs.storage.usage import reclaimable
-from unionfs.storage.volumes import Volumes
-
 
 @dataclass(frozen=True, slots=True)
 class Use:
@@ -18,6 +15,10 @@ class Use:
 
 def uses(root: str) -> list[Use]:
     """The volumes. Raises UserError."""
+    # start-up time: commands on containers need `Use` alone
+    from unionfs.storage.usage import reclaimable
+    from unionfs.storage.volumes import Volumes
+
     volumes = Volumes(root)
     users = volumes.all_users()
     return [Use(volume.name, reclaimable(volume), volume.name in users) for volume in volumes.all()]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -191,7 +190,7 @@ class Volumes:
         place = self._directory(name)
         parent = make_directory(os.path.dirname(place))
         self._sweep(parent)
-        temporary = f"{parent}/.new-{name[:64]}-{os.getpid()}-{secrets.token_hex(8)}"
+        temporary = f"{parent}/.new-{name[:64]}-{os.getpid()}-{os.urandom(8).hex()}"
         volume = Volume(
             name, driver, "", anonymous, dict(options), dict(labels), time.time(), maker.scope, temporary
         )
@@ -329,7 +328,7 @@ class Volumes:
     @contextmanager
     def used(self, name: str, kind: str) -> Iterator[str]:
         """The path of a volume's data, in use by this process within the context; `kind` is e.g. `backup`."""
-        user = VolumeUser.of_this_process(kind, f"#{secrets.token_hex(4)}")
+        user = VolumeUser.of_this_process(kind, f"#{os.urandom(4).hex()}")
         path = self.attach(name, user)
         try:
             yield path
@@ -413,7 +412,7 @@ class Volumes:
                 refuse_locked(volume.directory, complaint)
             driver.remove(volume)
             refuse_mounted(volume.directory, complaint)
-            aside = f"{self.root}/volumes/.gone-{name[:64]}-{os.getpid()}-{secrets.token_hex(8)}"
+            aside = f"{self.root}/volumes/.gone-{name[:64]}-{os.getpid()}-{os.urandom(8).hex()}"
             failure = on_failure(f"{complaint} from {quoted(self.root)}", "check the permissions")
             with failure, suppress(FileNotFoundError):
                 os.rename(volume.directory, aside)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -90,7 +89,7 @@ def workspace(
     `home` is ROOT/volumes/NAME. `settle` is called before the exchange, and may wait until all written files
     can be renamed. Raises OSError, and UserError when another user interferes.
     """
-    record = Record(f".unionfs-{secrets.token_hex(8)}", VolumeUser.of_this_process(kind))
+    record = Record(f".unionfs-{os.urandom(8).hex()}", VolumeUser.of_this_process(kind))
     write(home, record)
     try:
         os.mkdir(record.name, 0o700, dir_fd=root)
@@ -181,7 +180,7 @@ def _claim(root: int, fd: int, record: Record) -> Record:
 
 def _own_uid(root: int) -> int:
     """The owner of new files of this user in a directory; a server may choose it (root_squash, sshfs)."""
-    name = f".unionfs-{secrets.token_hex(8)}"
+    name = f".unionfs-{os.urandom(8).hex()}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     probe = Owned(os.open(name, flags, 0o600, dir_fd=root))
     try:
@@ -303,7 +302,7 @@ def _move_away(name: str, aside: str, root: int, old: int) -> None:
             raise
         # Another process moved the name to the workspace, which cannot be moved into itself (rename(2)).
         with suppress(FileNotFoundError):
-            os.rename(name, f".unionfs-{secrets.token_hex(8)}", src_dir_fd=root, dst_dir_fd=root)
+            os.rename(name, f".unionfs-{os.urandom(8).hex()}", src_dir_fd=root, dst_dir_fd=root)
 
 
 def _move_in(name: str, new: int, root: int, old: int) -> None:
@@ -316,7 +315,7 @@ def _move_in(name: str, new: int, root: int, old: int) -> None:
             if error.errno not in in_the_way or not left:
                 raise
         # Another process has just created it.
-        _move_away(name, secrets.token_hex(16), root, old)
+        _move_away(name, os.urandom(16).hex(), root, old)
 
 
 def _set_attributes(root: int, journal: Journal) -> None:

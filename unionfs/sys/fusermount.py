@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
 
 
 def find_fusermount() -> str | None:
     """Return the path of fusermount3, or None if it is not installed."""
-    return shutil.which("fusermount3") or next(
-        (path for path in ("/usr/bin/fusermount3", "/bin/fusermount3") if os.access(path, os.X_OK)), None
-    )
+    # Not by shutil.which: importing shutil takes a tenth of the time of a short command.
+    paths = (os.path.join(where, "fusermount3") for where in (*os.get_exec_path(), "/usr/bin", "/bin"))
+    return next((path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)), None)
 
 
 def lack() -> tuple[str, str] | None:

@@ -11,10 +11,15 @@ Any other name is that of a Docker volume plugin (`drivers.plugin`).
 from __future__ import annotations
 
 import difflib
-from importlib.metadata import EntryPoint, entry_points
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from unionfs.errors import UserError, on_failure, quoted
 from unionfs.storage.drivers.base import Driver, Replacement
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 __all__ = ["Driver", "Replacement", "driver_names", "find_driver"]
 
@@ -37,21 +42,23 @@ def driver_names() -> list[str]:
     # start-up time: few commands need it
     from unionfs.storage.drivers.plugin import plugin_names
 
-    others = {point.name for point in entry_points(group=GROUP)} | set(plugin_names())
+    others = {point.name for point in _points()} | set(plugin_names())
     return [*_BUILT_IN, *sorted(others - {*_BUILT_IN, OWN_PLUGIN})]
 
 
 def find_driver(name: str) -> Driver:
     """The driver of that name. Raises UserError if it does not exist."""
     if name in _BUILT_IN:
-        return _load(EntryPoint(name, _BUILT_IN[name], GROUP))
+        module, _, attribute = _BUILT_IN[name].partition(":")
+        return _load(name, _BUILT_IN[name], lambda: getattr(import_module(module), attribute))
     if name == OWN_PLUGIN:
         raise UserError(
             f"volume driver {name} is the plugin by which container engines use these volumes; name the "
             f"driver of the volume itself: {', '.join(_BUILT_IN)}, or another plugin."
         )
-    for point in entry_points(group=GROUP, name=name):
-        return _load(point)
+    for point in _points():
+        if point.name == name:
+            return _load(name, point.value, point.load)
     # start-up time: few commands need it
     from unionfs.storage.drivers.plugin import find_plugin
     from unionfs.storage.drivers.plugin_search import searched
@@ -68,16 +75,25 @@ def find_driver(name: str) -> Driver:
     )
 
 
-def _load(point: EntryPoint) -> Driver:
+def _points() -> Iterable[EntryPoint]:
+    """The drivers of installed packages."""
+    # start-up time: it imports a fifth of what a command imports, and few need it
+    from importlib.metadata import entry_points
+
+    return entry_points(group=GROUP)
+
+
+def _load(name: str, value: str, load: Callable[[], Callable[[], object]]) -> Driver:
+    """Make a driver; `value` says where it is, for messages."""
     with on_failure(
-        f"volume driver {quoted(point.name)} ({point.value}) cannot be loaded",
+        f"volume driver {quoted(name)} ({value}) cannot be loaded",
         "reinstall the package it comes from",
         Exception,
     ):
-        made = point.load()()
+        made = load()()
     if not isinstance(made, Driver):
         raise UserError(
-            f"volume driver {quoted(point.name)} ({point.value}) is not a unionfs.storage.drivers.Driver; "
+            f"volume driver {quoted(name)} ({value}) is not a unionfs.storage.drivers.Driver; "
             "reinstall the package it comes from."
         )
     return made

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -33,7 +32,10 @@ def sibling(data: str) -> Iterator[Prepared]:
     """New content in a directory beside `data`; `commit` exchanges the two."""
     sweep_siblings(data)
     parent = os.path.dirname(data)
-    path = tempfile.mkdtemp(prefix=_SIBLING, dir=parent)
+    # start-up time: few commands need it
+    from tempfile import mkdtemp
+
+    path = mkdtemp(prefix=_SIBLING, dir=parent)
 
     def commit() -> None:
         if exists(data):
