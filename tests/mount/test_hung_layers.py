@@ -252,7 +252,9 @@ def test_a_file_is_read_in_order(root: None, area: Path, session: str) -> None:
         for name, content in data.items():
             (area / "source/only" / name).write_bytes(content)
         assert (place.top / "only/large").read_bytes() == data["large"]
-        assert int(os.getxattr(area / "served", "user.reads_backwards")) == 0
+        # Of 64 or more. The server's own tasks may begin in another order when several requests wait, as
+        # under load; if they came in any order, more than half would be backwards.
+        assert int(os.getxattr(area / "served", "user.reads_backwards")) <= 12
         body = """
 import random
 chance = random.Random(7)
