@@ -246,6 +246,33 @@ def test_a_copy_up_reads_the_data_once(root: None, area: Path, session: str) -> 
         assert (area / "upper" / deep / "large").read_bytes() == natively
 
 
+def test_a_file_is_read_in_order(root: None, area: Path, session: str) -> None:
+    """By a program that reads it so. Several programs that read anywhere in the same files get their data."""
+    size = 8 << 20
+    with standing(area, session, seconds=0.002) as place:
+        data = {name: os.urandom(size) for name in ("large", "another")}
+        for name, content in data.items():
+            (area / "source/only" / name).write_bytes(content)
+        assert (place.top / "only/large").read_bytes() == data["large"]
+        # Of 64 or more. The server's own tasks may begin in another order when several requests wait, as
+        # under load; if they came in any order, more than half would be backwards.
+        assert int(os.getxattr(area / "served", "user.reads_backwards")) <= 12
+        body = """
+import random
+chance = random.Random(7)
+for name in ('large', 'another'):
+    fd = os.open(p + '/only/' + name, os.O_RDONLY)
+    natively = os.open(sys.argv[1] + '/../source/only/' + name, os.O_RDONLY)
+    for _ in range(40):
+        where = chance.randrange(8 << 20)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        assert os.pread(fd, 300_000, where) == os.pread(natively, 300_000, where)
+"""
+        callers = [place.call(body) for _ in range(3)]
+        for caller in callers:
+            assert caller.wait(patient(60)) == 0, caller.stderr and caller.stderr.read().decode()
+
+
 def test_a_snapshot_while_requests_wait(root: None, area: Path, session: str) -> None:
     """They have their results over the new layers."""
     if session == "pyfuse3":

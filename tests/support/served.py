@@ -2,7 +2,8 @@
 
 The kernel caches nothing of it, so every call reaches the process. It answers one request at a time, after
 SECONDS: `python -m tests.support.served SOURCE TARGET [SECONDS]`. The xattr `user.bytes_read` of everything
-is the number of bytes that were read from all files.
+is the number of bytes that were read from all files, and `user.reads_backwards` how many reads of one open
+file began before the last one of it.
 """
 
 import os
@@ -36,7 +37,8 @@ class Served(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         super().__init__()
         self.paths = {pyfuse3.ROOT_INODE: source}
         self.numbers = {source: pyfuse3.ROOT_INODE}
-        self.bytes_read = 0
+        self.bytes_read = self.backwards = 0
+        self.last_reads: dict[int, int] = {}
 
     def entry(self, path: bytes) -> pyfuse3.EntryAttributes:
         _delay()
@@ -61,6 +63,8 @@ class Served(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     async def getxattr(self, inode, name, ctx):  # type: ignore[no-untyped-def]
         if name == b"user.bytes_read":
             return b"%d" % self.bytes_read
+        if name == b"user.reads_backwards":
+            return b"%d" % self.backwards
         try:
             return os.getxattr(self.paths[inode], name, follow_symlinks=False)
         except OSError as error:
@@ -75,6 +79,8 @@ class Served(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
 
     async def read(self, fh, off, size):  # type: ignore[no-untyped-def]
         _delay()
+        self.backwards += off < self.last_reads.get(fh, 0)
+        self.last_reads[fh] = off
         data = os.pread(fh, size, off)
         self.bytes_read += len(data)
         return data
@@ -84,6 +90,7 @@ class Served(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
 
     async def release(self, fh):  # type: ignore[no-untyped-def]
         os.close(fh)
+        self.last_reads.pop(fh, None)
 
     async def statfs(self, ctx):  # type: ignore[no-untyped-def]
         found, reply = os.statvfs(self.paths[pyfuse3.ROOT_INODE]), pyfuse3.StatvfsData()

@@ -29,6 +29,10 @@ from unionfs.sys.process import is_being_killed
 
 #: The threads of a layer; more calls wait for one.
 _THREADS: Final = 16
+#: Reads of one open file whose beginnings are so near are made one after the other, in the order of the data:
+#: the kernel reads ahead with several requests. Programs that read streams (rclone) begin a new one for a
+#: read out of order.
+_SEQUENCE: Final = 8 << 20
 #: Of a request that wants many calls, a thread makes so many at least.
 _AT_ONCE: Final = 8
 #: So long the loop waits for a layer that answered in this time before: less than it takes to wait aside.
@@ -77,11 +81,15 @@ class Asides:
         if not calls:
             return True
         pool = self._pools[calls[0].layer]
-        if not pool.is_quick or len(calls) > _AT_ONCE or any(call.layer != calls[0].layer for call in calls):
+        if len(calls) > _AT_ONCE or any(call.layer != calls[0].layer for call in calls):
             return False
+        reads = len(calls) == 1 and calls[0].span is not None
+        if not pool.is_quick and not reads:
+            return False
+        # Reads are given now, in the order of the requests: tasks begin in any order.
         job = _Job(calls)
         pool.give(job, memo)
-        if job.is_done(_PATIENCE_SECONDS):
+        if pool.is_quick and job.is_done(_PATIENCE_SECONDS):
             memo.made(calls)
             return True
         pool.is_quick = False
@@ -173,6 +181,8 @@ class _Job:
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self.calls = calls
+        #: Of one read: which open file, and where it begins and ends.
+        self.span = calls[0].span if len(calls) == 1 else None
         self._made = threading.Lock()
         self._made.acquire()
         self._tell: Callable[[], object] | None = None
@@ -214,6 +224,8 @@ class _Pool:
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[tuple[_Job, Memo]] = SimpleQueue()
+        #: Reads by their open files: those that are being made, and those that wait for their turn.
+        self._reading: dict[int, tuple[list[_Job], list[tuple[_Job, Memo]]]] = {}
         self._threads = 0
         #: Jobs that are not done.
         self._open = 0
@@ -229,7 +241,32 @@ class _Pool:
             self._start()
         with self._counting:
             self._open += 1
+            if job.span is not None and not self._is_next(job, memo, job.span[0]):
+                return
         self._jobs.put((job, memo))
+
+    def _is_next(self, job: _Job, memo: Memo, file: int) -> bool:
+        """Whether a read may be made now, or has to wait for those before it. Call it with the lock."""
+        made, waiting = self._reading.setdefault(file, ([], []))
+        if _comes_after(job, made) or _comes_after(job, (other for other, _ in waiting)):
+            waiting.append((job, memo))
+            return False
+        made.append(job)
+        return True
+
+    def _read(self, job: _Job, file: int) -> None:
+        """A read is made: those whose turn it is come next. Call it with the lock."""
+        made, waiting = self._reading[file]
+        made.remove(job)
+        if not made and not waiting:
+            del self._reading[file]
+            return
+        for one in sorted(waiting, key=_begin_of):
+            others = (other for other, _ in waiting if other is not one[0])
+            if not _comes_after(one[0], made) and not _comes_after(one[0], others):
+                waiting.remove(one)
+                made.append(one[0])
+                self._jobs.put(one)
 
     def _start(self) -> None:
         try:
@@ -255,6 +292,8 @@ class _Pool:
             self.since.pop(me, None)
             with self._counting:
                 self._open -= 1
+                if job.span is not None:
+                    self._read(job, job.span[0])
             job.ends(error)
             del job, memo
 
@@ -283,6 +322,18 @@ class _Closer:
             fd = self._fds.get()
             with suppress(OSError):
                 os.close(fd)
+
+
+def _begin_of(waiting: tuple[_Job, Memo]) -> int:
+    span = waiting[0].span
+    return 0 if span is None else span[1]
+
+
+def _comes_after(job: _Job, others: Iterable[_Job]) -> bool:
+    """Whether a read is one of a sequence with others, after them."""
+    assert job.span is not None
+    begin = job.span[1]
+    return any(other.span is not None and 0 < begin - other.span[1] <= _SEQUENCE for other in others)
 
 
 def _by_layer(calls: Iterable[Call]) -> list[list[Call]]:
