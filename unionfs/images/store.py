@@ -164,12 +164,13 @@ class Store:
         self._prepare("layers", "locks", "records")
         name = f"work-{secrets.token_hex(8)}"
         fd = hold(self.lock_path(kind, name), alone=True)
-        path = f"{make_directory(f'{self.path}/layers/{kind}')}/{_NEW}{name}"
         try:
+            path = f"{make_directory(f'{self.path}/layers/{kind}')}/{_NEW}{name}"
             os.mkdir(path, 0o700)
             yield path
         finally:
-            self._remove_layer(kind, f"{_NEW}{name}")
+            with suppress(UserError):  # what was made of the layers is there; `prune` finds the rest
+                self._remove_layer(kind, f"{_NEW}{name}")
             close_quietly(fd)
 
     # -- images -------------------------------------------------------------------------------------------
