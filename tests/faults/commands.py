@@ -243,7 +243,10 @@ def reference(place: Path, scenario: Scenario) -> Reference:
     with _prepared(place, scenario):
         old = scenario.state(place)
         _, points = run(place, scenario.arguments(place), Fault(0, 0))
-        return Reference(old, scenario.state(place), _files(place), points)
+        state = scenario.state(place)
+        if scenario.sweeps is not None:
+            run(place, scenario.sweeps(place))
+        return Reference(old, state, _files(place), points)
 
 
 @contextlib.contextmanager
