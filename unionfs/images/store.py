@@ -166,7 +166,8 @@ class Store:
                 os.mkdir(path, 0o700)
                 yield path
             finally:
-                self._remove_layer(kind, f"{_NEW}{name}")
+                with suppress(UserError):  # what was made of the layers is there; `prune` finds the rest
+                    self._remove_layer(kind, f"{_NEW}{name}")
 
     # -- images -------------------------------------------------------------------------------------------
 
