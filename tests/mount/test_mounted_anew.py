@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.mount.cli_calls import Place, gone, listed, mounts_at, refused, succeed, unionfs, wait_for
-from tests.mount.outliving_calls import KERNEL, Outliving
+from tests.mount.cli_calls import (
+    Place,
+    gone,
+    listed,
+    mounts_at,
+    refused,
+    stopped,
+    succeed,
+    unionfs,
+    wait_for,
+)
+from tests.mount.outliving_calls import KERNEL, Outliving, children
 from tests.mount.user_calls import Host
 from tests.support.storage import Storage, storage
 
@@ -32,6 +45,13 @@ def stored(root: None, area: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     with storage(area) as found:
         monkeypatch.setenv("UNIONFS_ROOT", str(found.root))
         yield found
+
+
+def _log() -> Path:
+    """The log of root's daemons, where there is no syslog."""
+    if os.path.exists("/dev/log"):
+        pytest.skip("the daemons log to syslog")
+    return Path("/run/unionfs/unionfs.log")
 
 
 def _figures(mount: Outliving) -> dict[str, object]:
@@ -109,6 +129,128 @@ def test_a_lower_that_is_missing(stored: Storage, by: str) -> None:
     assert (mount.top / "anonymous/new").read_text() == "kept"
     mount.last = mount.entry()
     mount.end()
+
+
+@pytest.mark.parametrize("layer", ["lower", "upper", "work"])
+@pytest.mark.parametrize("how", ["directory", "symlink"])
+def test_a_layer_that_was_replaced(place: Place, by: str, layer: str, how: str) -> None:
+    """Another user may own the directory above it: what is there now, nobody has chosen."""
+    mount = Outliving(place, "--session", by)
+    path, away = place.root / layer, place.root / "away"
+    with stopped(mount.processes()[1]):
+        os.kill(mount.last.pid, signal.SIGKILL)
+        path.rename(away)
+        if how == "directory":
+            path.mkdir()
+            (path / "other").touch()
+        else:
+            (place.root / "other").mkdir()
+            path.symlink_to("other")
+    log = _log()
+    assert wait_for(lambda: f"mounted anew: layer {path} " in log.read_text())
+    assert mounts_at(mount.top) == []
+    assert os.listdir(path) == (["other"] if how == "directory" else [])
+    path.unlink() if how == "symlink" else shutil.rmtree(path)
+    away.rename(path)
+    mount.end()
+
+
+def test_a_mountpoint_that_was_replaced(place: Place, by: str) -> None:
+    """A symlink there is not followed."""
+    mount = Outliving(place, "--session", by)
+    victim = place.root / "victim"
+    victim.mkdir()
+    place.lower.rename(place.root / "away")
+    os.kill(mount.last.pid, signal.SIGKILL)
+    assert wait_for(lambda: not mounts_at(mount.top))
+    mount.top.rmdir()
+    mount.top.symlink_to(victim)
+    (place.root / "away").rename(place.lower)
+    log = _log()
+    assert wait_for(lambda: f"mountpoint {mount.top} cannot be opened" in log.read_text(), 30)
+    assert mounts_at(victim) == []
+    mount.top.unlink()
+    mount.top.mkdir()
+    mount.end()
+
+
+def test_a_mount_that_was_detached(stored: Storage, by: str) -> None:
+    """Somebody has unmounted it, though it was in use when the daemon died: it does not come back."""
+    mount = Outliving(stored.place, "--session", by, "-v", "db:/data")
+    with open(mount.top / "base"):
+        subprocess.run(["umount", "--lazy", mount.top], check=True)
+        os.kill(mount.last.pid, signal.SIGKILL)
+        assert all(wait_for(lambda pid=pid: gone(pid), 30) for pid in mount.processes())
+    assert stored.mounts() == []
+    assert succeed(unionfs("volume", "rm", "db")) == "db\n"
+
+
+def test_unmounted_before_its_guardian_does(stored: Storage, by: str) -> None:
+    mount = Outliving(stored.place, "--session", by, "-v", "db:/data")
+    assert mount.last.guardian is not None
+    with stopped(mount.last.guardian[0]):
+        os.kill(mount.last.pid, signal.SIGKILL)
+        assert wait_for(lambda: gone(mount.last.pid))
+        succeed(unionfs("umount", mount.top))
+    assert all(wait_for(lambda pid=pid: gone(pid), 30) for pid in mount.processes())
+    assert stored.mounts() == []
+
+
+def test_daemons_that_die_as_they_mount(stored: Storage, by: str) -> None:
+    """At any moment; the next one mounts."""
+    mount = Outliving(stored.place, "--session", by, "-v", "db:/data")
+    holder, chosen = mount.processes()[1], random.Random(1)
+    for _ in range(4):
+        os.kill(mount.entry().pid, signal.SIGKILL)
+        for _ in range(2):
+            time.sleep(chosen.random() * 0.5)
+            for pid in children(holder):
+                os.kill(pid, signal.SIGKILL)
+        mount.last = mount.entry()
+        (mount.top / "data/new").write_text("new")
+        assert mounts_at(mount.top) == ["fuse.unionfs"]
+    mount.end()
+    assert stored.mounts() == []
+
+
+@pytest.mark.parametrize("words", [(), ("-v", "db:/data")])
+def test_remounted_read_only(stored: Storage, by: str, words: tuple[str, ...]) -> None:
+    """It stays read-only."""
+    mount = Outliving(stored.place, "--session", by, *words)
+    subprocess.run(["mount", "-i", "-o", "remount,bind,ro", mount.top], check=True)
+    for _ in range(2):
+        mount.kill()
+        with pytest.raises(OSError, match="Read-only"):
+            (mount.top / "new").touch()
+    mount.end()
+
+
+def test_storage_is_not_made_again(stored: Storage, by: str) -> None:
+    """A volume that is empty by now is not filled once more, nor is a missing source of a bind mount made."""
+    (stored.place.lower / "data").mkdir()
+    (stored.place.lower / "data/file").touch()
+    source = stored.place.root / "source"
+    mount = Outliving(stored.place, "--session", by, "-v", "db:/data", "-v", f"{source}:/bound")
+    (mount.top / "data/file").unlink()
+    mount.kill()
+    assert os.listdir(mount.top / "data") == []
+    before = mount.entry()
+    with stopped(mount.processes()[1]):
+        os.kill(before.pid, signal.SIGKILL)
+        source.rename(stored.place.root / "away")
+    log = _log()
+    assert wait_for(lambda: f"bind source {source} does not exist" in log.read_text(), 30)
+    assert not source.exists()
+    (stored.place.root / "away").rename(source)
+    mount.end()
+
+
+def test_a_volatile_upper(place: Place, by: str) -> None:
+    """No mount takes it after a crash: the mount ends with its daemon."""
+    words = (*place.layers, "-o", "outlive,volatile", "--session", by, place.merged)
+    succeed(unionfs("mount", *words))
+    found = json.loads(succeed(unionfs("inspect", "--json", place.merged)))["figures"]["holder"]
+    assert "its upper is volatile" in found["none_because"]
 
 
 def test_daemons_that_keep_dying(place: Place, by: str) -> None:

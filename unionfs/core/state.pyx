@@ -39,6 +39,10 @@ cdef enum:
     MOST_HANDLES = 1 << 20
     SLOTS = HANDLES + MOST_HANDLES * 32
     MOST_SLOTS = 1 << 26
+    # Of `Head.device` without an fd; the holder knows them as negative
+    ANEW = -1
+    OFF = -2
+    OFF_READ_ONLY = -3
 
 cdef uint64_t LOW = (<uint64_t>1 << 63) - 1
 cdef size_t SIZE = SLOTS + <size_t>MOST_SLOTS * 64
@@ -116,9 +120,26 @@ cdef class State:
         memcpy(self.base + TEXT, <const char *>whole, len(whole))
 
     def has_holder(self, holder, device):
-        """That holder, a pid, is in charge from now on; ``device``: the fd of /dev/fuse."""
+        """That holder, a pid, is in charge from now on; ``device``: the fd of /dev/fuse; -1: the next daemon mounts
+        anew."""
         self.head.device = device
         STORED_PID(self.head.holder, holder)
+
+    def takes_off(self, bint read_only):
+        """The mount of a dead daemon, which is to be mounted anew, is about to be unmounted; ``read_only``: it was
+        mounted so."""
+        if self.head.device == ANEW:
+            self.head.device = OFF_READ_ONLY if read_only else OFF
+
+    @property
+    def is_off(self):
+        """Whether a mount that is to be mounted anew was unmounted for that."""
+        return self.head.device in (OFF, OFF_READ_ONLY)
+
+    @property
+    def was_read_only(self):
+        """Whether it was mounted read-only then."""
+        return self.head.device == OFF_READ_ONLY
 
     def end(self):
         """The daemon ends on purpose, so the holder must not start another one."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -15,13 +16,15 @@ from unionfs.core.state import State, StateError
 from unionfs.daemon import logs
 from unionfs.daemon.clearing import clear_dead_mounts
 from unionfs.daemon.holder import Holder, close_others
+from unionfs.daemon.identities import Layer, refuse_others
 from unionfs.daemon.live import LiveMount
 from unionfs.daemon.runtime import RuntimeDirectory
 from unionfs.daemon.service import Service
 from unionfs.errors import UserError
 from unionfs.settings.mount import MountSettings
-from unionfs.settings.specs import VolumeSpec
-from unionfs.sys.mountinfo import mounts_of_device
+from unionfs.settings.specs import BindSpec, VolumeSpec
+from unionfs.sys.liveness import is_dead
+from unionfs.sys.mountinfo import mounted_at
 from unionfs.sys.process import wait_gone
 
 _GUARDIAN_SECONDS: Final = 30.0
@@ -37,8 +40,7 @@ class DeadDaemon:
     why: str
     """Why no other daemon can go on with its mount, as a clause."""
     entry: LiveMount
-    taken_off: bool
-    """Whether its mount was unmounted by a daemon that could not mount anew."""
+    layers: Sequence[Layer]
 
 
 def dead_daemon(state: State) -> DeadDaemon | None:
@@ -51,7 +53,8 @@ def dead_daemon(state: State) -> DeadDaemon | None:
         if "anew" not in values:
             return None
         entry = LiveMount.from_json(values["entry"], values["directory"])
-        return DeadDaemon(str(values["anew"]), entry, bool(values.get("taken_off")))
+        layers = [(str(path), int(device), int(inode)) for path, device, inode in values["layers"]]
+        return DeadDaemon(str(values["anew"]), entry, layers)
     except (ValueError, KeyError, TypeError) as error:
         raise StateError(f"its text cannot be read ({type(error).__name__}: {error})") from error
 
@@ -66,39 +69,52 @@ def mount_anew(state: State, dead: DeadDaemon) -> int:
         if too_often:
             log.critical("daemon %d died, one too many within a minute: it stays dead", entry.pid)
             return 1
-        if not dead.taken_off:
-            if not _take_off(entry):
-                log.info("daemon %d ended, and its mount was unmounted", entry.pid)
-                state.end()
-                return 0
-            holder.keep({**json.loads(state.text), "taken_off": True})
+        if not _take_off(entry, state):
+            log.info("daemon %d ended, and its mount was unmounted", entry.pid)
+            state.end()
+            return 0
         text = "daemon %d ended (deaths: %d); the union is mounted anew: %s"
         log.warning(text, entry.pid, deaths, dead.why)
         try:
-            service = Service(
-                _settings(entry), directory, lambda: None, None, foreground=False, holder=holder
-            )
+            refuse_others(dead.layers, entry.settings.mountpoint)
+            settings = _settings(entry, read_only=state.was_read_only)
+            service = Service(settings, directory, lambda: None, None, foreground=False, holder=holder)
             return 0 if service.run() else 1
         except UserError as error:
             log.error("the union could not be mounted anew: %s", error)
             return 1
 
 
-def _take_off(entry: LiveMount) -> bool:
-    """Unmount the dead mount. Returns False if somebody else has."""
+def _take_off(entry: LiveMount, state: State) -> bool:
+    """Unmount the dead mount, or that of a daemon which died as it mounted anew. Returns False if somebody
+    else has, or if another mount is there."""
     if entry.guardian is not None:  # it does that
         wait_gone(*entry.guardian, _GUARDIAN_SECONDS)
-    elif not any(one.mountpoint == entry.settings.mountpoint for one in mounts_of_device(entry.device)):
+    path = entry.settings.mountpoint
+    mount = mounted_at(path)
+    there = mount is not None and mount.is_fuse and is_dead(path)
+    if mount is not None and mount.is_fuse and not there:
         return False
+    if not state.is_off:
+        if mount is None or not there or mount.device != entry.device:
+            return False
+        state.takes_off(mount.is_read_only)
     clear_dead_mounts(entry.device)
+    if mount is not None and there:
+        clear_dead_mounts(mount.device)
     entry.remove()
     return True
 
 
-def _settings(entry: LiveMount) -> MountSettings:
-    """The settings of the dead mount. If mounting fails, its anonymous volumes stay."""
-    storage = tuple(
-        replace(spec, anonymous=False) if isinstance(spec, VolumeSpec) else spec
-        for spec in entry.settings.storage
-    )
-    return replace(entry.settings, storage=storage)
+def _settings(entry: LiveMount, *, read_only: bool) -> MountSettings:
+    """The settings of the dead mount; `read_only`: it was. What its storage needs, it has made and filled: an
+    anonymous volume stays if mounting fails, and a volume that is empty by now stays empty."""
+    storage = []
+    for spec in entry.settings.storage:
+        if isinstance(spec, VolumeSpec):
+            spec = replace(spec, anonymous=False, copy=False)
+        elif isinstance(spec, BindSpec):
+            spec = replace(spec, create=False)
+        storage.append(spec)
+    read_only = read_only or entry.settings.read_only
+    return replace(entry.settings, storage=tuple(storage), read_only=read_only)

@@ -50,6 +50,7 @@ class Outliving:
         """Where nodes and open files are kept."""
         self._mounts_anew = False
         self._holder = holder
+        self._layers = _identities(settings, holder)
         if settings.outlive and self.why_not:
             log.warning(_NOT, self.why_not)
 
@@ -103,7 +104,15 @@ class Outliving:
         if entry.settings.upper_tmpfs is not None:
             self.why_not += ", and its upper is in memory"
             return
-        values = {"anew": self.why_not, "entry": entry.to_json(), "directory": self._directory.path}
+        if entry.settings.volatile and entry.settings.upper is not None:
+            self.why_not += ", and its upper is volatile"  # no mount takes that after a crash
+            return
+        values = {
+            "anew": self.why_not,
+            "entry": entry.to_json(),
+            "directory": self._directory.path,
+            "layers": self._layers,
+        }
         why_not = holder.start(values, -1, entry.device)
         self._mounts_anew = not why_not
         self.why_not = why_not or self.why_not
@@ -153,6 +162,16 @@ def holder_for(settings: MountSettings, *, foreground: bool) -> Holder | None:
     from unionfs.daemon.holder import Holder
 
     return Holder(State())
+
+
+def _identities(settings: MountSettings, holder: Holder | None) -> list[tuple[str, int, int]]:
+    """The layers of a new mount that has a holder. Raises OSError."""
+    if holder is None or holder.is_there:  # a former daemon's mount may cover them
+        return []
+    # For start-up time: few mounts have a holder.
+    from unionfs.daemon.identities import identities
+
+    return identities(settings)
 
 
 def _why_not(settings: MountSettings, *, foreground: bool) -> str:

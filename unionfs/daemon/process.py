@@ -37,6 +37,7 @@ from unionfs.sys.unmount import unmount
 _SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 _SIGNAL_POLL_SECONDS = 0.05
 _STOP_SECONDS = 5.0
+_LEASES = "unionfs.union.leases"
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +195,7 @@ def _serve(
     gc.set_threshold(10_000, 20, 10_000)
     gc.enable()
     if holder is not None and not holder.fork(settings):
+        logging.getLogger(_LEASES).handlers.clear()  # the caller's stderr is not open here
         _leave(take_over(holder.state))
     return Service(
         settings, directory, on_usable, CALLER.pages, foreground=foreground, holder=holder, manager=manager
@@ -317,7 +319,7 @@ def _serve_detached(settings: MountSettings, path: str, kept: set[int], report: 
     captured = _detach(kept)
     directory = RuntimeDirectory(path)
     logs.to_host(settings.log_level, directory, settings.mountpoint)
-    waits, leases = _Waits(captured), logging.getLogger("unionfs.union.leases")
+    waits, leases = _Waits(captured), logging.getLogger(_LEASES)
     leases.addHandler(waits)
     usable = False
 

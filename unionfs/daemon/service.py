@@ -90,10 +90,7 @@ class Service:
             if former is None:  # else the mount lives on, for another daemon
                 undo.callback(self._let_go)
             if settings.storage:
-                # For start-up time: most unions have no storage.
-                from unionfs.daemon.storage import Storage
-
-                self._storage = Storage(settings, None if former is None else former.guardian)
+                self._storage = _storage(settings, holder, former)
                 settings = self._storage.settings
             if former is None:
                 self._announcement, self._stack = _open(settings, directory)
@@ -323,6 +320,14 @@ class Service:
         self._release_claim()
         if self._storage is not None:
             self._storage.let_go()
+
+
+def _storage(settings: MountSettings, holder: Holder | None, former: FormerDaemon | None) -> Storage:
+    # For start-up time: most unions have no storage.
+    from unionfs.daemon.storage import Storage
+
+    guardian = None if former is None else former.guardian
+    return Storage(settings, guardian, None if holder is None else holder.state)
 
 
 def _open(settings: MountSettings, directory: RuntimeDirectory) -> tuple[Announcement, LayerStack]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from unionfs.daemon import live
 from unionfs.daemon.caller import CALLER
@@ -20,21 +21,27 @@ from unionfs.storage.volumes import Volumes
 from unionfs.sys import guardian
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.guardian import Guardian
-from unionfs.sys.mountinfo import MountEntry
+from unionfs.sys.mountinfo import MountEntry, mounted_at
 from unionfs.sys.process import start_time
 from unionfs.union.layers import LayerStack
 from unionfs.union.tree import Union
+
+if TYPE_CHECKING:
+    from unionfs.core.state import State
 
 
 class Storage:
     """With CAP_SYS_ADMIN, storage is mounted inside the mounted union; otherwise the union serves it."""
 
-    def __init__(self, settings: MountSettings, former: Guardian | None = None) -> None:
+    def __init__(
+        self, settings: MountSettings, former: Guardian | None = None, state: State | None = None
+    ) -> None:
         """Start the guardian and open all sources. Call it before there are threads or a mount.
 
-        `former`: the guardian of a daemon whose storage is mounted, and stays. Raises UserError, with
-        everything undone.
+        `former`: the guardian of a daemon whose storage is mounted, and stays. `state`: of a mount that
+        outlives its daemon. Raises UserError, with everything undone.
         """
+        self._state = state
         self.settings = replace(settings, storage=with_names(settings.storage))
         self._user = VolumeUser.of_this_process("mount", settings.mountpoint)
         self._kernel_mounts = has_capability(CAP_SYS_ADMIN)
@@ -65,6 +72,9 @@ class Storage:
     def _clear(self, device: str) -> None:
         """Clean up after this process; the guardian calls this if the process is killed."""
         if device:  # its `major:minor`, once it was mounted
+            mount = mounted_at(self.settings.mountpoint)
+            if self._state is not None and mount is not None and mount.device == device:
+                self._state.takes_off(mount.is_read_only)
             clear_dead_mounts(device)
         user = self._user
         if self.settings.outlive:

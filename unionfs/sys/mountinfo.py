@@ -49,6 +49,11 @@ class MountEntry:
         """Whether it is a FUSE mount (not `fuseblk` or `fusectl`)."""
         return self.fstype == "fuse" or self.fstype.startswith("fuse.")
 
+    @property
+    def is_read_only(self) -> bool:
+        """Whether the mount or its filesystem is read-only."""
+        return "ro" in (*self.options.split(","), *self.super_options.split(","))
+
 
 @dataclass(frozen=True, slots=True)
 class Location:
