@@ -128,7 +128,10 @@ def _remote_mountpoints() -> set[str]:
 
 def _lies_below(path: str, mountpoints: set[str]) -> bool:
     """Whether a path leads to one of these mount points, or below. None of their filesystems is asked."""
-    rest = os.path.abspath(path).split("/")[:0:-1]
+    try:
+        rest = os.path.abspath(path).split("/")[:0:-1]
+    except OSError:  # a relative path in a directory that was removed: the caller finds out
+        return False
     place, links = "", 0
     while rest:
         step = rest.pop()
