@@ -47,7 +47,7 @@ class _Files(ExitStack):
         self._fds: list[int] = []
 
     def callback(self, callback: Any, /, *arguments: Any, **named: Any) -> Any:
-        if callback is os.close:
+        if callback is close_quietly:
             self._fds.append(arguments[0])
         return super().callback(callback, *arguments, **named)
 
