@@ -10,7 +10,7 @@ from unionfs.core.files cimport OpenFile
 from unionfs.core.node cimport Attributes, Node, has_changed, has_entry, has_lower_data
 from unionfs.core.objects cimport path_fd
 from unionfs.core.places cimport Gate
-from unionfs.core.stats cimport failure, fstat, nanoseconds_of, stat_t, time_of
+from unionfs.core.stats cimport fstat, nanoseconds_of, stat_t, time_of
 from unionfs.core.steps cimport passed
 
 cdef extern from "<fcntl.h>" nogil:
@@ -158,7 +158,8 @@ cpdef Attributes set_attributes(Gate gate, Node node, Change change):
     """Change the attributes of an object that is changed in place, the size only of a file that is open for
     writing. Returns its attributes.
 
-    None if the case is not plain; then nothing has changed. Raises ``OSError``.
+    None if the case is not plain, and nothing has changed; or if a call has failed, and the change must be made again,
+    in steps after whose errors the kernel learns what has changed. Raises ``OSError``.
     """
     cdef OpenFile file = None
     cdef stat_t st
@@ -183,7 +184,7 @@ cpdef Attributes set_attributes(Gate gate, Node node, Change change):
         with nogil:
             failed = change.apply(fd, path) != 0 or fstat(fd, &st) != 0
         if failed:
-            raise failure(c_errno)
+            return None
         passed("set")
         return node.shown(&st)
     finally:

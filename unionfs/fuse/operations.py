@@ -120,8 +120,7 @@ class Operations:
 
     def node(self, id_: int) -> Node:
         """The node of an id. Raises ESTALE."""
-        node = self.union.nodes.get(id_)
-        if node is None:
+        if (node := self.union.nodes.get(id_)) is None:
             raise os_error(errno.ESTALE)
         return node
 
@@ -139,8 +138,7 @@ class Operations:
 
     def forget(self, id_: int, lookups: int) -> None:
         """The kernel forgot that many lookups."""
-        node = self.union.nodes.named(id_)
-        if node is not None:
+        if (node := self.union.nodes.named(id_)) is not None:
             self.union.nodes.forget(node, lookups)
 
     # -- names ----------------------------------------------------------------------------------------
@@ -223,9 +221,15 @@ class Operations:
     async def setattr(self, id_: int, change: Change, handle: Handle | None) -> Named:
         """truncate(2), chown(2), chmod(2) and utimensat(2), in this order."""
         node = self.node(id_)
+        try:
+            return await self._setattr(node, change, handle)
+        except OSError:
+            self.invalidations.of_node(node)  # a part of it may have changed
+            raise
+
+    async def _setattr(self, node: Node, change: Change, handle: Handle | None) -> Named:
         _to_store(node, change)
-        found = self._set_at_once(node, change)
-        if found is not None:
+        if (found := self._set_at_once(node, change)) is not None:
             return node, found
         only_mode = change.only_mode
         check = partial(self._may_set, node, change, handle)
@@ -244,7 +248,7 @@ class Operations:
                 self.union.files.take_back_later(node, kept)
 
     def _set_at_once(self, node: Node, change: Change) -> Attributes | None:
-        """Make the change if the case is plain; None: it must be made in steps, and nothing has changed."""
+        """Make the change if the case is plain; None: it must be made in steps."""
         if not node.in_place:
             return None if change.size is not None else self.copy_ups.change(node, change)
         if self.copy_ups.is_running(node):

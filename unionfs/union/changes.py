@@ -102,7 +102,11 @@ class Changes:
                 close_quietly(held)
                 raise
             node.know_flags(0)
-            return node, union.attributes(node), fd
+            try:
+                return node, union.attributes(node), fd
+            except BaseException:
+                union.nodes.forget(node, 0)  # with its fd: the kernel does not know it
+                raise
         except BaseException:
             close_quietly(fd)
             raise

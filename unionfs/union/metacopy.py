@@ -20,7 +20,7 @@ from typing import Final
 
 from unionfs.core import layercalls
 from unionfs.core.places import Gate, Place
-from unionfs.sys.fds import close_quietly
+from unionfs.sys.fds import Returned
 from unionfs.union.lowerdata import LowerData
 from unionfs.union.markers import Markers
 from unionfs.union.named import NamedWhiteouts
@@ -98,8 +98,8 @@ def open_data(gate: Gate, data: LowerData) -> int:
         fd = layercalls.call(os.open, data.name, _READ, dir_fd=dir_fd)
     except PermissionError as error:
         fd = gate.rights.open(dir_fd, data.name, _READ, error, upper=data.place.layer.is_upper)
-    st = layercalls.call(os.fstat, fd)
-    if not stat.S_ISREG(st.st_mode) or data.place.layer.key(st) != data.key:
-        close_quietly(fd)
-        raise OSError(errno.EIO, "a layer holds another object in place of a metacopy file's data")
+    with Returned(fd):
+        st = layercalls.call(os.fstat, fd)
+        if not stat.S_ISREG(st.st_mode) or data.place.layer.key(st) != data.key:
+            raise OSError(errno.EIO, "a layer holds another object in place of a metacopy file's data")
     return fd

@@ -1,0 +1,42 @@
+"""Faults in changes of a union, chosen by what the call is made on: those that once had another result."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.faults import injecting
+from tests.faults.batch import Case, Errors, Expected
+from tests.faults.injecting import Fault
+from tests.faults.operations import OPERATIONS
+
+pytestmark = pytest.mark.usefixtures("kernel_overlay")
+
+_MOST = 6
+"""Calls of one kind on a file."""
+
+
+@pytest.mark.parametrize(("name", "end"), [
+    ("metacopy write", "/low"), ("tmpfile", " (deleted)"), ("chown up", "/up"),
+])  # fmt: skip
+def test_what_cannot_be_examined(area: Path, name: str, end: str) -> None:
+    """Nothing stays open, and the kernel knows what has changed."""
+    if reason := injecting.reason():
+        pytest.skip(reason)
+    (found,) = [one for one in OPERATIONS if one.name == name]
+
+    def act(top: str) -> None:
+        for entry in os.scandir(top):  # so the kernel has the attributes
+            entry.stat(follow_symlinks=False)
+        found.act(top)
+
+    operation = replace(found, act=act)
+    faults = [Fault(number, errno.EIO, on=("newfstatat", end)) for number in range(1, _MOST + 1)]
+    cases = [Case(operation, fault) for fault in faults]
+    done = Errors(area / "b", "direct-hybrid", cases, Expected(area)).run()
+    assert done.problems == []
+    assert done.tried > 0
