@@ -363,9 +363,9 @@ class Kills(Batch):
 def _is_left_whiteout(case: Case, finding: str) -> bool:
     """Whether it is a whiteout that hides nothing, and the exception is documented.
 
-    A daemon was killed before it removed the whiteout over which it had renamed a directory, and which has the
-    directory's old name since (dir.c, ovl_rename, ovl_cleanup_whiteout). Or it removed what it had created,
-    and could not look whether the lower has the name.
+    A daemon was killed before it removed the whiteout over which it had renamed a directory, and which has
+    the directory's old name since (dir.c, ovl_rename, ovl_cleanup_whiteout). Or it removed what it had
+    created, and could not look whether the lower has the name.
     """
     if "a whiteout of a name that no lower has" not in finding:
         return False

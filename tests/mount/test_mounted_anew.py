@@ -28,6 +28,7 @@ from tests.mount.cli_calls import (
 from tests.mount.outliving_calls import KERNEL, Outliving, children
 from tests.mount.user_calls import Host
 from tests.support.storage import Storage, storage
+from unionfs.storage.volumes import Volumes
 
 pytestmark = [pytest.mark.watchdog(600), pytest.mark.timeout(1200)]
 
@@ -116,16 +117,21 @@ def test_storage(stored: Storage, by: str) -> None:
 
 
 def test_a_lower_that_is_missing(stored: Storage, by: str) -> None:
-    """Mounting anew is tried again; anonymous volumes keep their content."""
+    """Mounting anew is tried again; the volumes stay in use, and anonymous ones keep their content."""
     place = stored.place
     mount = Outliving(place, "--session", by, "-v", "/anonymous")
+    (name,), volumes = stored.volumes(), Volumes(str(stored.root))
+    (user,) = volumes.users(name)
     (mount.top / "anonymous/new").write_text("kept")
     place.lower.rename(place.root / "away")
     before = mount.entry()
     os.kill(before.pid, signal.SIGKILL)
     assert wait_for(lambda: gone(before.pid) and not mounts_at(mount.top))
+    assert wait_for(lambda: [one.text for one in volumes.users(name)] not in ([], [user.text]))
+    refused(unionfs("volume", "rm", name), "in use", str(mount.top))
     (place.root / "away").rename(place.lower)
     assert mount.entry().pid != before.pid
+    assert wait_for(lambda: len(volumes.users(name)) == 1)
     assert (mount.top / "anonymous/new").read_text() == "kept"
     mount.last = mount.entry()
     mount.end()

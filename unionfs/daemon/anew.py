@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from threading import Thread
 from typing import Final
 
 from unionfs.core.state import State, StateError
@@ -23,9 +25,11 @@ from unionfs.daemon.service import Service
 from unionfs.errors import UserError
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.specs import BindSpec, VolumeSpec
+from unionfs.storage.model import VolumeUser
+from unionfs.storage.users import hold, release
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import mounted_at
-from unionfs.sys.process import wait_gone
+from unionfs.sys.process import start_time, wait_gone
 
 _GUARDIAN_SECONDS: Final = 30.0
 """How long the guardian of a dead daemon may take to release its storage."""
@@ -76,9 +80,15 @@ def mount_anew(state: State, dead: DeadDaemon) -> int:
         text = "daemon %d ended (deaths: %d); the union is mounted anew: %s"
         log.warning(text, entry.pid, deaths, dead.why)
         try:
-            refuse_others(dead.layers, entry.settings.mountpoint)
             settings = _settings(entry, read_only=state.was_read_only)
-            service = Service(settings, directory, lambda: None, None, foreground=False, holder=holder)
+            user = _holder_as_user(settings)
+            hold(settings, user)
+            refuse_others(dead.layers, settings.mountpoint)
+
+            def on_usable() -> None:  # the requests do not wait for the locks of volumes
+                Thread(target=release, args=(settings, user), daemon=True).start()
+
+            service = Service(settings, directory, on_usable, None, foreground=False, holder=holder)
             return 0 if service.run() else 1
         except UserError as error:
             log.error("the union could not be mounted anew: %s", error)
@@ -104,6 +114,12 @@ def _take_off(entry: LiveMount, state: State) -> bool:
         clear_dead_mounts(mount.device)
     entry.remove()
     return True
+
+
+def _holder_as_user(settings: MountSettings) -> str:
+    """The holder as the user of the volumes, so that nobody removes them until the union is mounted."""
+    pid = os.getppid()
+    return VolumeUser.of_process("mount", pid, start_time(pid) or 0, settings.mountpoint)
 
 
 def _settings(entry: LiveMount, *, read_only: bool) -> MountSettings:

@@ -23,6 +23,14 @@ def with_names(specs: Sequence[Spec]) -> tuple[Spec, ...]:
     )
 
 
+def hold(settings: MountSettings, user: str) -> None:
+    """Make it a user of every volume of a mount, which must exist. Raises UserError."""
+    volumes = Volumes(settings.storage_root)
+    for spec in settings.storage:
+        if isinstance(spec, VolumeSpec) and spec.name is not None:
+            volumes.attach(spec.name, user)
+
+
 def release(settings: MountSettings, user: str) -> None:
     """Release every volume of a mount, last first."""
     volumes = Volumes(settings.storage_root)
