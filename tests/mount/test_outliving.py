@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 
 import pytest
 
@@ -139,6 +140,24 @@ def test_killed_many_times_under_load(place: Place, io: str) -> None:
             assert tree(mount.top / f"w{number}") == tree(place.root / f"native/w{number}"), turn
     mount.end()
     succeed(unionfs("check", *place.layers))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [False, True])
+@pytest.mark.parametrize("io", MODES)
+def test_many_programs(place: Place, io: str, dies: bool) -> None:
+    """64 programs at once, for half a minute, or UNIONFS_LOAD_SECONDS."""
+    fill(place, 64, io)
+    mount = Outliving(place, "--session", "direct", "--io", io)
+    end = time.monotonic() + float(os.environ.get("UNIONFS_LOAD_SECONDS", "30"))
+    with load(place, 64, 1) as results:
+        while time.monotonic() < end:
+            if dies:
+                storm(mount, 1, 1)
+            time.sleep(2)
+    assert [one["differences"] for one in results] == [[]] * 64
+    assert tree(mount.top / "w0") == tree(place.root / "native/w0")
+    succeed(unionfs("umount", "--lazy", mount.top))
 
 
 @pytest.mark.parametrize("io", MODES)
