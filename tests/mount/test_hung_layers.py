@@ -255,8 +255,8 @@ def test_a_file_is_read_in_order(root: None, area: Path, session: str) -> None:
             (area / "source/only" / name).write_bytes(content)
         assert (place.top / "only/large").read_bytes() == data["large"]
         # Of 64 or more. The server's own tasks may begin in another order when several requests wait, as
-        # under load; if they came in any order, more than half would be backwards.
-        assert int(os.getxattr(area / "served", "user.reads_backwards")) <= 12
+        # under load; when they came in any order, more than half were backwards.
+        assert int(os.getxattr(area / "served", "user.reads_backwards")) <= 24
         body = """
 import random
 chance = random.Random(7)

@@ -372,6 +372,7 @@ def test_tools_respect_it(place: Place, two: list[View]) -> None:
     assert sorted(os.listdir(other.at)) == ["upper", "work", "work2"]
 
 
+@pytest.mark.slow_on("pyfuse3", "direct-passthrough", "direct-cached")
 @pytest.mark.parametrize("at_once", [False, True], ids=["later", "at once"])
 def test_unmounted_while_the_server_is_away(
     place: Place, two: list[View], elsewhere: Host, session: str, at_once: bool

@@ -6,11 +6,13 @@ if TYPE_CHECKING:
     from unionfs.union.permissions import Permissions
     from unionfs.union.rights import Rights
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 NOT_THERE: Final[tuple[int, ...]]
 NO_KEY: Final[int]
 SHARED: Final[dict[int, str]]
+
+def look_at_root(fd: int) -> tuple[int, int, int, bool, bool]: ...
 
 class Layer:
     @property
@@ -61,7 +63,7 @@ class Layer:
         quiet: bool = False,
         known: dict[str, Any] | None = None,
     ) -> None: ...
-    def once(self, what: str, look: Callable[[int], T]) -> T: ...
+    def once(self, what: str, look: Callable[[int], _T]) -> _T: ...
     def is_slow(self) -> None: ...
     def becomes_lower(self) -> None: ...
     def becomes_upper_again(self, *, quiet: bool) -> None: ...

@@ -45,6 +45,8 @@ cdef object KEEP_NUMBERS = frozenset({
     0xCA451A4E, 0x2FC12FC1,
 })
 
+cdef object MEMORY = frozenset({TMPFS, <unsigned long>RAMFS})
+
 #: The filesystems that other hosts may change, or another kernel through the server, by their magic numbers: the kernel's
 #: include/uapi/linux/magic.h, fs/gfs2, fs/ocfs2, fs/vboxsf; those of Lustre, GPFS, BeeGFS, PanFS, StorNext, VxFS and
 #: VMware from coreutils, src/stat.c. FUSE is also sshfs, rclone, glusterfs, and virtiofs.
@@ -100,7 +102,7 @@ cdef class Layer:
         #: Whether to open files with O_NOATIME, which fails for files of other users.
         self.quiet = quiet and not self.atime_stays and uid == os.geteuid()
         #: In memory: no need to sync, and reads never wait for a disk.
-        self.memory = magic == TMPFS or magic == RAMFS
+        self.memory = magic in MEMORY
         #: The link count of a removed file that is still open: on NFS it has another name (`.nfs` and a
         #: number, fs/nfs/unlink.c) until it is closed.
         self.links_of_removed = 1 if magic == NFS else 0
