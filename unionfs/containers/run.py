@@ -295,11 +295,12 @@ class _Run:
 
     def _record_entrance(self, command: Command, inside: Inside) -> None:
         """Let `unionfs exec` find the container."""
-        if command.init is None:
+        init = command.init  # asked once: the container may end at any moment
+        if init is None:
             return
         confinement = self._confinement
         record = Entrance(
-            *command.init, inside.root, inside.environment, inside.workdir, inside.account,
+            *init, inside.root, inside.environment, inside.workdir, inside.account,
             () if inside.account else tuple(confinement.capabilities), confinement.filter,
         )  # fmt: skip
         self._try(lambda: entrances.write(self._container, record))
