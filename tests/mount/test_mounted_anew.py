@@ -61,6 +61,11 @@ def _figures(mount: Outliving) -> dict[str, object]:
     return found
 
 
+def _write_and_sync(fd: int) -> None:
+    os.pwrite(fd, b"x", 0)
+    os.fsync(fd)
+
+
 def test_names_work_again(place: Place, by: str) -> None:
     """Again and again; what was written is there, and what was open is lost, at once."""
     mount = Outliving(place, "--session", by)
@@ -74,8 +79,7 @@ def test_names_work_again(place: Place, by: str) -> None:
             os.fsync(file.fileno())  # before Linux 6.9 the kernel keeps what was written for a while
             mount.kill()
             with pytest.raises(OSError, match=r"not connected|abort"):
-                os.pwrite(file.fileno(), b"x", 0)
-                os.fsync(file.fileno())
+                _write_and_sync(file.fileno())
             os.dup2(os.open("/dev/null", os.O_WRONLY), file.fileno())
         assert (mount.top / "new").read_text() == "".join(f"{count}\n" for count in range(number + 1))
         assert (mount.top / "base").read_text() == "base\n"
