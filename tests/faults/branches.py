@@ -19,7 +19,7 @@ from typing import Final
 
 from tests.branches.branching import Branching, Tree, differing, tree
 from tests.faults import commands
-from tests.faults.batch import ERRORS, LASTING, Report
+from tests.faults.batch import LASTING, Report
 from tests.faults.commands import Outcome
 from tests.faults.injecting import KILL, Fault
 from tests.support import areas, mounting
@@ -257,13 +257,6 @@ def _short(difference: object) -> str:
     return str(difference)[:400]
 
 
-def faults_of(points: int) -> Iterator[Fault]:
-    """Each errno at each point, the lasting ones also from there on, and a kill."""
-    for number in range(1, points + 1):
-        yield from (Fault(number, error) for error in (*ERRORS, KILL))
-        yield from (Fault(number, error, lasts=True) for error in LASTING)
-
-
 @contextmanager
 def staged(place: Path, scenario: Scenario) -> Iterator[Stage]:
     """A stage in a directory that does not exist, which is removed."""
@@ -288,8 +281,7 @@ def run_all(
         done, number = Report(), 0
         with staged(area / "points", scenario) as stage:
             points = len(stage.points())
-        faults = list(faults_of(points))
-        pending = faults if tenth is None else faults[tenth % every :: every]
+        pending = list(commands.faults_of(points, tenth, every, lasting=LASTING))
         while pending:
             number += 1
             with staged(area / f"s{number}", scenario) as stage:

@@ -310,10 +310,16 @@ def message(outcome: Outcome, fault: Fault) -> list[str]:
     return []
 
 
-def faults_of(points: int) -> Iterator[Fault]:
-    """Each errno and a kill at each point."""
+def faults_of(
+    points: int, tenth: int | None, every: int, *, lasting: Sequence[int] = ()
+) -> Sequence[Fault]:
+    """Each errno and a kill at each point, the ``lasting`` ones also from there on; all, every tenth, or one
+    of ``every``."""
+    found: list[Fault] = []
     for number in range(1, points + 1):
-        yield from (Fault(number, error) for error in (*ERRORS, KILL))
+        found += (Fault(number, error) for error in (*ERRORS, KILL))
+        found += (Fault(number, error, lasts=True) for error in lasting)
+    return found if tenth is None else found[tenth % every :: every]
 
 
 def run_all(
@@ -328,9 +334,8 @@ def run_all(
     report = Report()
     for scenario in scenarios:
         expected = reference(area / "reference", scenario)
-        faults = list(faults_of(len(expected.points)))
         done = Report()
-        for fault in faults if tenth is None else faults[tenth % every :: every]:
+        for fault in faults_of(len(expected.points), tenth, every):
             found = tried(area / "place", scenario, fault, expected)
             done.tried += bool(fault.hit)
             done.problems += [f"{scenario}: {fault}: {problem}" for problem in found]

@@ -111,7 +111,7 @@ def test_whiteouts_by_xattr(written: Path, form: str) -> None:
 def test_an_opaque_xattr_that_cannot_be_set(
     written: Path, monkeypatch: pytest.MonkeyPatch, error: int
 ) -> None:
-    """Its name suffices where a filesystem has no such xattrs; other errors are told."""
+    """On a filesystem without such xattrs the name suffices; other errors are reported."""
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(error, os.strerror(error))

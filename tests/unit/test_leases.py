@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +42,16 @@ def made(upper: Path, *, alone: bool = False) -> Lease:
     parent = os.open(upper.parent, flags)
     with Owned(os.open(upper, flags)) as fd:
         return claim(fd, str(upper), parent, alone=alone)
+
+
+@contextmanager
+def renewed(keeper: Keeper) -> Iterator[None]:
+    """Keep the lease within the context."""
+    keeper.begin()
+    try:
+        yield
+    finally:
+        keeper.end()
 
 
 def names(upper: Path) -> list[str]:
@@ -110,13 +122,10 @@ def test_it_is_listed_by_another_number(upper: Path, monkeypatch: pytest.MonkeyP
 def test_one_that_is_renewed_is_refused(upper: Path) -> None:
     lease = made(upper)
     keeper = Keeper(lease)
-    keeper.begin()
-    try:
+    with renewed(keeper):
         with pytest.raises(LayerError, match=f"in use by process {os.getpid()} of this host"):
             made(upper)
         assert keeper.passes
-    finally:
-        keeper.end()
     assert not os.path.exists(f"{upper}.lease")
     made(upper).end()
 
@@ -301,12 +310,9 @@ def test_how_often_it_is_renewed(upper: Path) -> None:
     lease = made(upper)
     keeper = Keeper(lease)
     began = time.monotonic()
-    keeper.begin()
-    try:
+    with renewed(keeper):
         time.sleep(SECONDS / 2)
         assert 2 <= lease.sequence <= 3 + (time.monotonic() - began) * 6 / SECONDS
-    finally:
-        keeper.end()
 
 
 def test_a_renewal_that_is_needed_now(upper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,12 +320,9 @@ def test_a_renewal_that_is_needed_now(upper: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("UNIONFS_LEASE_SECONDS", "600")
     lease = made(upper)
     keeper = Keeper(lease)
-    keeper.begin()
-    try:
+    with renewed(keeper):
         lease.until = 0.0
         assert keeper.is_sure()
-    finally:
-        keeper.end()
 
 
 def test_figures(upper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -535,16 +538,13 @@ def test_a_server_that_fails(upper: Path, monkeypatch: pytest.MonkeyPatch) -> No
         real(*words, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "rename", rename)
-    keeper.begin()
-    try:
+    with renewed(keeper):
         failing.set()
         assert _soon(lambda: not keeper.passes)
         assert keeper.figures()["waits"]
         assert not keeper.lost
         failing.clear()
         assert keeper.is_sure()
-    finally:
-        keeper.end()
     assert errno_of(os.stat, f"{upper}.lease") == 2
 
 

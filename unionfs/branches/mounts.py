@@ -24,7 +24,7 @@ from unionfs.daemon.unmount import umount
 from unionfs.errors import UserError, on_failure, quoted
 from unionfs.settings.mount import MountSettings
 from unionfs.sys.mountinfo import mounted_at
-from unionfs.sys.process import start_time
+from unionfs.sys.process import pid_and_start
 
 
 def mount_of(branch: Branch) -> live.LiveMount | None:
@@ -74,7 +74,7 @@ def _mount(branch: Branch, mountpoint: str, *, lives_with: int | None) -> MountS
         options=_options(record), source=f"branch-{branch.name}",
     )  # fmt: skip
     if lives_with is not None:
-        settings = replace(settings, lives_with=(lives_with, start_time(lives_with) or 0))
+        settings = replace(settings, lives_with=pid_and_start(lives_with))
     # What the base changes from now on may come after the branch's copy.
     branch.save(replace(record, session=time.time_ns()))
     mount(settings)

@@ -30,8 +30,8 @@ cdef enum:
     FAIR_NS = 2_000_000
     MAX_SPIN_NS = 100_000
     MIN_SPIN_NS = 5_000
-    # From then on it polls only while no other process wants the CPU. sched_yield(2) makes each read take longer, so the
-    # next request of a program that has a CPU of its own should arrive before.
+    # From then on it polls only while no other process wants the CPU. sched_yield(2) makes each read take longer, so
+    # the next request of a program that has a CPU of its own should arrive before.
     ALONE_NS = 15_000
 
 

@@ -195,9 +195,9 @@ cdef class Call:
     # found: further calls, made at once since they usually follow.
 
     @property
-    def span(self):
-        """Of a read: which open file, and where it begins and ends; else None."""
-        return (self.mark.id, self.number, self.number + <int64_t>self.size) if self.kind == READ else None
+    def read_from(self):
+        """Of a read: which open file, and where it begins; else None."""
+        return (self.mark.id, self.number) if self.kind == READ else None
 
     def make(self, Memo memo not None):
         """Make the call. Whatever it returns is the result; a request that has ended does not need it any more."""

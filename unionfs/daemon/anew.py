@@ -29,7 +29,7 @@ from unionfs.storage.model import VolumeUser
 from unionfs.storage.users import hold, release
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import mounted_at
-from unionfs.sys.process import start_time, wait_gone
+from unionfs.sys.process import wait_gone
 
 _GUARDIAN_SECONDS: Final = 30.0
 """How long the guardian of a dead daemon may take to release its storage."""
@@ -102,15 +102,16 @@ def _take_off(entry: LiveMount, state: State) -> bool:
         wait_gone(*entry.guardian, _GUARDIAN_SECONDS)
     path = entry.settings.mountpoint
     mount = mounted_at(path)
-    there = mount is not None and mount.is_fuse and is_dead(path)
-    if mount is not None and mount.is_fuse and not there:
+    if mount is not None and not mount.is_fuse:
+        mount = None
+    if mount is not None and not is_dead(path):
         return False
     if not state.is_off:
-        if mount is None or not there or mount.device != entry.device:
+        if mount is None or mount.device != entry.device:
             return False
         state.takes_off(mount.is_read_only)
     clear_dead_mounts(entry.device)
-    if mount is not None and there:
+    if mount is not None:
         clear_dead_mounts(mount.device)
     entry.remove()
     return True
@@ -118,8 +119,7 @@ def _take_off(entry: LiveMount, state: State) -> bool:
 
 def _holder_as_user(settings: MountSettings) -> str:
     """The holder as the user of the volumes, so that nobody removes them until the union is mounted."""
-    pid = os.getppid()
-    return VolumeUser.of_process("mount", pid, start_time(pid) or 0, settings.mountpoint)
+    return VolumeUser.of_pid("mount", os.getppid(), settings.mountpoint)
 
 
 def _settings(entry: LiveMount, *, read_only: bool) -> MountSettings:

@@ -15,7 +15,7 @@ from unionfs.daemon.runtime import RuntimeDirectory
 from unionfs.errors import on_failure, quoted
 from unionfs.settings.mount import MountSettings
 from unionfs.sys.capabilities import in_initial_user_namespace
-from unionfs.sys.process import start_time
+from unionfs.sys.process import pid_and_start
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Announcement:
 
         `guardian`: the pid of the user of its volumes, if that is not this process.
         """
-        user = None if guardian is None else (guardian, start_time(guardian) or 0)
+        user = None if guardian is None else pid_and_start(guardian)
         with on_failure(f"the mount cannot be entered in {quoted(self._directory.path)}", "make room there"):
             self._entry = live.announce(
                 settings, device, self._directory.path, self._claims,
@@ -86,7 +86,7 @@ class Announcement:
     def held_by(self, holder: int) -> None:
         """Enter the pid of the holder of this daemon's files."""
         if self._entry is not None:
-            self._entry = replace(self._entry, holder=(holder, start_time(holder) or 0))
+            self._entry = replace(self._entry, holder=pid_and_start(holder))
             with suppress(OSError):
                 self._entry.save()
 

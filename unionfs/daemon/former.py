@@ -7,7 +7,6 @@ import json
 import os
 import threading
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import Any
 
 from unionfs.core.restoring import Restoring
@@ -20,6 +19,7 @@ from unionfs.fuse.operations import Operations
 from unionfs.fuse.session_direct import Connection
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.options import ATIME_WORDS
+from unionfs.sys.fds import close_quietly
 from unionfs.sys.guardian import Guardian
 from unionfs.sys.mountinfo import mount_of_id
 from unionfs.union.layers import LayerStack, slow_devices
@@ -79,5 +79,4 @@ class FormerDaemon:
 def _close_all(fds: Iterable[int]) -> None:
     """Close files of slow layers: close(2) waits for the server."""
     for fd in fds:
-        with suppress(OSError):
-            os.close(fd)
+        close_quietly(fd)

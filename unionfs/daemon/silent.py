@@ -21,6 +21,7 @@ from unionfs.daemon.caller import CALLER
 from unionfs.errors import UserError, quoted
 from unionfs.sys.calls import PR_SET_PDEATHSIG, prctl
 from unionfs.sys.mountinfo import unescape
+from unionfs.sys.walking import MOST_LINKS
 
 Layers = Iterable[tuple[str, str]]
 """The role and the path of each, as in ("lower", "/srv/base")."""
@@ -33,8 +34,6 @@ _REMOTE: Final = re.compile(
 )
 """A line of a mount table (proc_pid_mountinfo(5)) whose filesystem has a server, with the mount point. Few
 have one, and to parse all lines takes longer."""
-_MOST_LINKS: Final = 40
-"""MAXSYMLINKS, include/linux/namei.h."""
 
 
 def layers_of(lowers: Iterable[str], upper: str | None, work: str | None) -> Layers:
@@ -149,7 +148,7 @@ def _lies_below(path: str, mountpoints: set[str]) -> bool:
             place = below
             continue
         links += 1
-        if links > _MOST_LINKS:
+        if links > MOST_LINKS:
             return False
         if target.startswith("/"):
             place = ""

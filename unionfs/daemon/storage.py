@@ -22,7 +22,6 @@ from unionfs.sys import guardian
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.guardian import Guardian
 from unionfs.sys.mountinfo import MountEntry, mounted_at
-from unionfs.sys.process import start_time
 from unionfs.union.layers import LayerStack
 from unionfs.union.tree import Union
 
@@ -53,8 +52,7 @@ class Storage:
         else:
             self._guardian = former
         if settings.outlive:  # the daemon may be replaced, but not the guardian
-            pid = self._guardian.pid
-            self._user = VolumeUser.of_process("mount", pid, start_time(pid) or 0, settings.mountpoint)
+            self._user = VolumeUser.of_pid("mount", self._guardian.pid, settings.mountpoint)
         if former is None:
             self._open()
 

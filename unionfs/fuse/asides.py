@@ -83,7 +83,7 @@ class Asides:
         pool = self._pools[calls[0].layer]
         if len(calls) > _AT_ONCE or any(call.layer != calls[0].layer for call in calls):
             return False
-        reads = len(calls) == 1 and calls[0].span is not None
+        reads = len(calls) == 1 and calls[0].read_from is not None
         if not pool.is_quick and not reads:
             return False
         # Reads are given now, in the order of the requests: tasks begin in any order.
@@ -181,8 +181,8 @@ class _Job:
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self.calls = calls
-        #: Of one read: which open file, and where it begins and ends.
-        self.span = calls[0].span if len(calls) == 1 else None
+        #: Of one read: which open file, and where it begins.
+        self.read_from = calls[0].read_from if len(calls) == 1 else None
         self._made = threading.Lock()
         self._made.acquire()
         self._tell: Callable[[], object] | None = None
@@ -241,7 +241,7 @@ class _Pool:
             self._start()
         with self._counting:
             self._open += 1
-            if job.span is not None and not self._is_next(job, memo, job.span[0]):
+            if job.read_from is not None and not self._is_next(job, memo, job.read_from[0]):
                 return
         self._jobs.put((job, memo))
 
@@ -261,7 +261,7 @@ class _Pool:
         if not made and not waiting:
             del self._reading[file]
             return
-        for one in sorted(waiting, key=_begin_of):
+        for one in sorted(waiting, key=lambda one: _begin_of(one[0])):
             others = (other for other, _ in waiting if other is not one[0])
             if not _comes_after(one[0], made) and not _comes_after(one[0], others):
                 waiting.remove(one)
@@ -292,8 +292,8 @@ class _Pool:
             self.since.pop(me, None)
             with self._counting:
                 self._open -= 1
-                if job.span is not None:
-                    self._read(job, job.span[0])
+                if job.read_from is not None:
+                    self._read(job, job.read_from[0])
             job.ends(error)
             del job, memo
 
@@ -324,16 +324,15 @@ class _Closer:
                 os.close(fd)
 
 
-def _begin_of(waiting: tuple[_Job, Memo]) -> int:
-    span = waiting[0].span
-    return 0 if span is None else span[1]
+def _begin_of(read: _Job) -> int:
+    assert read.read_from is not None
+    return read.read_from[1]
 
 
-def _comes_after(job: _Job, others: Iterable[_Job]) -> bool:
-    """Whether a read is one of a sequence with others, after them."""
-    assert job.span is not None
-    begin = job.span[1]
-    return any(other.span is not None and 0 < begin - other.span[1] <= _SEQUENCE for other in others)
+def _comes_after(read: _Job, others: Iterable[_Job]) -> bool:
+    """Whether a read is one of a sequence with other reads, after them."""
+    begin = _begin_of(read)
+    return any(0 < begin - _begin_of(other) <= _SEQUENCE for other in others)
 
 
 def _by_layer(calls: Iterable[Call]) -> list[list[Call]]:

@@ -37,7 +37,7 @@ class Fence:
 
     async def passed(self, device: int = -1) -> bool:
         """Wait until they may be; False if they never will. Returns True also if the mount of this ``device``
-        is gone: whoever reads it finds out."""
+        is gone, which the next read of the device reports."""
         while not self._lease.passes:
             if self._lease.lost:
                 return False

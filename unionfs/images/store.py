@@ -290,8 +290,8 @@ class Store:
     def remove(self, images: Sequence[Image], users: Mapping[str, str]) -> list[str]:
         """Remove images, and the layers that no other image has. Returns the directories of these layers.
 
-        `users`: who uses a layer, by its directory. Raises UserError for an image in use, of which nothing is
-        removed.
+        `users`: the user of each layer, by its directory. Raises UserError for an image in use, and removes
+        nothing of it.
         """
         self._prepare("locks", "records")
         gone = []

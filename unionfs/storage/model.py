@@ -10,7 +10,7 @@ from urllib.parse import quote, unquote
 
 from unionfs.errors import quoted
 from unionfs.storage.holds import Engine, Hold
-from unionfs.sys.process import is_alive, start_time
+from unionfs.sys.process import is_alive, pid_and_start
 
 _CONTAINER = "container "
 ANONYMOUS_LABEL = "com.docker.volume.anonymous"
@@ -69,7 +69,12 @@ class VolumeUser:
     @classmethod
     def of_this_process(cls, kind: str, what: str = "") -> str:
         """Returns the text for this process."""
-        return cls.of_process(kind, os.getpid(), start_time(os.getpid()) or 0, what)
+        return cls.of_pid(kind, os.getpid(), what)
+
+    @classmethod
+    def of_pid(cls, kind: str, pid: int, what: str) -> str:
+        """Returns the text for the process that has this pid now."""
+        return cls.of_process(kind, *pid_and_start(pid), what)
 
     @classmethod
     def of_process(cls, kind: str, pid: int, started: int, what: str) -> str:

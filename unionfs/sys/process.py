@@ -25,6 +25,11 @@ def start_time(pid: int) -> int | None:
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
+def pid_and_start(pid: int) -> tuple[int, int]:
+    """Return the pid and the start time of its process, 0 if it is gone: what `is_alive` takes."""
+    return pid, start_time(pid) or 0
+
+
 def pid_namespace() -> int:
     """Return the inode number of this process's PID namespace; 0 without /proc."""
     try:

@@ -12,7 +12,8 @@ from typing import Final
 from unionfs.sys.capabilities import is_host_root
 from unionfs.sys.fds import Owned, close_quietly
 
-_MOST_LINKS: Final = 40  # MAXSYMLINKS, include/linux/namei.h
+MOST_LINKS: Final = 40
+"""MAXSYMLINKS, include/linux/namei.h."""
 _PATH: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -48,7 +49,7 @@ def walk(path: str, look: Callable[[Step], None]) -> int:
                     look(Step(inside, status, found, is_last=False))
                     target = os.readlink("", dir_fd=found)
                 links += 1
-                if links > _MOST_LINKS:
+                if links > MOST_LINKS:
                     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
                 waiting += _parts(target)
                 if not target.startswith("/"):

@@ -51,7 +51,7 @@ _FORCE_SYNC: Final = 0x2000
 _BASIC_STATS: Final = 0x7FF
 _POLL_SECONDS: Final = 1.0
 _TELL_SECONDS: Final = 6.0
-"""After this time the caller is told that the mount waits. A live owner renews its lease sooner."""
+"""A mount that waits for longer tells its caller so. A live owner renews its lease sooner."""
 _LONGEST_HOST: Final = 48
 """Bytes. Some encrypting filesystems have names of at most 143 bytes."""
 

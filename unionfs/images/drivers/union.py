@@ -14,7 +14,7 @@ from unionfs.errors import UserError, quoted
 from unionfs.images.drivers import uppers
 from unionfs.images.drivers.base import Wanted, Writable
 from unionfs.settings.specs import Spec
-from unionfs.sys.process import start_time, wait_gone
+from unionfs.sys.process import pid_and_start, wait_gone
 
 _END_SECONDS = 20.0
 
@@ -39,7 +39,7 @@ class Union(uppers.UpperDriver):
             storage_root=layer.root,
         )
         me = os.getpid()
-        mount(replace(settings, lives_with=(me, start_time(me) or 0)))
+        mount(replace(settings, lives_with=pid_and_start(me)))
         merged = settings.mountpoint
         entry = next((entry for entry in live.entries() if entry.settings.mountpoint == merged), None)
         if entry is None:

@@ -24,7 +24,7 @@ from unionfs.sys.fds import sync_directory
 from unionfs.sys.filelocks import holders
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountusers import users_of_mount
-from unionfs.sys.process import start_time, wait_gone
+from unionfs.sys.process import pid_and_start, wait_gone
 from unionfs.sys.trees import remove_path
 from unionfs.sys.unmount import unmount
 
@@ -218,7 +218,7 @@ def _unmount(target: str) -> None:
 def _daemons(upper: str) -> list[tuple[int, int]]:
     """The daemons that hold an upper's lock, with their start times."""
     with suppress(OSError):
-        return [(pid, start_time(pid) or 0) for pid in holders(os.stat(upper)) if _serves(pid)]
+        return [pid_and_start(pid) for pid in holders(os.stat(upper)) if _serves(pid)]
     return []
 
 
