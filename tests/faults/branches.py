@@ -192,6 +192,8 @@ class Stage:
         outcome, _ = self.run(self.scenario.words, fault)
         if outcome.code == 0 and waste & self._waste():
             yield f"still there: {waste}"
+        if not fault.hit and outcome.code != 0:
+            yield f"without a fault: {outcome.text}"
         if fault.hit and fault.error != KILL:
             yield from self._judge(outcome, fault, before, after, self.below())
         if outcome.code != 0:

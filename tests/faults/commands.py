@@ -76,8 +76,9 @@ def run(
             os.kill(process.pid, signal.SIGCONT)
             return Outcome(process.wait(_SECONDS), log.read_text()), points
         skips = partial(_skips, str(place))
-        with Injector(process.pid, children=True, skips=skips) as injector:
-            injector.arm(fault)
+        injector = Injector(process.pid, children=True, skips=skips)
+        injector.arm(fault)  # before the process is traced, which lets it go on
+        with injector:
             os.kill(process.pid, signal.SIGCONT)
             code = process.wait(_SECONDS)
             points = injector.disarm()
