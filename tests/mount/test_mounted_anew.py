@@ -61,6 +61,12 @@ def _figures(mount: Outliving) -> dict[str, object]:
     return found
 
 
+def _states(mount: Outliving) -> list[str]:
+    """As `ls` shows it."""
+    found = listed(unionfs("ls", "--json", "--filter", f"mountpoint={mount.top}"))
+    return [str(one["state"]) for one in found]
+
+
 def _write_and_sync(fd: int) -> None:
     os.pwrite(fd, b"x", 0)
     os.fsync(fd)
@@ -135,12 +141,51 @@ def test_a_lower_that_is_missing(stored: Storage, by: str) -> None:
     assert wait_for(lambda: gone(before.pid) and not mounts_at(mount.top))
     assert wait_for(lambda: [one.text for one in volumes.users(name)] not in ([], [user.text]))
     refused(unionfs("volume", "rm", name), "in use", str(mount.top))
+    assert _states(mount) == ["waiting"]
+    refused(unionfs("inspect", mount.top), "is not mounted at the moment", f"unionfs umount {mount.top}")
+    other = place.root / "other"
+    other.mkdir()
+    words = ("-l", place.root / "away", "-u", place.upper, "-w", place.work, other)
+    refused(unionfs("mount", *words), "about to be mounted anew", f"unionfs umount {mount.top}")
     (place.root / "away").rename(place.lower)
     assert mount.entry().pid != before.pid
     assert wait_for(lambda: len(volumes.users(name)) == 1)
     assert (mount.top / "anonymous/new").read_text() == "kept"
     mount.last = mount.entry()
     mount.end()
+
+
+@pytest.mark.parametrize("words", [(), ("--lazy",), ("--force",)], ids=str)
+def test_ended_before_it_is_mounted(stored: Storage, by: str, words: tuple[str, ...]) -> None:
+    """It is not mounted anew any more; its volumes and its layers are free."""
+    place = stored.place
+    mount = Outliving(place, "--session", by, "-v", "db:/data")
+    holder = mount.processes()[1]
+    place.lower.rename(place.root / "away")
+    os.kill(mount.last.pid, signal.SIGKILL)
+    assert wait_for(lambda: _states(mount) == ["waiting"])
+    succeed(unionfs("umount", *words, mount.top))
+    assert gone(holder)
+    assert _states(mount) == []
+    (place.root / "away").rename(place.lower)
+    assert succeed(unionfs("volume", "rm", "db")) == "db\n"
+    succeed(unionfs("mount", *place.layers, mount.top))
+    succeed(unionfs("umount", mount.top))
+
+
+def test_ended_as_it_is_mounted(stored: Storage, by: str) -> None:
+    """At any moment."""
+    chosen = random.Random(2)
+    for _ in range(6):
+        mount = Outliving(stored.place, "--session", by, "-v", "db:/data")
+        processes = mount.processes()
+        os.kill(mount.last.pid, signal.SIGKILL)
+        time.sleep(chosen.random() * 0.6)
+        assert wait_for(lambda mount=mount: unionfs("umount", mount.top).returncode == 0)
+        assert all(wait_for(lambda pid=pid: gone(pid), 30) for pid in processes)
+        assert _states(mount) == []
+        assert stored.mounts() == []
+        assert Volumes(str(stored.root)).users("db") == []
 
 
 @pytest.mark.parametrize("layer", ["lower", "upper", "work"])
@@ -226,14 +271,25 @@ def test_daemons_that_die_as_they_mount(stored: Storage, by: str) -> None:
 
 
 @pytest.mark.parametrize("words", [(), ("-v", "db:/data")])
-def test_remounted_read_only(stored: Storage, by: str, words: tuple[str, ...]) -> None:
-    """It stays read-only."""
-    mount = Outliving(stored.place, "--session", by, *words)
-    subprocess.run(["mount", "-i", "-o", "remount,bind,ro", mount.top], check=True)
+def test_remounted_with_restrictions(stored: Storage, by: str, words: tuple[str, ...]) -> None:
+    """They stay."""
+    mount = Outliving(stored.place, "--session", by, "-o", "suid,dev,exec", *words)
+    subprocess.run(["mount", "-i", "-o", "remount,bind,ro,nosuid,nodev,noexec", mount.top], check=True)
     for _ in range(2):
         mount.kill()
         with pytest.raises(OSError, match="Read-only"):
             (mount.top / "new").touch()
+        flags = os.statvfs(mount.top).f_flag
+        assert flags & os.ST_NOSUID
+        assert flags & os.ST_NODEV
+        assert flags & os.ST_NOEXEC
+    mount.end()
+
+
+def test_options_that_are_no_restrictions(place: Place, by: str) -> None:
+    mount = Outliving(place, "--session", by, "-o", "suid,dev")
+    mount.kill()
+    assert not os.statvfs(mount.top).f_flag & (os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC)
     mount.end()
 
 

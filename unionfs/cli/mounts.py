@@ -16,7 +16,7 @@ from unionfs.cli.listing import list_options, print_list
 from unionfs.daemon.dead import dead_mounts, dead_mounts_of_others
 from unionfs.daemon.described import copying_up, io_reasons, setting_rows, shown
 from unionfs.daemon.detached import Detached, detached_mounts
-from unionfs.daemon.live import LiveMount, live_mounts
+from unionfs.daemon.live import LiveMount, live_mounts, waiting_mounts
 from unionfs.daemon.others import mounts_of_others
 from unionfs.errors import quoted
 from unionfs.settings.filters import parse_filters
@@ -24,7 +24,7 @@ from unionfs.settings.words import moment
 from unionfs.sys.mountinfo import MountEntry
 
 _KEYS = ("mountpoint", "state", "session", "layer")
-_VALUES = {"state": ("active", "detached", "dead"), "session": ("direct", "pyfuse3")}
+_VALUES = {"state": ("active", "waiting", "detached", "dead"), "session": ("direct", "pyfuse3")}
 _FIELDS = ("Mountpoint", "State", "Pid", "Layers", "Session", "Since", "HeldBy")
 
 
@@ -40,11 +40,12 @@ Examples:
 def ls(quiet: bool, filters: tuple[str, ...], template: str | None, as_json: bool) -> None:
     """List mounts: mountpoint, state, the daemon's pid, layers, session and start time.
 
-    The state is active; dead if the daemon has died (`unionfs cleanup` unmounts those); detached if it is
+    The state is active; dead if the daemon has died (`unionfs cleanup` unmounts those); waiting if it
+    has, and the union is about to be mounted anew (`unionfs umount` ends that); detached if it is
     unmounted here but still in use (its users are listed) or still mounted elsewhere (`unionfs umount
     --force` ends those). Root sees the mounts of all users, others see their own. If a user's daemon does
-    not answer root, only the mountpoint is shown. A container with another storage driver than union has no
-    such mount: `unionfs ps` lists it.
+    not answer root, only the mountpoint is shown. A container with another storage driver than union has
+    no such mount: `unionfs ps` lists it.
 
     A template has the fields .Mountpoint .State .Pid .Layers .Session .Since .HeldBy; the filters layer and
     mountpoint take a path. `--format json` prints one object per line.
@@ -81,6 +82,7 @@ def _summaries() -> list[dict[str, Any]]:
     known = {found.mount.mount_id for found in dead}
     return [
         *(_of_living(mount) for mount in (*live_mounts(), *others.answered)),
+        *({**_summary(mount), "state": "waiting"} for mount in waiting_mounts()),
         *(_of_detached(found) for found in detached_mounts()),
         *(_unknown(mount, None) for mount in others.silent if mount.mount_id not in known),
         *(_unknown(found.mount, "dead", found.entry) for found in dead),

@@ -36,7 +36,7 @@ def umount(mountpoints: tuple[str, ...], lazy: bool, force: bool, every: bool) -
     """
     # For start-up time: --help and completion do not need it.
     from unionfs.containers.naming import container_of
-    from unionfs.daemon.live import live_mounts
+    from unionfs.daemon.live import live_mounts, waiting_mounts
     from unionfs.daemon.unmount import umount as end
 
     if every == bool(mountpoints):
@@ -44,7 +44,8 @@ def umount(mountpoints: tuple[str, ...], lazy: bool, force: bool, every: bool) -
     if every:
         # A union may lie on another one.
         mountpoints = tuple(
-            mount.settings.mountpoint for mount in reversed(live_mounts()) if not mount.settings.lives_with
+            mount.settings.mountpoint for mount in (*waiting_mounts(), *reversed(live_mounts()))
+            if not mount.settings.lives_with
         )
 
     def end_one(mountpoint: str) -> bool:

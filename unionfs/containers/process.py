@@ -25,7 +25,7 @@ from unionfs.containers.terminal import Terminal, standard_terminals
 from unionfs.errors import UserError
 from unionfs.sys.calls import prctl
 from unionfs.sys.fds import Owned
-from unionfs.sys.process import is_alive, start_time, wait_gone
+from unionfs.sys.process import children_of, is_alive, start_time, wait_gone
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _FORWARDED = frozenset({
@@ -125,7 +125,7 @@ class Command:
         self.made = self._init is not None
         # The number is that of the runtime's own pid namespace.
         if self._nested and self.made:
-            self._init = next(filter(_is_init, _children(self._outer)), None)
+            self._init = next(filter(_is_init, children_of(self._outer)), None)
         # When this process ends, everything in the container ends.
         self._top = self._outer if self._nested else self._init
         self._started = None if self._top is None else start_time(self._top)
@@ -196,7 +196,7 @@ class Command:
                 info: signal.struct_siginfo | None = signal.sigwaitinfo(signals)
             else:
                 # Pid 1 has the exit code, and ends when nothing else runs.
-                for pid in _children(self._init or 0) if not self._command_lives() else ():
+                for pid in children_of(self._init or 0) if not self._command_lives() else ():
                     with suppress(OSError):
                         os.kill(pid, signal.SIGKILL)
                 info = signal.sigtimedwait(signals, _POLL_SECONDS)
@@ -210,7 +210,7 @@ class Command:
             _reap(ended)
             if self._outer in ended:
                 return
-            found = _children(self._init)
+            found = children_of(self._init)
             started = start_time(found[0]) if found else None
             if started is not None:
                 self._command = found[0], started
@@ -280,15 +280,6 @@ def _child_pid(info: bytes) -> int | None:
         return int(json.loads(info)["child-pid"])
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def _children(pid: int) -> list[int]:
-    """The children of a process, the oldest first; proc_tid_children(5)."""
-    try:
-        with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as children:
-            return [int(child) for child in children.read().split()]
-    except OSError:
-        return []
 
 
 def _code(code: int) -> int:

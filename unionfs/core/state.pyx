@@ -32,6 +32,9 @@ cdef extern from "<sys/mman.h>" nogil:
 VERSION = 3
 """Of the layout and the meaning of the records; a daemon takes over only its own."""
 
+RESTRICTIONS = ("ro", "nosuid", "nodev", "noexec")
+"""Options of a mount that may have come with a remount, and stay when it is mounted anew."""
+
 cdef enum:
     C_VERSION = 3
     TEXT = 8192
@@ -41,8 +44,7 @@ cdef enum:
     MOST_SLOTS = 1 << 26
     # Of `Head.device` without an fd; the holder knows them as negative
     ANEW = -1
-    OFF = -2
-    OFF_READ_ONLY = -3
+    OFF = -2  # less one bit for each of RESTRICTIONS
 
 cdef uint64_t LOW = (<uint64_t>1 << 63) - 1
 cdef size_t SIZE = SLOTS + <size_t>MOST_SLOTS * 64
@@ -125,21 +127,27 @@ cdef class State:
         self.head.device = device
         STORED_PID(self.head.holder, holder)
 
-    def takes_off(self, bint read_only):
-        """The mount of a dead daemon, which is to be mounted anew, is about to be unmounted; ``read_only``: it was
-        mounted so."""
+    @property
+    def holder(self):
+        """The pid of the holder in charge; 0: none."""
+        return self.head.holder
+
+    def takes_off(self, options):
+        """The mount of a dead daemon, which is to be mounted anew, is about to be unmounted; ``options``: what it was
+        mounted with, of which `RESTRICTIONS` are kept."""
         if self.head.device == ANEW:
-            self.head.device = OFF_READ_ONLY if read_only else OFF
+            self.head.device = OFF - sum(1 << bit for bit, name in enumerate(RESTRICTIONS) if name in options)
 
     @property
     def is_off(self):
         """Whether a mount that is to be mounted anew was unmounted for that."""
-        return self.head.device in (OFF, OFF_READ_ONLY)
+        return self.head.device <= OFF
 
     @property
-    def was_read_only(self):
-        """Whether it was mounted read-only then."""
-        return self.head.device == OFF_READ_ONLY
+    def restrictions(self):
+        """Which of `RESTRICTIONS` it had then."""
+        cdef int bits = OFF - self.head.device if self.is_off else 0
+        return tuple([name for bit, name in enumerate(RESTRICTIONS) if bits >> bit & 1])
 
     def end(self):
         """The daemon ends on purpose, so the holder must not start another one."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from threading import Thread
 from typing import Final
@@ -29,7 +30,7 @@ from unionfs.storage.model import VolumeUser
 from unionfs.storage.users import hold, release
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import mounted_at
-from unionfs.sys.process import wait_gone
+from unionfs.sys.process import pid_and_start, pid_namespace, wait_gone
 
 _GUARDIAN_SECONDS: Final = 30.0
 """How long the guardian of a dead daemon may take to release its storage."""
@@ -67,25 +68,35 @@ def mount_anew(state: State, dead: DeadDaemon) -> int:
     """Mount and serve until the mount is gone; returns the exit code."""
     close_others({state.fd})
     entry, holder = dead.entry, Holder(state, stays=True)
+    if os.getppid() != state.holder:  # it was killed, so that the union is not mounted anew
+        return 1
+    waiting = _waiting(entry, state.holder)
     with RuntimeDirectory(entry.directory) as directory:
         logs.to_host(entry.settings.log_level, directory, entry.settings.mountpoint)
         deaths, too_often = state.died
         if too_often:
             log.critical("daemon %d died, one too many within a minute: it stays dead", entry.pid)
+            waiting.remove()
             return 1
         if not _take_off(entry, state):
             log.info("daemon %d ended, and its mount was unmounted", entry.pid)
+            waiting.remove()
             state.end()
             return 0
+        with suppress(OSError):  # then `ls` and `umount` do not know of it
+            waiting.save()
+        entry.remove()
         text = "daemon %d ended (deaths: %d); the union is mounted anew: %s"
         log.warning(text, entry.pid, deaths, dead.why)
         try:
-            settings = _settings(entry, read_only=state.was_read_only)
-            user = _holder_as_user(settings)
+            settings = _settings(entry, state.restrictions)
+            user = VolumeUser.of_process("mount", waiting.pid, waiting.started, settings.mountpoint)
             hold(settings, user)
             refuse_others(dead.layers, settings.mountpoint)
 
-            def on_usable() -> None:  # the requests do not wait for the locks of volumes
+            def on_usable() -> None:
+                waiting.remove()
+                # The requests do not wait for the locks of volumes.
                 Thread(target=release, args=(settings, user), daemon=True).start()
 
             service = Service(settings, directory, on_usable, None, foreground=False, holder=holder)
@@ -109,22 +120,27 @@ def _take_off(entry: LiveMount, state: State) -> bool:
     if not state.is_off:
         if mount is None or mount.device != entry.device:
             return False
-        state.takes_off(mount.is_read_only)
+        state.takes_off(mount.all_options)
     clear_dead_mounts(entry.device)
     if mount is not None:
         clear_dead_mounts(mount.device)
-    entry.remove()
     return True
 
 
-def _holder_as_user(settings: MountSettings) -> str:
-    """The holder as the user of the volumes, so that nobody removes them until the union is mounted."""
-    return VolumeUser.of_pid("mount", os.getppid(), settings.mountpoint)
+def _waiting(entry: LiveMount, holder: int) -> LiveMount:
+    """The entry until the union is mounted, so that `umount` can end it: that of the holder, which is
+    the user of the volumes, too, so that nobody removes them."""
+    pid, started = pid_and_start(holder)
+    return replace(
+        entry, pid=pid, started=started, device="", claims=(), holder=None, guardian=None, waiting=True,
+        namespace=pid_namespace(),
+    )  # fmt: skip
 
 
-def _settings(entry: LiveMount, *, read_only: bool) -> MountSettings:
-    """The settings of the dead mount; `read_only`: it was. What its storage needs, it has made and filled: an
-    anonymous volume stays if mounting fails, and a volume that is empty by now stays empty."""
+def _settings(entry: LiveMount, restrictions: Collection[str]) -> MountSettings:
+    """The settings of the dead mount with its restrictions, some of which may have come with a remount. What
+    its storage needs, it has made and filled: an anonymous volume stays if mounting fails, and a volume that
+    is empty by now stays empty."""
     storage = []
     for spec in entry.settings.storage:
         if isinstance(spec, VolumeSpec):
@@ -132,5 +148,8 @@ def _settings(entry: LiveMount, *, read_only: bool) -> MountSettings:
         elif isinstance(spec, BindSpec):
             spec = replace(spec, create=False)
         storage.append(spec)
-    read_only = read_only or entry.settings.read_only
-    return replace(entry.settings, storage=tuple(storage), read_only=read_only)
+    added = [name for name in restrictions if name != "ro" and name not in entry.settings.flags]
+    lifted = {name.removeprefix("no") for name in added}
+    flags = (*(flag for flag in entry.settings.flags if flag not in lifted), *added)
+    read_only = entry.settings.read_only or "ro" in restrictions
+    return replace(entry.settings, storage=tuple(storage), read_only=read_only, flags=flags)

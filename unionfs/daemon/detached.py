@@ -23,7 +23,7 @@ def detached_mounts() -> list[Detached]:
     """Return this user's detached mounts, oldest first. Waits for daemons that are about to end."""
     found = []
     for entry in live.entries():
-        if entry.ending or not entry.is_alive() or entry.mounts():
+        if entry.ending or entry.waiting or not entry.is_alive() or entry.mounts():
             continue
         users = _users(entry.device)
         if users or not live.has_ended_soon(entry):

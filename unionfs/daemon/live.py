@@ -50,6 +50,9 @@ class LiveMount:
     """The process (pid, start time) that starts another daemon when this one dies."""
     guardian: tuple[int, int] | None = None
     """The process (pid, start time) that is the user of its volumes; None: the daemon."""
+    waiting: bool = False
+    """Nothing is mounted: its daemon died, and its holder, the process of this entry, has others mount the
+    union anew until one succeeds (`daemon.anew`)."""
     directory: str = ""
     """The runtime directory of this entry; empty for a mount of another user."""
     namespace: int = field(default_factory=pid_namespace)
@@ -104,7 +107,10 @@ class LiveMount:
             return None
 
     def to_json(self) -> dict[str, Any]:
-        names = ("pid", "started", "device", "since", "claims", "ending", "holder", "guardian", "namespace")
+        names = (
+            "pid", "started", "device", "since", "claims", "ending", "holder", "guardian", "waiting",
+            "namespace",
+        )  # fmt: skip
         return {"settings": self.settings.to_json(), **{name: getattr(self, name) for name in names}}
 
     @classmethod
@@ -120,6 +126,7 @@ class LiveMount:
             ending=bool(values["ending"]),
             holder=_process(values.get("holder")),
             guardian=_process(values.get("guardian")),
+            waiting=bool(values.get("waiting")),
             directory=directory,
             namespace=int(values.get("namespace") or pid_namespace()),
         )
@@ -248,12 +255,19 @@ def live_mounts() -> list[LiveMount]:
     return sorted(alive, key=lambda entry: entry.since)
 
 
+def waiting_mounts() -> list[LiveMount]:
+    """Return this user's mounts that are about to be mounted anew, oldest first."""
+    return sorted((entry for entry in entries() if entry.waiting), key=lambda entry: entry.since)
+
+
 def has_ended_soon(entry: LiveMount) -> bool:
     """Return whether the daemon of an entry ends soon, and wait for that if its mount is gone, or if it was
     told to end.
 
     umount(2) returns before the daemon has noticed and written the upper to disk, which may take long.
     """
+    if entry.waiting:
+        return not entry.is_alive()
     deadline = time.monotonic() + _NOTICE_SECONDS
     while not wait_gone(entry.pid, entry.started, 0):
         if entry.mounts() and not entry.ending:

@@ -286,6 +286,11 @@ def _how_used(entry: live.LiveMount) -> str:
     if entry.mounts():
         return f"in use by {live.describe_owner(entry)}; unmount that first"
     mountpoint, pid = quoted(entry.settings.mountpoint), entry.pid
+    if entry.waiting:
+        return (
+            f"in use by the union of {mountpoint}, whose daemon died and which is about to be mounted anew; "
+            f"end that by `unionfs umount {mountpoint}`"
+        )
     return (
         f"still in use: {mountpoint} is unmounted, but processes have files of it open, so its daemon (pid "
         f"{pid}) goes on; stop them, cut them off by `unionfs umount --force {mountpoint}`"

@@ -72,7 +72,7 @@ class Storage:
         if device:  # its `major:minor`, once it was mounted
             mount = mounted_at(self.settings.mountpoint)
             if self._state is not None and mount is not None and mount.device == device:
-                self._state.takes_off(mount.is_read_only)
+                self._state.takes_off(mount.all_options)
             clear_dead_mounts(device)
         user = self._user
         if self.settings.outlive:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from unionfs.daemon import live, others
 from unionfs.daemon.dead import clear_abandoned_of, forget, refusal, take_off
@@ -13,11 +15,12 @@ from unionfs.daemon.inside import TakenOff, leave_peers, storage_mounts
 from unionfs.daemon.orders import END, give
 from unionfs.daemon.settle import absolute_mountpoint
 from unionfs.errors import UserError, path_in, quoted
+from unionfs.sys.fds import Owned
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import MountEntry, mounted_at, read_mountinfo
 from unionfs.sys.mountspaces import copies
 from unionfs.sys.mountusers import MountUser, users_of_mount
-from unionfs.sys.process import command_of, wait_gone
+from unionfs.sys.process import children_of, command_of, is_stopped, pid_and_start, wait_gone
 from unionfs.sys.unmount import unmount
 
 # How long a daemon may take to notice the unmount before we look for other users of the mount.
@@ -25,6 +28,7 @@ _NOTICE_SECONDS = 2.0
 _DEAF_SECONDS = 30.0
 _LAZY_SECONDS = 0.5
 _POLL_SECONDS = 0.2
+_STOP_POLL_SECONDS = 0.001
 _COPY_POLL_SECONDS = 0.1
 _MOST_NAMED = 5
 _STOP = "stop whatever uses it first"
@@ -57,6 +61,13 @@ def umount(
         return
     entries = live.entries()
     entry = None if mount is None else live.find_by_device(mount.device, entries)
+    waiting = [one for one in entries if one.waiting and one.settings.mountpoint == path]
+    if mount is None and waiting:
+        for one in waiting:
+            _end_waiting(one)
+        if mounted_at(path) is not None:  # by the last that was started
+            umount(path, lazy=lazy, force=force, container_of=container_of)
+        return
     if mount is None or not (mount.is_fuse and (entry is not None or mount.fstype == others.FSTYPE)):
         raise UserError(_why_not_ours(path, mount, entries))
     alive = entry is not None and entry.is_alive()
@@ -78,7 +89,7 @@ def umount(
 
 def _served(path: str, mount: MountEntry | None) -> live.LiveMount | None:
     """Return the mount at `path`, or the one that was there and has been detached, if its daemon is alive."""
-    known = [entry for entry in live.entries() if entry.is_alive()]
+    known = [entry for entry in live.entries() if entry.is_alive() and not entry.waiting]
     if mount is None:
         return next((entry for entry in reversed(known) if entry.settings.mountpoint == path), None)
     found = live.find_by_device(mount.device, known)
@@ -94,6 +105,23 @@ def _cut_off(entry: live.LiveMount) -> None:
             raise
     while not wait_gone(entry.pid, entry.started, _POLL_SECONDS):
         pass
+
+
+def _end_waiting(entry: live.LiveMount) -> None:
+    """End the holder of a union that is to be mounted anew, and wait for what it has started."""
+    with suppress(ProcessLookupError), Owned(os.pidfd_open(entry.pid)) as holder:
+        if not entry.is_alive():
+            raise ProcessLookupError
+        signal.pidfd_send_signal(holder, signal.SIGSTOP)
+        while entry.is_alive() and not is_stopped(entry.pid):
+            time.sleep(_STOP_POLL_SECONDS)
+        started = [pid_and_start(pid) for pid in children_of(entry.pid)]
+        signal.pidfd_send_signal(holder, signal.SIGKILL)
+        path = entry.settings.mountpoint
+        for pid, since in started:  # it mounts or fails
+            while mounted_at(path) is None and not wait_gone(pid, since, _POLL_SECONDS):
+                pass
+    forget(entry)
 
 
 def _is_further(mount: MountEntry, entry: live.LiveMount | None) -> bool:

@@ -50,9 +50,9 @@ class MountEntry:
         return self.fstype == "fuse" or self.fstype.startswith("fuse.")
 
     @property
-    def is_read_only(self) -> bool:
-        """Whether the mount or its filesystem is read-only."""
-        return "ro" in (*self.options.split(","), *self.super_options.split(","))
+    def all_options(self) -> list[str]:
+        """The options of the mount and of its filesystem, as the kernel writes them."""
+        return [*self.options.split(","), *self.super_options.split(",")]
 
 
 @dataclass(frozen=True, slots=True)

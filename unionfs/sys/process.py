@@ -42,6 +42,15 @@ def is_alive(pid: int, started: int) -> bool:
     return start_time(pid) == started
 
 
+def is_stopped(pid: int) -> bool:
+    """Return whether a signal has stopped a process. Source: proc_pid_stat(5), field 3."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            return stat.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
+    except OSError:
+        return False
+
+
 def wait_gone(pid: int, started: int, timeout: float) -> bool:
     """Wait at most `timeout` seconds for a process. Returns False if it still runs.
 
@@ -82,6 +91,15 @@ def ancestors(pid: int) -> Iterator[int]:
             pid = int(status_field("PPid", pid) or 0)
         except OSError:
             return
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the children of a process, the oldest first. Source: proc_tid_children(5)."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as children:
+            return [int(child) for child in children.read().split()]
+    except OSError:
+        return []
 
 
 def status_field(name: str, process: int | str = "self") -> str:
