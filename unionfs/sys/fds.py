@@ -6,7 +6,7 @@ import errno
 import os
 import resource
 import stat
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Final
 
@@ -28,6 +28,30 @@ def close_connections() -> None:
         with suppress(OSError):
             if os.readlink(f"/proc/self/fd/{fd}") == "/dev/fuse":
                 os.close(int(fd))
+
+
+class Files(ExitStack):
+    """Closes fds at its end, the last first, and knows which it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._fds: list[int] = []
+
+    def own(self, fd: int) -> int:
+        """Close this one, too, at the end; returns it."""
+        self.callback(close_quietly, fd)
+        self._fds.append(fd)
+        return fd
+
+    def fds(self) -> list[int]:
+        """In the order in which they were taken."""
+        return self._fds
+
+    def pop_all(self) -> Files:
+        """Move all to a new one."""
+        moved = super().pop_all()
+        moved._fds, self._fds = self._fds, []
+        return moved
 
 
 class Owned:

@@ -18,12 +18,12 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Final
 
 from unionfs.core.places import Layer, Place
 from unionfs.sys.attributes import ALL, read_xattrs
-from unionfs.sys.fds import close_quietly
+from unionfs.sys.fds import Files
 from unionfs.union.images import is_image, open_image
 from unionfs.union.markers import ABSENT, Markers
 from unionfs.union.merge import Merge
@@ -57,20 +57,20 @@ def compared(
     `hidden`: the names on the paths to directories below which nothing is compared, since the upper hides
     them; those of the lowers need not be readable. Other arguments and errors are those of `diff`.
     """
-    with ExitStack() as resources:
+    with Files() as resources:
         layers = _opened([upper, *lowers], resources)
         merge = Merge(layers, markers, directory_fds=256)
         resources.callback(merge.close)
         yield merge, _Comparison(merge, layers, hidden).run()
 
 
-def _opened(paths: Sequence[str], resources: ExitStack, first: int = 0) -> list[Layer]:
+def _opened(paths: Sequence[str], resources: Files, first: int = 0) -> list[Layer]:
     """The layers of an upper and its lowers, in this order, with indices from ``first`` on."""
     layers = []
     for position, path in enumerate(paths):
         image = position > 0 and is_image(path)
         fd = open_image(os.path.realpath(path)) if image else os.open(path, _DIRECTORY)
-        resources.callback(close_quietly, fd)
+        resources.own(fd)
         layers.append(Layer(first + position, path, fd, is_upper=position == 0))
     return layers
 
@@ -83,7 +83,7 @@ def diff_of_copy(
     An object with the attributes of the original is unchanged: contents are not read here either.
     """
     markers = Markers(xattr_prefix, follows_redirects=follows_redirects)
-    with ExitStack() as resources:
+    with Files() as resources:
         # As in `between`, layers that are not in the merge have indices below its own.
         now, *before = _opened([copy, *lowers], resources, -1 - len(lowers))
         merge = Merge([now], markers, directory_fds=256)
@@ -102,13 +102,13 @@ def between(
     common = 0
     while common < min(len(before), len(now)) and before[-1 - common] == now[-1 - common]:
         common += 1
-    with ExitStack() as resources:
+    with Files() as resources:
 
         def opened(paths: Sequence[str], above: int, *, first_is_upper: bool = False) -> list[Layer]:
             layers = []
             for position, path in enumerate(paths):
                 fd = open_image(path) if is_image(path) else os.open(path, _DIRECTORY)
-                resources.callback(close_quietly, fd)
+                resources.own(fd)
                 index = above - len(paths) + position
                 layers.append(Layer(index, path, fd, is_upper=first_is_upper and position == 0))
             return layers

@@ -11,7 +11,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from unionfs.settings.features import DEFAULTS, Features
 from unionfs.settings.shown import AS_STORED, Shown
 from unionfs.sys import calls, detached
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
-from unionfs.sys.fds import Owned, close_quietly, open_for_listing
+from unionfs.sys.fds import Files, Owned, open_for_listing
 from unionfs.sys.filelocks import may_be_a_mounts
 from unionfs.sys.mountinfo import mount_id_of_path, read_mountinfo
 from unionfs.sys.trees import remove
@@ -35,28 +35,6 @@ from unionfs.union.redirecting import mode, parameter
 _NO_LOCKS: Final = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
-class _Files(ExitStack):
-    """Closes fds at its end."""
-
-    def files(self) -> list[int]:
-        """The fds, in the order in which they were opened."""
-        return self._fds
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._fds: list[int] = []
-
-    def callback(self, callback: Any, /, *arguments: Any, **named: Any) -> Any:
-        if callback is close_quietly:
-            self._fds.append(arguments[0])
-        return super().callback(callback, *arguments, **named)
-
-    def pop_all(self) -> _Files:
-        moved = super().pop_all()
-        moved._fds, self._fds = self._fds, []
-        return moved
-
-
 class LayerStack:
     """All layers of one union, topmost first, and the work directory of the upper."""
 
@@ -66,7 +44,7 @@ class LayerStack:
         work_root: int,
         work_fd: int,
         markers: Markers,
-        resources: _Files,
+        resources: Files,
         shown: Shown = AS_STORED,
         lease: Keeper | None = None,
     ) -> None:
@@ -113,7 +91,7 @@ class LayerStack:
         Raises ``LayerError`` or ``OSError``, and then leaves nothing open.
         """
         privileged = has_capability(CAP_SYS_ADMIN)
-        with _Files() as resources:
+        with Files() as resources:
             layers: list[Layer] = []
             lease, work_root, work_fd = None, -1, -1
             if upper is not None:
@@ -131,13 +109,13 @@ class LayerStack:
                     resources.callback(_unmark, work_fd, lease)
                 layers.append(Layer(0, upper, upper_fd, is_upper=True, quiet="noatime" in atime))
             elif scratch is not None:
-                resources.callback(close_quietly, scratch)
+                resources.own(scratch)
                 opening.set_atime(scratch, atime)
                 upper_fd, work_root, work_fd = opening.make_upper_and_work(scratch, lowers, resources)
                 layers.append(Layer(0, "", upper_fd, is_upper=True))
             for path in lowers:
                 fd = opening.open_lower(path, privileged)
-                resources.callback(close_quietly, fd)
+                resources.own(fd)
                 layers.append(Layer(len(layers), path, fd, is_upper=False, quiet=True))
             if not layers:
                 raise LayerError("a union needs at least one layer; give one with --lower.")
@@ -167,9 +145,9 @@ class LayerStack:
         """The same layers, by the fds that a former daemon of the mount had open; see :meth:`kept`.
         Removes its temporaries. Raises ``LayerError``, ``OSError``; then only the fds are closed."""
         privileged = has_capability(CAP_SYS_ADMIN)
-        with _Files() as resources:
+        with Files() as resources:
             for fd in kept["files"]:
-                resources.callback(close_quietly, fd)
+                resources.own(fd)
             work_root, work_fd = kept["work_root"], kept["work"]
             lease = None
             if kept["lease"] is not None:
@@ -203,7 +181,7 @@ class LayerStack:
     def kept(self) -> dict[str, Any]:
         """What :meth:`resume` needs in another process with the same open files: JSON-able."""
         return {
-            "files": self._resources.files(),
+            "files": self._resources.fds(),
             "layers": [layer.root_fd for layer in self.layers],
             # Of a lower, which does not change; the upper's xattrs do.
             "known": [None if layer.is_upper else layer.known for layer in self.layers],
@@ -225,12 +203,12 @@ class LayerStack:
 
     def claim(self, fd: int, path: str) -> None:
         """Lock another upper, and close its fd with the stack. Raises ``LayerError``, ``OSError``."""
-        self._resources.callback(close_quietly, fd)
+        self._resources.own(fd)
         lock(fd, path, "upper", self._resources)
 
     def own_lower(self, fd: int) -> int:
         """Take over the O_PATH fd of one more lower, read-only if possible: returns the fd to use."""
-        self._resources.callback(close_quietly, fd)
+        self._resources.own(fd)
         self.protect(fd)
         return fd
 
@@ -263,7 +241,7 @@ class LayerStack:
 
     def bind(self, path: str, root_fd: int, *, read_only: bool) -> BoundLayer:
         """A layer for a directory or file shown at one place. The O_PATH fd is closed with the stack."""
-        self._resources.callback(close_quietly, root_fd)
+        self._resources.own(root_fd)
         layer = BoundLayer(-1 - len(self.bound), path, root_fd, read_only=read_only)
         self.bound.append(layer)
         return layer
@@ -352,13 +330,13 @@ def _replace_by_nothing(fd: int) -> None:
     os.close(null)
 
 
-def _lease(upper_fd: int, upper: str, resources: ExitStack, *, alone: bool) -> Keeper | None:
+def _lease(upper_fd: int, upper: str, resources: Files, *, alone: bool) -> Keeper | None:
     """A lease on an upper that other hosts may see; see `leases.claim`. It ends with `resources`."""
     if leases.filesystem(upper_fd) is None:
         return None
     # By the upper's own mount: the filesystem can be unmounted elsewhere.
     parent = os.open(b"..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=upper_fd)
-    resources.callback(close_quietly, parent)
+    resources.own(parent)
     return leased(upper_fd, upper, parent, resources, alone=alone)
 
 
@@ -368,26 +346,26 @@ def _unmark(work_fd: int, lease: Keeper | None) -> None:
         remove(work_fd, b"incompat")
 
 
-def leased(upper_fd: int, upper: str, parent: int, resources: ExitStack, *, alone: bool) -> Keeper:
+def leased(upper_fd: int, upper: str, parent: int, resources: Files, *, alone: bool) -> Keeper:
     """The same by the O_PATH fd of the directory above it."""
     found = os.stat(os.path.basename(upper), dir_fd=parent, follow_symlinks=False)
     if not os.path.samestat(found, os.fstat(upper_fd)):
         raise LayerError(f"upper {upper} was replaced while it was mounted; try again.")
     lease = leases.claim(upper_fd, upper, parent, alone=alone)
-    resources.callback(close_quietly, lease.fd)
+    resources.own(lease.fd)
     keeper = Keeper(lease)
     resources.callback(keeper.end)
     return keeper
 
 
-def lock(fd: int, path: str, role: str, resources: ExitStack) -> bool:
+def lock(fd: int, path: str, role: str, resources: Files) -> bool:
     """Hold flock(2) on the directory for the life of the mount, so that other mounts refuse it. Returns
     whether it is held.
 
     Any user who can read a directory can lock it; a lock of a user who may not write it is not a mount's.
     """
     lock = open_for_listing(fd)
-    resources.callback(close_quietly, lock)
+    resources.own(lock)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True

@@ -11,13 +11,12 @@ import errno
 import os
 import stat
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Final
 
 from unionfs.errors import LayerError, path_in, quoted, reason
 from unionfs.sys import calls, detached
 from unionfs.sys.attributes import drop_acls
-from unionfs.sys.fds import Owned, close_quietly
+from unionfs.sys.fds import Files, Owned, close_quietly
 from unionfs.sys.openat2 import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, openat2
 from unionfs.sys.trees import empty_directory
 from unionfs.union.images import is_image, open_image
@@ -44,7 +43,7 @@ def open_lower(path: str, privileged: bool) -> int:
 
 
 def open_upper_and_work(
-    upper: str, work: str, privileged: bool, resources: ExitStack, atime: Sequence[str] = ()
+    upper: str, work: str, privileged: bool, resources: Files, atime: Sequence[str] = ()
 ) -> tuple[int, int]:
     """O_PATH fds of both on one mount: in a clone of their common parent if ``privileged``.
 
@@ -64,7 +63,7 @@ def open_upper_and_work(
                 fd = _open(calls.AT_FDCWD, path, path)
             else:
                 fd = _open(clone, os.path.relpath(path, above), path, RESOLVE_BENEATH)
-            resources.callback(close_quietly, fd)
+            resources.own(fd)
             fds.append(fd)
     finally:
         if clone is not None:
@@ -83,13 +82,13 @@ def set_atime(mount_fd: int, words: Sequence[str]) -> None:
         detached.change(mount_fd, add=attributes, clear=detached.ATIME)
 
 
-def make_upper_and_work(scratch: int, lowers: Sequence[str], resources: ExitStack) -> tuple[int, int, int]:
+def make_upper_and_work(scratch: int, lowers: Sequence[str], resources: Files) -> tuple[int, int, int]:
     """O_PATH fds of a new upper, with the owner and mode of the topmost lower, and of a new work directory,
     WORKDIR and WORKDIR/work."""
     os.mkdir(b"upper", 0o755, dir_fd=scratch)
     os.mkdir(b"work", 0o700, dir_fd=scratch)
     upper_fd = _open(scratch, "upper", "upper")
-    resources.callback(close_quietly, upper_fd)
+    resources.own(upper_fd)
     if lowers:
         with Owned(open_lower(lowers[0], False)) as lower:
             st = os.fstat(lower)
@@ -97,11 +96,11 @@ def make_upper_and_work(scratch: int, lowers: Sequence[str], resources: ExitStac
             calls.chown_fd(upper_fd, st.st_uid, st.st_gid)
         os.chmod(b"/proc/self/fd/%d" % upper_fd, stat.S_IMODE(st.st_mode))
     work_root = _open(scratch, "work", "work")
-    resources.callback(close_quietly, work_root)
+    resources.own(work_root)
     return upper_fd, work_root, prepare_work(work_root, "on the tmpfs", upper_fd, resources)
 
 
-def prepare_work(fd: int, path: str, upper_fd: int, resources: ExitStack) -> int:
+def prepare_work(fd: int, path: str, upper_fd: int, resources: Files) -> int:
     """An O_PATH fd of WORKDIR/work, emptied and private (the kernel's layout: fs/overlayfs/super.c,
     ovl_workdir_create).
 
@@ -115,7 +114,7 @@ def prepare_work(fd: int, path: str, upper_fd: int, resources: ExitStack) -> int
         with contextlib.suppress(FileExistsError):
             os.mkdir(b"work", 0o700, dir_fd=fd)
         inner = openat2(fd, b"work", _DIRECTORY, RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV)
-        resources.callback(close_quietly, inner)
+        resources.own(inner)
         _check_owner(f"{path}/work", os.fstat(inner).st_uid, owner)
         _make_private(inner)
         # From here on no other user can add files.
@@ -147,7 +146,7 @@ def mark_volatile(work_fd: int) -> None:
         close_quietly(os.open(b"volatile/dirty", flags, 0o600, dir_fd=fd))
 
 
-def index_directory(work_root: int, resources: ExitStack, *, make: bool) -> int:
+def index_directory(work_root: int, resources: Files, *, make: bool) -> int:
     """An O_PATH fd of WORKDIR/index, made private like work; -1 if it is missing, and not made.
 
     Raises LayerError, OSError.
@@ -164,7 +163,7 @@ def index_directory(work_root: int, resources: ExitStack, *, make: bool) -> int:
             f"`index` in the work directory cannot be opened: {reason(error)}; remove it, or choose an empty "
             "directory."
         ) from error
-    resources.callback(close_quietly, fd)
+    resources.own(fd)
     _check_owner("directory index", os.fstat(fd).st_uid, os.fstat(work_root).st_uid)
     _make_private(fd)
     return fd

@@ -6,12 +6,12 @@ import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Final
 
 from unionfs.core.places import Layer, Place
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
-from unionfs.sys.fds import Owned, close_quietly, names_in
+from unionfs.sys.fds import Files, Owned, names_in
 from unionfs.union import leases, opening
 from unionfs.union.layers import leased, lock
 from unionfs.union.leasekeeper import Keeper
@@ -63,9 +63,9 @@ def resting(
     Paths are absolute, without symlinks. Unless ``writable``, root cannot change the upper by mistake.
     """
     privileged = has_capability(CAP_SYS_ADMIN)
-    with ExitStack() as resources:
+    with Files() as resources:
         fd = opening.open_lower(upper, privileged and not writable)
-        resources.callback(close_quietly, fd)
+        resources.own(fd)
         alone = lock(fd, upper, "upper", resources)
         lease = None
         if leases.filesystem(fd) is not None:
@@ -74,11 +74,11 @@ def resting(
         opened = None
         if work is not None:
             opened = work, opening.open_lower(work, privileged and not writable)
-            resources.callback(close_quietly, opened[1])
+            resources.own(opened[1])
             lock(opened[1], work, "work", resources)
         for path in lowers:
             fd = opening.open_lower(path, privileged)
-            resources.callback(close_quietly, fd)
+            resources.own(fd)
             layers.append(Layer(len(layers), path, fd, is_upper=False))
         # As in an ordinary user's own mount.
         follows = True if os.geteuid() != 0 else None
@@ -88,7 +88,7 @@ def resting(
         yield Resting(merge, layers[0], opened, lease)
 
 
-def _lease(fd: int, upper: str, resources: ExitStack, *, alone: bool, writable: bool) -> Keeper | None:
+def _lease(fd: int, upper: str, resources: Files, *, alone: bool, writable: bool) -> Keeper | None:
     """Hold the upper's lease. Who may not make one only looks whether another host has it. Raises LayerError,
     OSError."""
     above = os.path.dirname(upper)
@@ -96,7 +96,7 @@ def _lease(fd: int, upper: str, resources: ExitStack, *, alone: bool, writable: 
         leases.refuse_if_led(upper, alone=alone)
         return None
     parent = opening.open_lower(above, False)
-    resources.callback(close_quietly, parent)
+    resources.own(parent)
     keeper = leased(fd, upper, parent, resources, alone=alone)
     keeper.begin()
     return keeper
