@@ -228,6 +228,7 @@ def test_an_open_of_an_upper_s_file(mount: Mount, tmp_path: Path, flags: int) ->
     assert handle is not None
     writes = flags != os.O_RDONLY
     assert (handle.writes, handle.file.writable) == (writes, writes)
+    assert handle.maps == (flags & os.O_ACCMODE == os.O_RDWR)
     assert mount.ask(Opcode.OPEN, node.id, asked(os.O_RDWR)) == b"".join(encode.opened(UNIQUE, 2, 2))
     other = mount.handles.get(2)
     assert other is not None

@@ -10,12 +10,14 @@ import stat
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import trio
 
 from tests.unit.union_support import ME, OpenUnion, close_nodes
 from tests.unit.union_support import open_union as open_union
+from unionfs.core.files import Handle
 from unionfs.core.node import Node
 from unionfs.core.restoring import Restoring
 from unionfs.core.setting import Change
@@ -39,6 +41,8 @@ class Daemons:
         self._open_union = open_union
         self._states: list[State] = []
         self._later: list[Union] = []
+        #: What the last one has taken over: open files, backing ids, and those without open files.
+        self.taken: tuple[dict[int, tuple[int, Handle]], set[int], set[int]] = {}, set(), set()
 
     def first(self) -> Union:
         """A union that records."""
@@ -54,7 +58,8 @@ class Daemons:
         operations = Operations(new)
         files = new.files
         handles = operations.files.handles
-        Restoring(new.nodes, new.stack.layers, handles, files.reopen, files.open_again).take_over()
+        restoring = Restoring(new.nodes, new.stack.layers, handles, files.reopen, files.open_again)
+        self.taken = restoring.take_over()
         return new, operations
 
     def close(self) -> None:
@@ -174,6 +179,74 @@ def test_an_object_that_is_another_one(tmp_path: Path, daemons: Daemons) -> None
     new, _ = daemons.after(union)
     assert new.nodes.get(id_) is None
     assert get(new, "a").id != id_
+
+
+class Opened(NamedTuple):
+    """How a file was opened."""
+
+    name: str
+    writes: bool
+    maps: bool
+    backing_id: int
+    unique: int
+
+
+class Who(NamedTuple):
+    """The process that opens one, and the number of its request."""
+
+    uid: int
+    gid: int
+    pid: int
+    unique: int
+
+
+OPENED = [
+    Opened("upper", writes=True, maps=True, backing_id=0, unique=11),
+    Opened("upper", writes=True, maps=False, backing_id=0, unique=12),
+    Opened("lower", writes=False, maps=False, backing_id=0, unique=13),
+    Opened("through", writes=True, maps=True, backing_id=7, unique=14),
+    Opened("through", writes=False, maps=False, backing_id=7, unique=15),
+]
+
+
+def test_open_files(tmp_path: Path, daemons: Daemons) -> None:
+    """They are as they were opened; those to write can be written."""
+    union = daemons.first()
+    for name in ("l0/lower", "upper/upper", "upper/through"):
+        (tmp_path / name).write_text(name)
+    handles = Operations(union).files.handles
+    for number, one in enumerate(OPENED, 1):
+        node = get(union, one.name)
+        if one.backing_id and node.use is None:
+            node.in_use().passes_through(one.backing_id, of_upper=True)
+        who, file = Who(0, 0, 1, one.unique), union.files.lend(node, write=one.writes)
+        assert handles.register(node, file, who, writes=one.writes, maps=one.maps) == number
+        handle = handles.get(number)
+        assert handle is not None
+        node.in_use().opened(handle)
+    _, operations = daemons.after(union)
+    opened, backing_ids, kept = daemons.taken
+    assert (backing_ids, kept) == ({7}, set())
+    assert sorted(opened) == [one.unique for one in OPENED]
+    for number, one in enumerate(OPENED, 1):
+        handle = operations.files.handles.get(number)
+        assert opened[one.unique] == (number, handle)
+        assert handle is not None
+        assert (handle.writes, handle.maps, handle.through) == (one.writes, one.maps, one.backing_id > 0)
+        assert handle.node.name == one.name.encode()
+        assert handle.file.read(100, 0).endswith(one.name.encode())
+        if one.writes:
+            handle.file.write(b"%d" % number, 0)
+    assert (tmp_path / "upper/upper").read_text() == "2pper/upper"
+    assert (tmp_path / "upper/through").read_text() == "4pper/through"
+    use = opened[14][1].node.use
+    assert (use.backing_id, use.of_upper, use.through, use.writers, use.mappers) == (7, True, 2, 1, 1)
+    use = opened[11][1].node.use
+    assert (use.backing_id, use.cached, use.through) == (0, 2, 0)
+    assert operations.files.handles.next == len(OPENED) + 1
+    for number in range(1, len(OPENED) + 1):
+        operations.files.handles.release(number)
+    assert operations.files.handles.all() == []
 
 
 # -- a change in progress ---------------------------------------------------------------------------------
