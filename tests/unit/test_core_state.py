@@ -244,6 +244,8 @@ def test_open_files(tmp_path: Path, daemons: Daemons) -> None:
     use = opened[11][1].node.use
     assert (use.backing_id, use.cached, use.through) == (0, 2, 0)
     assert operations.files.handles.next == len(OPENED) + 1
+    fds = {opened[one.unique][1].file.fd for one in OPENED if one.name != "lower"}
+    assert operations.files.handles.fds == len(fds)  # a lower's file is closed when there are many
     for number in range(1, len(OPENED) + 1):
         operations.files.handles.release(number)
     assert operations.files.handles.all() == []

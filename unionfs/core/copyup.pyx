@@ -80,6 +80,8 @@ cpdef OpenFile hand_over(Node node, int fd, st, bint lend):
     use.file = file
     for handle in use.handles:
         handle.go_on(file.take())
+    if use.handles and (<Handle>use.handles[0]).table is not None:
+        (<Handle>use.handles[0]).table.went_on(node)
     if not lend:
         file.release()
     return file
