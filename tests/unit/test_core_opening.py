@@ -16,13 +16,14 @@ from tests.support.world import errno_of
 from tests.unit.test_core_answers import UNIQUE, Mount, in_upper, looked_up, message, released
 from tests.unit.test_core_answers import mount as mount
 from tests.unit.test_union_bundles import small
-from tests.unit.union_support import ME, OpenUnion, copy_up
+from tests.unit.union_support import ME, OpenUnion, copy_up, get
 from tests.unit.union_support import open_union as open_union
-from unionfs.core.files import OpenFile
+from unionfs.core.files import OpenFile, RestingFiles
 from unionfs.core.node import Node
-from unionfs.core.opening import Handles
+from unionfs.core.opening import Handles, Opener
 from unionfs.fuse.protocol import Opcode
 from unionfs.union.setids import Process
+from unionfs.union.tree import Union
 
 
 def held(tmp_path: Path) -> int:
@@ -128,3 +129,62 @@ def test_who_may_open_more(tmp_path: Path, open_union: OpenUnion) -> None:
     assert (handles.fds, handles.fds_of_users) == (0, {})
     unlimited = Handles(union.nodes)
     unlimited.may_hold(7)
+
+
+class Lowers:
+    """Open files of a lower, of which two may have an fd at a time."""
+
+    def __init__(self, union: Union, tmp_path: Path) -> None:
+        self.resting, self.top = RestingFiles(2), tmp_path / "l0"
+        opener = Opener(
+            union.gate, union.stack.markers.metacopy, self._open, self.resting, remembers=True, unread=True
+        )
+        self._opener, self.handles, self.files = opener, Handles(union.nodes), []
+        for name in sorted(os.listdir(self.top)):
+            node = get(union, name)
+            file = opener.lend_unread(node, node.in_use())
+            assert file is not None
+            self.handles.register(node, file, None, writes=False)
+            self.files.append(file)
+
+    def _open(self, node: Node) -> OpenFile:
+        file = self._opener.open_plain(node)
+        assert file is not None
+        return file
+
+    def fds(self) -> list[int]:
+        """Which of the files have an fd, as the kernel shows it."""
+        found = []
+        for number in os.listdir("/proc/self/fd"):
+            with suppress(OSError):  # that of the listing
+                found.append(os.fstat(int(number)))
+        return [
+            index for index in range(len(self.files))
+            if any(os.path.samestat((self.top / str(index)).stat(), one) for one in found)
+        ]  # fmt: skip
+
+
+def test_few_files_of_lowers_have_an_fd(tmp_path: Path, open_union: OpenUnion) -> None:
+    """Those opened first are closed, unless somebody uses them just now, and opened again to be read."""
+    (tmp_path / "l0").mkdir()
+    for number in range(5):
+        (tmp_path / f"l0/{number}").write_text(f"content {number}")
+    lowers = Lowers(open_union(), tmp_path)
+    assert (lowers.fds(), len(lowers.resting)) == ([], 0)
+    for turn in range(2):
+        for number, file in enumerate(lowers.files):
+            assert file.read(100, 0) == b"content %d" % number
+            expected = sorted({(number - 1) % 5, number} if turn or number else {number})
+            assert (lowers.fds(), len(lowers.resting)) == (expected, len(expected))
+    with lowers.files[3]:
+        for number in range(3):
+            lowers.files[number].read(1, 0)
+            assert lowers.fds() == sorted([number, 3])
+    lowers.files[0].read(1, 0)
+    assert lowers.fds() == [0, 2]
+    assert lowers.handles.fds == 0
+    lowers.handles.release(1)
+    assert (lowers.fds(), len(lowers.resting)) == ([2], 1)
+    for number in range(2, 6):
+        lowers.handles.release(number)
+    assert (lowers.fds(), len(lowers.resting)) == ([], 0)

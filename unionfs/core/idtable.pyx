@@ -12,10 +12,8 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 cdef extern from "Python.h":
     ctypedef int (*visitproc)(PyObject *object, void *argument) noexcept
     ctypedef int (*traverseproc)(PyObject *object, visitproc visit, void *argument) noexcept
-    ctypedef int (*inquiry)(PyObject *object) noexcept
     ctypedef struct SlotsOfType "PyTypeObject":
         traverseproc tp_traverse
-        inquiry tp_clear
 
 cdef enum:
     SMALLEST = 16
@@ -154,7 +152,7 @@ cdef void empty(IdTable table) noexcept:
             Py_DECREF(<Node>node)
 
 
-# -- for the garbage collector, which cannot know that the slots are references ------------------------------
+# -- for the garbage collector, which cannot know that the slots are references: the nodes let go of a cycle ----
 
 
 cdef int traverse(PyObject *object_, visitproc visit, void *argument) noexcept:
@@ -171,11 +169,4 @@ cdef int traverse(PyObject *object_, visitproc visit, void *argument) noexcept:
     return 0
 
 
-cdef int clear(PyObject *object_) noexcept:
-    if (<IdTable>object_).slots != NULL:
-        empty(<IdTable>object_)
-    return 0
-
-
 (<SlotsOfType *>IdTable).tp_traverse = traverse
-(<SlotsOfType *>IdTable).tp_clear = clear
