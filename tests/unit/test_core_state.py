@@ -27,6 +27,7 @@ from unionfs.fuse.direct import former
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import requests as rq
 from unionfs.sys import calls
+from unionfs.union.shortcuts import Shortcuts
 from unionfs.union.tree import Union
 
 LONG = [b"n" * length for length in (1, 17, 18, 19, 69, 70, 71, 122, 255)]
@@ -44,22 +45,22 @@ class Daemons:
         #: What the last one has taken over: open files, backing ids, and those without open files.
         self.taken: tuple[dict[int, tuple[int, Handle]], set[int], set[int]] = {}, set(), set()
 
-    def first(self) -> Union:
+    def first(self, *, slow: bool = False) -> Union:
         """A union that records."""
         self._states.append(State())
-        return self._open_union(state=self._states[-1])
+        return self._open_union(state=self._states[-1], fast_layers=not slow)
 
-    def after(self, union: Union) -> tuple[Union, Operations]:
-        """A union that has taken over what another one knew."""
+    def after(self, union: Union, *, slow: bool = False) -> tuple[Union, Operations]:
+        """A union that has taken over what another one knew. ``slow``: at first without its lowers."""
         assert union.state is not None
         self._states.append(State(os.dup(union.state.fd)))
-        new = Union(union.stack, state=self._states[-1])
+        new = Union(union.stack, state=self._states[-1], shortcuts=Shortcuts(fast_layers=not slow))
         self._later.append(new)
         operations = Operations(new)
         files = new.files
         handles = operations.files.handles
-        restoring = Restoring(new.nodes, new.stack.layers, handles, files.reopen, files.open_again)
-        self.taken = restoring.take_over()
+        self.restoring = Restoring(new.nodes, new.stack.layers, handles, files.reopen, files.open_again)
+        self.taken = self.restoring.take_over()
         return new, operations
 
     def close(self) -> None:
@@ -249,6 +250,35 @@ def test_open_files(tmp_path: Path, daemons: Daemons) -> None:
     for number in range(1, len(OPENED) + 1):
         operations.files.handles.release(number)
     assert operations.files.handles.all() == []
+
+
+def test_open_files_of_a_lower_that_does_not_answer(tmp_path: Path, daemons: Daemons) -> None:
+    """They are taken over when a request needs them: one with their number, or one that is sent again."""
+    union = daemons.first(slow=True)
+    for name in ("f", "g", "h"):
+        (tmp_path / "l0" / name).write_text(name)
+    handles = Operations(union).files.handles
+    for unique, name in enumerate(("f", "g", "h"), 11):
+        node = get(union, name)
+        file = union.files.lend(node, write=False)
+        number = handles.register(node, file, Who(0, 0, 1, unique), writes=False)
+        handle = handles.get(number)
+        assert handle is not None
+        node.in_use().opened(handle)
+    _, operations = daemons.after(union, slow=True)
+    handles = operations.files.handles
+    assert (daemons.taken[0], handles.all()) == ({}, [])
+    assert daemons.restoring.opened_by(99) is None
+    assert handles.all() == []
+    found = daemons.restoring.opened_by(12)
+    assert found is not None
+    assert (found[0], found[1].node.name, handles.all()) == (2, b"g", [found[1]])
+    late = handles.get(3)
+    assert late is not None
+    assert (late.node.name, late.file.read(9, 0)) == (b"h", b"h")
+    assert found[1].file.read(9, 0) == b"g"
+    assert handles.get(4) is None
+    assert handles.all() == [found[1], late]
 
 
 # -- a change in progress ---------------------------------------------------------------------------------
