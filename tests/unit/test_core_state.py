@@ -170,6 +170,18 @@ def test_another_version_is_refused(change: bytes) -> None:
     state.close()
 
 
+def test_an_xattr_that_a_request_was_to_change() -> None:
+    """A request that is sent again has its number with another bit, however often it is sent."""
+    state = State()
+    for again in (0, RESENT):
+        for existed in (True, False):
+            state.changes_xattr(77 | again, existed)
+            assert state.xattr_existed(77 | RESENT) is existed
+            assert state.xattr_existed(77) is None
+            assert state.xattr_existed(78 | RESENT) is None
+    state.close()
+
+
 def test_an_object_that_is_another_one(tmp_path: Path, daemons: Daemons) -> None:
     """Its node is stale, and the name gets a new one."""
     union = daemons.first()
@@ -220,7 +232,8 @@ def test_open_files(tmp_path: Path, daemons: Daemons) -> None:
         node = get(union, one.name)
         if one.backing_id and node.use is None:
             node.in_use().passes_through(one.backing_id, of_upper=True)
-        who, file = Who(0, 0, 1, one.unique), union.files.lend(node, write=one.writes)
+        who = Who(0, 0, 1, one.unique | (RESENT if one.writes else 0))
+        file = union.files.lend(node, write=one.writes)
         assert handles.register(node, file, who, writes=one.writes, maps=one.maps) == number
         handle = handles.get(number)
         assert handle is not None
