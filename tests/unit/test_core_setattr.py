@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import struct
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -202,6 +203,27 @@ def test_a_failure_after_the_copy_has_appeared(mount: Mount, tmp_path: Path) -> 
     assert mount.ask(Opcode.SETATTR, node.id, body) == attributes(mount, node)
     times(native, atime=False, mtime=True)
     assert on_disk(tmp_path / "upper/d/sample") == on_disk(native)
+
+
+def test_a_change_that_fails(mount: Mount, tmp_path: Path, root: None) -> None:
+    """Python makes it again, and reports the error: another process has made the file immutable."""
+    node, _ = in_lower(mount, tmp_path)
+    copy_up(mount.union, node)
+    path = tmp_path / "upper/d/sample"
+    chmod = setattr_body(fl.FATTR_MODE, mode=0o600)
+    assert mount.ask(Opcode.SETATTR, node.id, chmod) == attributes(mount, node)
+    done = subprocess.run(["chattr", "+i", path], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"chattr +i: {done.stderr.strip()}")
+    try:
+        with pytest.raises(PermissionError):
+            path.chmod(0o644)
+        fds = len(os.listdir("/proc/self/fd"))
+        assert mount.ask(Opcode.SETATTR, node.id, setattr_body(fl.FATTR_MODE, mode=0o644)) is None
+        assert len(os.listdir("/proc/self/fd")) == fds
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    finally:
+        subprocess.run(["chattr", "-i", path], check=True)
 
 
 # -- opening ----------------------------------------------------------------------------------------------

@@ -266,3 +266,21 @@ class TestDirectories:
         assert os.fstat(places[0].fd)
         gate.close()
         os.close(root.layer.root_fd)
+
+
+def test_what_identifies_an_object(tmp_path: Path) -> None:
+    """In the upper, and where that is a lower now, its number; in a lower owner and mode, too."""
+    (tmp_path / "f").touch(0o644)
+    before = (tmp_path / "f").stat()
+    (tmp_path / "f").chmod(0o600)
+    after = (tmp_path / "f").stat()
+    root = os.open(tmp_path, os.O_PATH)
+    lower, upper = (Layer(0, str(tmp_path), root, is_upper=is_upper) for is_upper in (False, True))
+    assert lower.key(before) != lower.key(after)
+    keys = []
+    for change in (lambda: None, upper.becomes_lower, lambda: upper.becomes_upper_again(quiet=True)):
+        change()
+        assert upper.key(before) == upper.key(after) != 0
+        keys.append(upper.key(after))
+    assert len(set(keys)) == 1
+    os.close(root)
