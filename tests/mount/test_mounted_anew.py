@@ -61,6 +61,12 @@ def _figures(mount: Outliving) -> dict[str, object]:
     return found
 
 
+def _opened(pid: int) -> list[str]:
+    """What a process has open besides its standard files."""
+    numbers = [number for number in os.listdir(f"/proc/{pid}/fd") if int(number) > 2]
+    return [os.readlink(f"/proc/{pid}/fd/{number}") for number in numbers]
+
+
 def _write_and_sync(fd: int) -> None:
     os.pwrite(fd, b"x", 0)
     os.fsync(fd)
@@ -72,6 +78,7 @@ def test_names_work_again(place: Place, by: str) -> None:
     shown = _figures(mount)
     assert shown["mounts_anew_because"]
     holder = mount.last.holder
+    assert holder is not None
     for number in range(3):
         with open(mount.top / "new", "a") as file:
             file.write(f"{number}\n")
@@ -84,6 +91,7 @@ def test_names_work_again(place: Place, by: str) -> None:
         assert (mount.top / "new").read_text() == "".join(f"{count}\n" for count in range(number + 1))
         assert (mount.top / "base").read_text() == "base\n"
         assert mount.last.holder == holder
+        assert _opened(holder[0]) == ["/memfd:unionfs-state (deleted)"]
         assert len(mounts_at(mount.top)) == 1
         assert _figures(mount)["daemons_died"] == number + 1
     assert "the union is mounted anew" in mount.log()
