@@ -345,7 +345,6 @@ cdef class SmallCopyUps:
         return device != self.no_clones
 
     cdef int never_clones(self, uint64_t device) except -1 with gil:
-        self.no_clones = device
         self.clones_never.add(device)
         return 0
 
