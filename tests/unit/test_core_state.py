@@ -9,6 +9,7 @@ import signal
 import stat
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import trio
 from tests.unit.union_support import ME, OpenUnion, close_nodes
 from tests.unit.union_support import open_union as open_union
 from unionfs.core.files import Handle
+from unionfs.core.memo import Memo, Wanted
 from unionfs.core.node import Node
 from unionfs.core.restoring import Restoring
 from unionfs.core.setting import Change
@@ -292,6 +294,51 @@ def test_open_files_of_a_lower_that_does_not_answer(tmp_path: Path, daemons: Dae
     assert found[1].file.read(9, 0) == b"g"
     assert handles.get(4) is None
     assert handles.all() == [found[1], late]
+
+
+PATHS = ("d", "d/e", "d/e/f", "d/own")
+SINCE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "nothing": (lambda upper: None, ["d", "d/e", "d/own"]),
+    "a directory was made": (lambda upper: (upper / "d/e").mkdir(), ["d", "d/own"]),
+    "a file was removed": (lambda upper: (upper / "d/own").unlink(), ["d", "d/e"]),
+    "a file was replaced": (
+        lambda upper: ((upper / "d/own").unlink(), (upper / "d/own").mkdir()), ["d", "d/e"],
+    ),
+    "a file was exchanged": (
+        lambda upper: ((upper / "d/own").unlink(), (upper / "d/own").symlink_to("f")), ["d", "d/e"],
+    ),
+    "a directory is gone": (lambda upper: shutil.rmtree(upper / "d"), []),
+}  # fmt: skip
+"""What happened in the upper, and what the lower need not be asked about then."""
+
+
+@pytest.mark.parametrize("since", SINCE)
+def test_names_of_a_lower_that_does_not_answer(tmp_path: Path, daemons: Daemons, since: str) -> None:
+    """Where the upper is as it was, its own files and all directories are found; the others are asked for."""
+    (tmp_path / "l0/d/e").mkdir(parents=True)
+    (tmp_path / "l0/d/e/f").touch()
+    (tmp_path / "upper/d").mkdir(parents=True)
+    (tmp_path / "upper/d/own").touch()
+    union = daemons.first(slow=True)
+    ids = {path: get(union, path).id for path in PATHS}
+    change, expected = SINCE[since]
+    change(tmp_path / "upper")
+    new, _ = daemons.after(union, slow=True)
+    found = {}
+    for path in PATHS:
+        with closing(Memo()) as memo, suppress(Wanted), memo:
+            node = new.nodes.get(ids[path])  # none: another object has the name
+            if node is not None:
+                found[path] = node
+    assert list(found) == expected
+    parts = {path: [part.layer.index for part in node.parts] for path, node in found.items() if node.is_dir}
+    assert parts == {path: [0, 1] if path == "d" else [1] for path in parts}
+    if "d/own" in found:
+        assert found["d/own"].place is not None
+        assert found["d/own"].place.layer.index == 0
+    for path, node in found.items():
+        lookups = sum(one.startswith(path) for one in PATHS)
+        assert (node.name, node.lookups) == (path.rpartition("/")[2].encode(), lookups)
 
 
 # -- a change in progress ---------------------------------------------------------------------------------
