@@ -9,12 +9,13 @@ import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
 from tests.mount.direct_calls import can_reflink, shared_bytes
+from tests.support.world import errno_of
 from tests.unit.test_core_answers import UNIQUE, Mount
 from tests.unit.test_core_answers import mount as mount
 from tests.unit.test_core_setattr import in_lower, setattr_body
@@ -26,6 +27,7 @@ from unionfs.core.copyup import SmallCopyUps
 from unionfs.core.memo import Memo, Wanted
 from unionfs.core.node import Attributes, Node
 from unionfs.core.setting import Change
+from unionfs.core.steps import set_hook
 from unionfs.fuse.protocol import Opcode, encode
 from unionfs.fuse.protocol import flags as fl
 from unionfs.union import origin
@@ -288,6 +290,52 @@ def test_small_files_share_extents(filesystem: Callable[..., Path], kind: str) -
         copy = place / "upper" / name
         assert shared_bytes(copy) == shared
         assert copy.read_bytes() == (place / "lower" / name).read_bytes()[: copy.stat().st_size]
+
+
+@pytest.mark.parametrize("size", [0, 1, 65536])
+def test_a_file_that_becomes_shorter_while_it_is_copied(
+    lower: Path, tmp_path: Path, open_union: OpenUnion, size: int
+) -> None:
+    """No part of it appears."""
+    Sample(70_000).make(lower / "f")
+    union = open_union()
+    union.stack.never_clones.add(tmp_path.stat().st_dev)
+    copies, node = small(union), get(union, "d/f")
+    steps = []
+
+    def shorten(step: str) -> None:
+        steps.append(step)
+        if step == "create":
+            os.truncate(lower / "f", size)
+
+    set_hook(shorten)
+    try:
+        assert copies.copy(node) is None
+    finally:
+        set_hook(None)
+    assert steps == ["open", "create"]
+    assert os.listdir(tmp_path / "upper") == os.listdir(tmp_path / "work/work") == []
+
+
+def test_without_room(filesystem: Callable[..., Path]) -> None:
+    """Nothing appears; the copy in steps reports the error. With room again it is made."""
+    place = filesystem("tmpfs", 1 << 20)
+    paths = [str(place / name) for name in ("lower", "upper", "work")]
+    for path in paths:
+        os.mkdir(path)
+    Sample(70_000).make(place / "lower/f")
+    with closing(LayerStack.open(paths[:1], *paths[1:])) as stack, closing(Union(stack)) as union:
+        copies, node, fds = small(union), get(union, "f"), os.listdir("/proc/self/fd")
+        with open(place / "filling", "wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        assert copies.copy(node) is None
+        assert os.listdir(place / "upper") == os.listdir(place / "work/work") == []
+        assert errno_of(in_steps, union, node) == errno.ENOSPC
+        assert os.listdir("/proc/self/fd") == fds
+        (place / "filling").unlink()
+        assert copies.copy(node) is not None
+        assert (place / "upper/f").read_bytes() == (place / "lower/f").read_bytes()
 
 
 def answered(of: Memo, handler: Callable[[], Attributes | None]) -> Attributes | None:
