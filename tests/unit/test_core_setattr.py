@@ -298,11 +298,15 @@ def test_an_open_that_cannot_be_registered(mount: Mount, tmp_path: Path) -> None
     answer = mount.ask(Opcode.OPEN, node.id, asked(os.O_RDWR))
     assert answer == b"".join(encode.error(UNIQUE, errno.EFAULT))
     assert (len(mount.handles), len(os.listdir("/proc/self/fd"))) == (0, fds)
+    mount.serve(IoModes(-1, uppers=True, keeps=False, through_flags=0, cached_flags=2))
+    answer = mount.ask(Opcode.OPEN, node.id, asked(os.O_RDWR))
+    assert answer == b"".join(encode.error(UNIQUE, errno.EBADF))
+    assert (len(mount.handles), len(os.listdir("/proc/self/fd"))) == (0, fds)
     with open(os.devnull, "wb") as no_device:
         modes = IoModes(no_device.fileno(), uppers=True, keeps=False, through_flags=0, cached_flags=2)
         mount.serve(modes)
-        assert mount.ask(Opcode.OPEN, node.id, asked(os.O_RDWR)) == b"".join(encode.opened(UNIQUE, 2, 2))
-        assert mount.ask(Opcode.RELEASE, node.id, released(2)) == OK
+        assert mount.ask(Opcode.OPEN, node.id, asked(os.O_RDWR)) == b"".join(encode.opened(UNIQUE, 3, 2))
+        assert mount.ask(Opcode.RELEASE, node.id, released(3)) == OK
     assert (modes.refused, modes.registered, modes.passed_through) == (1, 0, 0)
 
 

@@ -157,11 +157,9 @@ cdef void empty(IdTable table) noexcept:
 
 cdef int traverse(PyObject *object_, visitproc visit, void *argument) noexcept:
     cdef IdTable table = <IdTable>object_
-    cdef size_t slot
+    cdef size_t slot, slots = table.mask + 1 if table.slots != NULL else 0  # there was no memory for them
     cdef int stopped
-    if table.slots == NULL:  # there was no memory for it
-        return 0
-    for slot in range(table.mask + 1):
+    for slot in range(slots):
         if table.slots[slot] != NULL:
             stopped = visit(table.slots[slot], argument)
             if stopped:
