@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 import trio
 
-from tests.unit.union_support import ME, OpenUnion, close_nodes
+from tests.unit.union_support import ME, OpenUnion, close_nodes, copy_up
 from tests.unit.union_support import open_union as open_union
 from unionfs.core.files import Handle
 from unionfs.core.memo import Memo, Wanted
@@ -29,6 +29,7 @@ from unionfs.fuse.direct import former
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import requests as rq
 from unionfs.sys import calls
+from unionfs.union import origin
 from unionfs.union.shortcuts import Shortcuts
 from unionfs.union.tree import Union
 
@@ -339,6 +340,24 @@ def test_names_of_a_lower_that_does_not_answer(tmp_path: Path, daemons: Daemons,
     for path, node in found.items():
         lookups = sum(one.startswith(path) for one in PATHS)
         assert (node.name, node.lookups) == (path.rpartition("/")[2].encode(), lookups)
+
+
+def test_the_number_of_a_copy_whose_origin_is_not_stored(
+    tmp_path: Path, daemons: Daemons, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layers do not tell it, as of a filesystem without a uuid."""
+    monkeypatch.setattr(origin, "filesystem_uuid", lambda fd: None)
+    union = daemons.first()
+    (tmp_path / "l0/f").write_text("f")
+    node = get(union, "f")
+    copy_up(union, node)
+    number = (tmp_path / "l0/f").stat().st_ino
+    assert (node.id, node.ino, node.in_place, node.from_origin) == (number, number, True, False)
+    new, _ = daemons.after(union)
+    found = new.nodes.get(node.id)
+    assert found is not None
+    assert (found.id, found.ino, found.in_place, found.lookups) == (number, number, True, 1)
+    assert get(new, "f") is found
 
 
 # -- a change in progress ---------------------------------------------------------------------------------
