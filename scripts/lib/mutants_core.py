@@ -6,6 +6,7 @@ compile counts as noticed. Declarations (`cdef extern`, signatures) stay as they
 
 from __future__ import annotations
 
+import ast
 import io
 import keyword
 import subprocess
@@ -91,10 +92,11 @@ def _changes(line: Line, lines: list[bytes]) -> Iterator[Change]:
             if not cast and (_is_operand(before) or token.type == tokenize.NAME):
                 yield token.start, token.end, _OTHERS[word]
         elif word in ("is", "in") and line[0].string != "for":
-            if (word == "is" and after and after.string != "not") or (before and before.string != "not"):
+            beside = after if word == "is" else before
+            if beside is not None and beside.string != "not":  # else "not" is left out above
                 yield token.start, token.end, "is not" if word == "is" else "not in"
         elif token.type == tokenize.NUMBER:
-            yield token.start, token.end, f"({int(word, 0) + 1})"
+            yield token.start, token.end, f"({ast.literal_eval(word) + 1})"
     yield from _whole(line, lines)
 
 

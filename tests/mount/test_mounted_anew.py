@@ -67,6 +67,12 @@ def _states(mount: Outliving) -> list[str]:
     return [str(one["state"]) for one in found]
 
 
+def _opened(pid: int) -> list[str]:
+    """What a process has open besides its standard files."""
+    numbers = [number for number in os.listdir(f"/proc/{pid}/fd") if int(number) > 2]
+    return [os.readlink(f"/proc/{pid}/fd/{number}") for number in numbers]
+
+
 def _write_and_sync(fd: int) -> None:
     os.pwrite(fd, b"x", 0)
     os.fsync(fd)
@@ -78,6 +84,7 @@ def test_names_work_again(place: Place, by: str) -> None:
     shown = _figures(mount)
     assert shown["mounts_anew_because"]
     holder = mount.last.holder
+    assert holder is not None
     for number in range(3):
         with open(mount.top / "new", "a") as file:
             file.write(f"{number}\n")
@@ -90,6 +97,7 @@ def test_names_work_again(place: Place, by: str) -> None:
         assert (mount.top / "new").read_text() == "".join(f"{count}\n" for count in range(number + 1))
         assert (mount.top / "base").read_text() == "base\n"
         assert mount.last.holder == holder
+        assert _opened(holder[0]) == ["/memfd:unionfs-state (deleted)"]
         assert len(mounts_at(mount.top)) == 1
         assert _figures(mount)["daemons_died"] == number + 1
     assert "the union is mounted anew" in mount.log()

@@ -635,10 +635,16 @@ def test_create(mount: Mount, tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "upper/made/new").stat().st_mode) == 0o640
     handle = mount.handles.get(1)
     assert handle is not None
-    assert (handle.writes, handle.file.writable, node.lookups) == (True, True, 1)
+    assert (handle.writes, handle.maps, handle.file.writable, node.lookups) == (True, True, True, 1)
     assert mount.ask(Opcode.RELEASE, node.id, released(1)) == b"".join(encode.ok(UNIQUE))
     assert node.use is not None
     assert node.use.file is None
+    for number, flags in enumerate((os.O_RDONLY, os.O_WRONLY | os.O_APPEND), 2):
+        body = struct.pack("=IIII", flags, 0o100666, 0, 0) + b"new%d\0" % number
+        assert mount.ask(Opcode.CREATE, parent.id, body)
+        handle = mount.handles.get(number)
+        assert handle is not None
+        assert (handle.writes, handle.maps) == (flags != os.O_RDONLY, False)
 
 
 def test_create_that_cannot_be_opened(mount: Mount) -> None:

@@ -60,6 +60,23 @@ else:
 """, tmp_path)
 
 
+def test_the_first_connection_has_one_process(tmp_path: Path) -> None:
+    """Its number is another file's afterwards."""
+    run("""
+if (connection := forking.next(0)) >= 0:
+    answer(connection)
+assert ours.recv(10) == b"1"
+opened = [os.open("/", os.O_RDONLY) for _ in range(8)]
+client = connected()
+if (connection := forking.next(100)) >= 0:
+    answer(connection)
+assert forking.forked == 2
+assert client.recv(10) == b"1"
+for fd in opened:
+    os.close(fd)
+""", tmp_path)
+
+
 def test_a_process_that_refuses(tmp_path: Path) -> None:
     run("""
 clients = [connected() for _ in range(2)]

@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import struct
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -204,6 +205,27 @@ def test_a_failure_after_the_copy_has_appeared(mount: Mount, tmp_path: Path) -> 
     assert on_disk(tmp_path / "upper/d/sample") == on_disk(native)
 
 
+def test_a_change_that_fails(mount: Mount, tmp_path: Path, root: None) -> None:
+    """Python makes it again, and reports the error: another process has made the file immutable."""
+    node, _ = in_lower(mount, tmp_path)
+    copy_up(mount.union, node)
+    path = tmp_path / "upper/d/sample"
+    chmod = setattr_body(fl.FATTR_MODE, mode=0o600)
+    assert mount.ask(Opcode.SETATTR, node.id, chmod) == attributes(mount, node)
+    done = subprocess.run(["chattr", "+i", path], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"chattr +i: {done.stderr.strip()}")
+    try:
+        with pytest.raises(PermissionError):
+            path.chmod(0o644)
+        fds = len(os.listdir("/proc/self/fd"))
+        assert mount.ask(Opcode.SETATTR, node.id, setattr_body(fl.FATTR_MODE, mode=0o644)) is None
+        assert len(os.listdir("/proc/self/fd")) == fds
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    finally:
+        subprocess.run(["chattr", "-i", path], check=True)
+
+
 # -- opening ----------------------------------------------------------------------------------------------
 
 
@@ -228,6 +250,7 @@ def test_an_open_of_an_upper_s_file(mount: Mount, tmp_path: Path, flags: int) ->
     assert handle is not None
     writes = flags != os.O_RDONLY
     assert (handle.writes, handle.file.writable) == (writes, writes)
+    assert handle.maps == (flags & os.O_ACCMODE == os.O_RDWR)
     assert mount.ask(Opcode.OPEN, node.id, asked(os.O_RDWR)) == b"".join(encode.opened(UNIQUE, 2, 2))
     other = mount.handles.get(2)
     assert other is not None
@@ -275,11 +298,15 @@ def test_an_open_that_cannot_be_registered(mount: Mount, tmp_path: Path) -> None
     answer = mount.ask(Opcode.OPEN, node.id, asked(os.O_RDWR))
     assert answer == b"".join(encode.error(UNIQUE, errno.EFAULT))
     assert (len(mount.handles), len(os.listdir("/proc/self/fd"))) == (0, fds)
+    mount.serve(IoModes(-1, uppers=True, keeps=False, through_flags=0, cached_flags=2))
+    answer = mount.ask(Opcode.OPEN, node.id, asked(os.O_RDWR))
+    assert answer == b"".join(encode.error(UNIQUE, errno.EBADF))
+    assert (len(mount.handles), len(os.listdir("/proc/self/fd"))) == (0, fds)
     with open(os.devnull, "wb") as no_device:
         modes = IoModes(no_device.fileno(), uppers=True, keeps=False, through_flags=0, cached_flags=2)
         mount.serve(modes)
-        assert mount.ask(Opcode.OPEN, node.id, asked(os.O_RDWR)) == b"".join(encode.opened(UNIQUE, 2, 2))
-        assert mount.ask(Opcode.RELEASE, node.id, released(2)) == OK
+        assert mount.ask(Opcode.OPEN, node.id, asked(os.O_RDWR)) == b"".join(encode.opened(UNIQUE, 3, 2))
+        assert mount.ask(Opcode.RELEASE, node.id, released(3)) == OK
     assert (modes.refused, modes.registered, modes.passed_through) == (1, 0, 0)
 
 

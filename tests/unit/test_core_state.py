@@ -9,13 +9,17 @@ import signal
 import stat
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import trio
 
-from tests.unit.union_support import ME, OpenUnion, close_nodes
+from tests.unit.union_support import ME, OpenUnion, close_nodes, copy_up
 from tests.unit.union_support import open_union as open_union
+from unionfs.core.files import Handle
+from unionfs.core.memo import Memo, Wanted
 from unionfs.core.node import Node
 from unionfs.core.restoring import Restoring
 from unionfs.core.setting import Change
@@ -25,6 +29,8 @@ from unionfs.fuse.direct import former
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import requests as rq
 from unionfs.sys import calls
+from unionfs.union import origin
+from unionfs.union.shortcuts import Shortcuts
 from unionfs.union.tree import Union
 
 LONG = [b"n" * length for length in (1, 17, 18, 19, 69, 70, 71, 122, 255)]
@@ -39,22 +45,25 @@ class Daemons:
         self._open_union = open_union
         self._states: list[State] = []
         self._later: list[Union] = []
+        #: What the last one has taken over: open files, backing ids, and those without open files.
+        self.taken: tuple[dict[int, tuple[int, Handle]], set[int], set[int]] = {}, set(), set()
 
-    def first(self) -> Union:
+    def first(self, *, slow: bool = False) -> Union:
         """A union that records."""
         self._states.append(State())
-        return self._open_union(state=self._states[-1])
+        return self._open_union(state=self._states[-1], fast_layers=not slow)
 
-    def after(self, union: Union) -> tuple[Union, Operations]:
-        """A union that has taken over what another one knew."""
+    def after(self, union: Union, *, slow: bool = False) -> tuple[Union, Operations]:
+        """A union that has taken over what another one knew. ``slow``: at first without its lowers."""
         assert union.state is not None
         self._states.append(State(os.dup(union.state.fd)))
-        new = Union(union.stack, state=self._states[-1])
+        new = Union(union.stack, state=self._states[-1], shortcuts=Shortcuts(fast_layers=not slow))
         self._later.append(new)
         operations = Operations(new)
         files = new.files
         handles = operations.files.handles
-        Restoring(new.nodes, new.stack.layers, handles, files.reopen, files.open_again).take_over()
+        self.restoring = Restoring(new.nodes, new.stack.layers, handles, files.reopen, files.open_again)
+        self.taken = self.restoring.take_over()
         return new, operations
 
     def close(self) -> None:
@@ -164,6 +173,18 @@ def test_another_version_is_refused(change: bytes) -> None:
     state.close()
 
 
+def test_an_xattr_that_a_request_was_to_change() -> None:
+    """A request that is sent again has its number with another bit, however often it is sent."""
+    state = State()
+    for again in (0, RESENT):
+        for existed in (True, False):
+            state.changes_xattr(77 | again, existed)
+            assert state.xattr_existed(77 | RESENT) is existed
+            assert state.xattr_existed(77) is None
+            assert state.xattr_existed(78 | RESENT) is None
+    state.close()
+
+
 def test_an_object_that_is_another_one(tmp_path: Path, daemons: Daemons) -> None:
     """Its node is stale, and the name gets a new one."""
     union = daemons.first()
@@ -174,6 +195,169 @@ def test_an_object_that_is_another_one(tmp_path: Path, daemons: Daemons) -> None
     new, _ = daemons.after(union)
     assert new.nodes.get(id_) is None
     assert get(new, "a").id != id_
+
+
+class Opened(NamedTuple):
+    """How a file was opened."""
+
+    name: str
+    writes: bool
+    maps: bool
+    backing_id: int
+    unique: int
+
+
+class Who(NamedTuple):
+    """The process that opens one, and the number of its request."""
+
+    uid: int
+    gid: int
+    pid: int
+    unique: int
+
+
+OPENED = [
+    Opened("upper", writes=True, maps=True, backing_id=0, unique=11),
+    Opened("upper", writes=True, maps=False, backing_id=0, unique=12),
+    Opened("lower", writes=False, maps=False, backing_id=0, unique=13),
+    Opened("through", writes=True, maps=True, backing_id=7, unique=14),
+    Opened("through", writes=False, maps=False, backing_id=7, unique=15),
+]
+
+
+def test_open_files(tmp_path: Path, daemons: Daemons) -> None:
+    """They are as they were opened; those to write can be written."""
+    union = daemons.first()
+    for name in ("l0/lower", "upper/upper", "upper/through"):
+        (tmp_path / name).write_text(name)
+    handles = Operations(union).files.handles
+    for number, one in enumerate(OPENED, 1):
+        node = get(union, one.name)
+        if one.backing_id and node.use is None:
+            node.in_use().passes_through(one.backing_id, of_upper=True)
+        who = Who(0, 0, 1, one.unique | (RESENT if one.writes else 0))
+        file = union.files.lend(node, write=one.writes)
+        assert handles.register(node, file, who, writes=one.writes, maps=one.maps) == number
+        handle = handles.get(number)
+        assert handle is not None
+        node.in_use().opened(handle)
+    _, operations = daemons.after(union)
+    opened, backing_ids, kept = daemons.taken
+    assert (backing_ids, kept) == ({7}, set())
+    assert sorted(opened) == [one.unique for one in OPENED]
+    for number, one in enumerate(OPENED, 1):
+        handle = operations.files.handles.get(number)
+        assert opened[one.unique] == (number, handle)
+        assert handle is not None
+        assert (handle.writes, handle.maps, handle.through) == (one.writes, one.maps, one.backing_id > 0)
+        assert handle.node.name == one.name.encode()
+        assert handle.file.read(100, 0).endswith(one.name.encode())
+        if one.writes:
+            handle.file.write(b"%d" % number, 0)
+    assert (tmp_path / "upper/upper").read_text() == "2pper/upper"
+    assert (tmp_path / "upper/through").read_text() == "4pper/through"
+    use = opened[14][1].node.use
+    assert (use.backing_id, use.of_upper, use.through, use.writers, use.mappers) == (7, True, 2, 1, 1)
+    use = opened[11][1].node.use
+    assert (use.backing_id, use.cached, use.through) == (0, 2, 0)
+    assert operations.files.handles.next == len(OPENED) + 1
+    fds = {opened[one.unique][1].file.fd for one in OPENED if one.name != "lower"}
+    assert operations.files.handles.fds == len(fds)  # a lower's file is closed when there are many
+    for number in range(1, len(OPENED) + 1):
+        operations.files.handles.release(number)
+    assert operations.files.handles.all() == []
+
+
+def test_open_files_of_a_lower_that_does_not_answer(tmp_path: Path, daemons: Daemons) -> None:
+    """They are taken over when a request needs them: one with their number, or one that is sent again."""
+    union = daemons.first(slow=True)
+    for name in ("f", "g", "h"):
+        (tmp_path / "l0" / name).write_text(name)
+    handles = Operations(union).files.handles
+    for unique, name in enumerate(("f", "g", "h"), 11):
+        node = get(union, name)
+        file = union.files.lend(node, write=False)
+        number = handles.register(node, file, Who(0, 0, 1, unique), writes=False)
+        handle = handles.get(number)
+        assert handle is not None
+        node.in_use().opened(handle)
+    _, operations = daemons.after(union, slow=True)
+    handles = operations.files.handles
+    assert (daemons.taken[0], handles.all()) == ({}, [])
+    assert daemons.restoring.opened_by(99) is None
+    assert handles.all() == []
+    found = daemons.restoring.opened_by(12)
+    assert found is not None
+    assert (found[0], found[1].node.name, handles.all()) == (2, b"g", [found[1]])
+    late = handles.get(3)
+    assert late is not None
+    assert (late.node.name, late.file.read(9, 0)) == (b"h", b"h")
+    assert found[1].file.read(9, 0) == b"g"
+    assert handles.get(4) is None
+    assert handles.all() == [found[1], late]
+
+
+PATHS = ("d", "d/e", "d/e/f", "d/own")
+SINCE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "nothing": (lambda upper: None, ["d", "d/e", "d/own"]),
+    "a directory was made": (lambda upper: (upper / "d/e").mkdir(), ["d", "d/own"]),
+    "a file was removed": (lambda upper: (upper / "d/own").unlink(), ["d", "d/e"]),
+    "a file was replaced": (
+        lambda upper: ((upper / "d/own").unlink(), (upper / "d/own").mkdir()), ["d", "d/e"],
+    ),
+    "a file was exchanged": (
+        lambda upper: ((upper / "d/own").unlink(), (upper / "d/own").symlink_to("f")), ["d", "d/e"],
+    ),
+    "a directory is gone": (lambda upper: shutil.rmtree(upper / "d"), []),
+}  # fmt: skip
+"""What happened in the upper, and what the lower need not be asked about then."""
+
+
+@pytest.mark.parametrize("since", SINCE)
+def test_names_of_a_lower_that_does_not_answer(tmp_path: Path, daemons: Daemons, since: str) -> None:
+    """Where the upper is as it was, its own files and all directories are found; the others are asked for."""
+    (tmp_path / "l0/d/e").mkdir(parents=True)
+    (tmp_path / "l0/d/e/f").touch()
+    (tmp_path / "upper/d").mkdir(parents=True)
+    (tmp_path / "upper/d/own").touch()
+    union = daemons.first(slow=True)
+    ids = {path: get(union, path).id for path in PATHS}
+    change, expected = SINCE[since]
+    change(tmp_path / "upper")
+    new, _ = daemons.after(union, slow=True)
+    found = {}
+    for path in PATHS:
+        with closing(Memo()) as memo, suppress(Wanted), memo:
+            node = new.nodes.get(ids[path])  # none: another object has the name
+            if node is not None:
+                found[path] = node
+    assert list(found) == expected
+    parts = {path: [part.layer.index for part in node.parts] for path, node in found.items() if node.is_dir}
+    assert parts == {path: [0, 1] if path == "d" else [1] for path in parts}
+    if "d/own" in found:
+        assert found["d/own"].place is not None
+        assert found["d/own"].place.layer.index == 0
+    for path, node in found.items():
+        lookups = sum(one.startswith(path) for one in PATHS)
+        assert (node.name, node.lookups) == (path.rpartition("/")[2].encode(), lookups)
+
+
+def test_the_number_of_a_copy_whose_origin_is_not_stored(
+    tmp_path: Path, daemons: Daemons, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layers do not tell it, as of a filesystem without a uuid."""
+    monkeypatch.setattr(origin, "filesystem_uuid", lambda fd: None)
+    union = daemons.first()
+    (tmp_path / "l0/f").write_text("f")
+    node = get(union, "f")
+    copy_up(union, node)
+    number = (tmp_path / "l0/f").stat().st_ino
+    assert (node.id, node.ino, node.in_place, node.from_origin) == (number, number, True, False)
+    new, _ = daemons.after(union)
+    found = new.nodes.get(node.id)
+    assert found is not None
+    assert (found.id, found.ino, found.in_place, found.lookups) == (number, number, True, 1)
+    assert get(new, "f") is found
 
 
 # -- a change in progress ---------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -63,6 +64,15 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 def _fds() -> set[str]:
     return set(os.listdir("/proc/self/fd"))
+
+
+def _fds_of(path: Path) -> list[int]:
+    found = []
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # that of the listing
+            if os.path.samestat(os.fstat(int(number)), path.stat()):
+                found.append(int(number))
+    return found
 
 
 def test_wanted_and_then_known(world: World) -> None:
@@ -198,6 +208,22 @@ def test_a_request_that_ends_during_its_call(world: World) -> None:
     os.close(os.open(fifo, os.O_RDWR))  # lets the open return
     thread.join()
     assert _fds() == before
+
+
+def test_what_a_call_opened_is_closed_once(world: World) -> None:
+    """The request may end while the thread is about to see that it has ended: both drop the call."""
+    with world.memo, pytest.raises(Wanted):
+        layercalls.call(os.open, b"file", os.O_RDONLY, dir_fd=world.fd)
+    (call,) = world.memo.wanted()
+    call.make(world.memo)
+    (opened,) = _fds_of(world.top / "file")
+    call.drop()
+    assert _fds_of(world.top / "file") == []
+    others = [os.open("/", os.O_PATH) for _ in range(8)]
+    assert opened in others
+    call.drop()
+    for other in others:
+        os.close(other)  # EBADF if it was closed
 
 
 def test_an_fd_that_was_closed_elsewhere(world: World, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -79,7 +79,9 @@ cdef class C:
         node.held, self.left = -1, &count
         with nogil:
             close(node.fd)
-        return count | 1
+        if left is not None:
+            return name in self.names
+        return count | 1 if name not in self.kept else 0.5 * count
 '''
 
 
@@ -98,8 +100,12 @@ def test_what_is_changed_in_the_core(mutants: ModuleType, tmp_path: Path) -> Non
         (17, "node.held, self.left = -(2), &count"),
         (17, "pass"),
         (19, "pass"),
-        (20, "return count & 1"),
-        (20, "return count | (2)"),
+        (20, "if left is None:"),
+        (21, "return name not in self.names"),
+        (22, "return count & 1 if name not in self.kept else 0.5 * count"),
+        (22, "return count | (2) if name not in self.kept else 0.5 * count"),
+        (22, "return count | 1 if name in self.kept else 0.5 * count"),
+        (22, "return count | 1 if name not in self.kept else (1.5) * count"),
     ]
 
 

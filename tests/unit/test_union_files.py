@@ -90,6 +90,23 @@ def test_what_is_cached_is_read_without_waiting(tmp_path: Path) -> None:
     file.release()
 
 
+def test_a_filesystem_that_always_waits() -> None:
+    """procfs refuses reads that do not wait, which are not tried again; other errors are reported."""
+    fd = os.open("/proc/self/stat", os.O_RDONLY)
+    with pytest.raises(OSError, match="not supported") as refused:
+        os.preadv(fd, [bytearray(8)], 0, os.RWF_NOWAIT)
+    assert refused.value.errno == errno.EOPNOTSUPP
+    file, buffer = _file(fd, waits=True), bytearray(3)
+    assert file.read_into(memoryview(buffer), 0) == 3
+    assert (buffer, file.waits) == (os.pread(fd, 3, 0), False)
+    file.release()
+    file = _file(os.open(os.devnull, os.O_WRONLY), waits=True)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        file.read_into(memoryview(buffer), 0)
+    assert file.waits
+    file.release()
+
+
 def test_readers_continue_with_the_copy(tmp_path: Path, open_union: OpenUnion) -> None:
     """Also if nobody asks for the copy."""
     (tmp_path / "l0").mkdir()
@@ -249,3 +266,21 @@ class TestDirectories:
         assert os.fstat(places[0].fd)
         gate.close()
         os.close(root.layer.root_fd)
+
+
+def test_what_identifies_an_object(tmp_path: Path) -> None:
+    """In the upper, and where that is a lower now, its number; in a lower owner and mode, too."""
+    (tmp_path / "f").touch(0o644)
+    before = (tmp_path / "f").stat()
+    (tmp_path / "f").chmod(0o600)
+    after = (tmp_path / "f").stat()
+    root = os.open(tmp_path, os.O_PATH)
+    lower, upper = (Layer(0, str(tmp_path), root, is_upper=is_upper) for is_upper in (False, True))
+    assert lower.key(before) != lower.key(after)
+    keys = []
+    for change in (lambda: None, upper.becomes_lower, lambda: upper.becomes_upper_again(quiet=True)):
+        change()
+        assert upper.key(before) == upper.key(after) != 0
+        keys.append(upper.key(after))
+    assert len(set(keys)) == 1
+    os.close(root)

@@ -16,6 +16,7 @@ from unionfs.settings.features import Features
 from unionfs.union.changes import Changes
 from unionfs.union.layers import LayerStack
 from unionfs.union.numbers import Numbers
+from unionfs.union.origin import Origins
 from unionfs.union.tree import Union
 
 __all__ = ["open_union"]
@@ -67,6 +68,26 @@ def test_a_readonly_file_of_an_ordinary_user_has_an_origin(tmp_path: Path, open_
     copy_up(union, get(union, "f"))
     assert os.getxattr(tmp_path / "upper/f", "user.overlay.origin")
     assert (tmp_path / "upper/f").stat().st_mode & 0o777 == 0o444
+
+
+def test_the_number_of_a_copy_with_one_name(
+    tmp_path: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the origin's, without another system call: no other name can be the same file."""
+    (tmp_path / "l0").mkdir()
+    (tmp_path / "l0/f").write_text("x")
+    union = open_union()
+    copied = get(union, "f")
+    copy_up(union, copied)
+    union.nodes.forget(copied, 0)
+
+    def refuse(*_: object) -> bool:
+        raise AssertionError("the index is looked at")
+
+    monkeypatch.setattr(Origins, "was_indexed", refuse)
+    node = get(union, "f")
+    assert node is not copied
+    assert (node.in_place, node.from_origin, node.ino) == (True, True, (tmp_path / "l0/f").stat().st_ino)
 
 
 class TestIndex:

@@ -19,6 +19,7 @@ from unionfs.union.changes import Caller
 from unionfs.union.copyup import CopyUp
 from unionfs.union.filecopy import FileCopy
 from unionfs.union.layers import LayerStack
+from unionfs.union.shortcuts import Shortcuts
 from unionfs.union.tree import Union
 
 
@@ -39,6 +40,8 @@ ME = Caller(os.geteuid(), os.getegid())
 def open_union(tmp_path: Path) -> Iterator[OpenUnion]:
     """Opens a union over lowers ``l0`` (top), ``l1`` ... and ``upper``, all below ``tmp_path``.
 
+    Without ``fast_layers`` the calls on the lowers are wanted first: see `unionfs.core.memo`.
+
     After the test, nothing may be open but what the test itself has opened before.
     """
     opened: list[Union] = []
@@ -46,7 +49,7 @@ def open_union(tmp_path: Path) -> Iterator[OpenUnion]:
 
     def open_(
         lowers: int = 1, *, upper: bool = True, directory_fds: int = 1024, redirect_dir: str = "on",
-        state: State | None = None,
+        state: State | None = None, fast_layers: bool = True,
     ) -> Union:
         for name in [f"l{n}" for n in range(lowers)] + ["upper", "work"]:
             (tmp_path / name).mkdir(exist_ok=True)
@@ -57,7 +60,9 @@ def open_union(tmp_path: Path) -> Iterator[OpenUnion]:
             userxattr=True,
             features=Features(redirect_dir=redirect_dir),
         )
-        union = Union(stack, directory_fds=directory_fds, state=state)
+        union = Union(
+            stack, directory_fds=directory_fds, state=state, shortcuts=Shortcuts(fast_layers=fast_layers)
+        )
         opened.append(union)
         return union
 

@@ -80,6 +80,8 @@ cpdef OpenFile hand_over(Node node, int fd, st, bint lend):
     use.file = file
     for handle in use.handles:
         handle.go_on(file.take())
+    if use.handles and (<Handle>use.handles[0]).table is not None:
+        (<Handle>use.handles[0]).table.went_on(node)
     if not lend:
         file.release()
     return file
@@ -343,7 +345,6 @@ cdef class SmallCopyUps:
         return device != self.no_clones
 
     cdef int never_clones(self, uint64_t device) except -1 with gil:
-        self.no_clones = device
         self.clones_never.add(device)
         return 0
 

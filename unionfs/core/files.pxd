@@ -17,6 +17,7 @@ cdef class OpenFile:
     cdef object result
     cdef readonly list xattrs
     cdef readonly bint readable, writable, waits
+    cdef bint counted
     cdef readonly Py_ssize_t users
 
     cdef int descriptor(self) except -2
@@ -47,6 +48,7 @@ cdef class Handle:
     cdef HandleRecord *record
     cdef bint holds, late
     cdef uint32_t uid
+    cdef object table
 
 cdef class Use:
     cdef readonly OpenFile file

@@ -39,6 +39,7 @@ cdef class OpenFile:
     # st, xattrs: its attributes and the names of all its xattrs at open or copy-up; None if unknown. They
     #     stay valid for a lower's file, except the access time.
     # waits: whether a read may wait for a disk (and the filesystem supports RWF_NOWAIT).
+    # counted: whether one of its opens holds it; see `Handles`.
 
     def __init__(self, int fd, *, bint readable, bint writable, bint waits, st=None):
         self.number = fd
@@ -288,7 +289,8 @@ cdef class Handle:
     # record: what another daemon would need; see `state`.
     # through: whether it is in passthrough.
     # late: whether a former daemon opened it, and this one has not yet.
-    # holds, uid: whether it holds an fd of its own, and the user that opened it; see `Handles`.
+    # table, holds, uid: the `Handles` that it is in, whether its file's fd is charged to it there, and the user that
+    #     opened it.
 
     def __init__(self, OpenFile file not None, who, *, bint writes, bint maps=False, node=None):
         self.file = file

@@ -12,10 +12,8 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 cdef extern from "Python.h":
     ctypedef int (*visitproc)(PyObject *object, void *argument) noexcept
     ctypedef int (*traverseproc)(PyObject *object, visitproc visit, void *argument) noexcept
-    ctypedef int (*inquiry)(PyObject *object) noexcept
     ctypedef struct SlotsOfType "PyTypeObject":
         traverseproc tp_traverse
-        inquiry tp_clear
 
 cdef enum:
     SMALLEST = 16
@@ -154,16 +152,14 @@ cdef void empty(IdTable table) noexcept:
             Py_DECREF(<Node>node)
 
 
-# -- for the garbage collector, which cannot know that the slots are references ------------------------------
+# -- for the garbage collector, which cannot know that the slots are references: the nodes let go of a cycle ----
 
 
 cdef int traverse(PyObject *object_, visitproc visit, void *argument) noexcept:
     cdef IdTable table = <IdTable>object_
-    cdef size_t slot
+    cdef size_t slot, slots = table.mask + 1 if table.slots != NULL else 0  # there was no memory for them
     cdef int stopped
-    if table.slots == NULL:  # there was no memory for it
-        return 0
-    for slot in range(table.mask + 1):
+    for slot in range(slots):
         if table.slots[slot] != NULL:
             stopped = visit(table.slots[slot], argument)
             if stopped:
@@ -171,11 +167,4 @@ cdef int traverse(PyObject *object_, visitproc visit, void *argument) noexcept:
     return 0
 
 
-cdef int clear(PyObject *object_) noexcept:
-    if (<IdTable>object_).slots != NULL:
-        empty(<IdTable>object_)
-    return 0
-
-
 (<SlotsOfType *>IdTable).tp_traverse = traverse
-(<SlotsOfType *>IdTable).tp_clear = clear

@@ -211,11 +211,8 @@ cdef class Call:
         with nogil:
             if fd >= 0:
                 close(fd)
-        if memo.closed and self.opened:
-            self.opened = False
-            fd = <int>self.value
-            with nogil:
-                close(fd)
+        if memo.closed:
+            self.drop()
 
     def drop(self):
         """The request has ended. A call that is being made closes its fd itself."""
@@ -225,7 +222,9 @@ cdef class Call:
                 close(fd)
         if self.done and self.opened:
             self.opened = False
-            close(<int>self.value)
+            fd = <int>self.value
+            with nogil:
+                close(fd)
 
     cdef int carry_out(self) except -1:
         cdef int fd = self.fd, flags = <int>self.number, code = 0, kind = self.kind

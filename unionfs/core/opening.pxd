@@ -20,6 +20,9 @@ cdef class Handles:
     cpdef int may_hold(self, uint32_t uid) except -1
     cdef uint64_t add(self, Node node, OpenFile file, who, uint32_t uid, bint writes, bint maps, uint64_t unique=*)
     cdef Handle remove(self, uint64_t number)
+    cdef int take_in(self, Handle handle, uint64_t number, uint32_t uid) except -1
+    cdef int hold(self, Handle handle) except -1
+    cdef int let_go(self, Handle handle) except -1
 
 cdef class KeptFiles:
     cdef dict by_node

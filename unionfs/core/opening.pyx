@@ -94,11 +94,6 @@ cdef class Handles:
 
     cdef uint64_t add(self, Node node, OpenFile file, who, uint32_t uid, bint writes, bint maps, uint64_t unique=0):
         cdef Handle handle = Handle.__new__(Handle)
-        handle.uid = uid
-        if file.users == 1 and not isinstance(file, UnreadFile):
-            handle.holds = True
-            self.fds += 1
-            self.fds_of_users[uid] = self.fds_of_users.get(uid, 0) + 1
         handle.file, handle.who, handle.node, handle.writes, handle.maps = file, who, node, writes, maps
         node.in_use().handles.append(handle)
         self.last += 1
@@ -106,8 +101,41 @@ cdef class Handles:
             handle.record = self.nodes.state.add_handle(
                 self.last, node.id, unique, (WRITES if writes else 0) | (MAPS if maps else 0)
             )
-        self.by_number[self.last] = handle
+        self.take_in(handle, self.last, uid)
         return self.last
+
+    cdef int take_in(self, Handle handle, uint64_t number, uint32_t uid) except -1:
+        self.by_number[number] = handle
+        handle.table, handle.uid = self, uid
+        return self.hold(handle)
+
+    cdef int hold(self, Handle handle) except -1:
+        """Charge the fd of its file to an open file, unless another one is charged with it, or it is a lower's, which
+        is closed when there are many."""
+        if handle.file.counted or isinstance(handle.file, UnreadFile):
+            return 0
+        handle.holds = handle.file.counted = True
+        self.fds += 1
+        self.fds_of_users[handle.uid] = self.fds_of_users.get(handle.uid, 0) + 1
+        return 0
+
+    cdef int let_go(self, Handle handle) except -1:
+        """Charge it no longer."""
+        if not handle.holds:
+            return 0
+        handle.holds = handle.file.counted = False
+        self.fds -= 1
+        self.fds_of_users[handle.uid] -= 1
+        if not self.fds_of_users[handle.uid]:
+            del self.fds_of_users[handle.uid]
+        return 0
+
+    def went_on(self, Node node not None):
+        """All open files of a node have the same file now."""
+        cdef Handle handle
+        for handle in node.use.handles:
+            self.let_go(handle)
+        self.hold(node.use.handles[0])
 
     def release(self, uint64_t number):
         """Close an open file. Raises KeyError."""
@@ -118,7 +146,7 @@ cdef class Handles:
         return handle
 
     cdef Handle remove(self, uint64_t number):
-        cdef Handle handle = self.by_number.pop(number, None)
+        cdef Handle handle = self.by_number.pop(number, None), other
         cdef Node node
         if handle is not None:
             node = handle.node
@@ -127,10 +155,11 @@ cdef class Handles:
                 handle.record = NULL
             node.use.handles.remove(handle)
             if handle.holds:
-                self.fds -= 1
-                self.fds_of_users[handle.uid] -= 1
-                if not self.fds_of_users[handle.uid]:
-                    del self.fds_of_users[handle.uid]
+                self.let_go(handle)
+                for other in node.use.handles:
+                    if other.file is handle.file:
+                        self.hold(other)
+                        break
             try:
                 take_back(node, handle.file)
             finally:  # even if close(2) reports an error

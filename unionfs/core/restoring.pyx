@@ -28,6 +28,10 @@ from unionfs.core.stats cimport AT_SYMLINK_NOFOLLOW, S_IFDIR, fstatat, stat_t
 
 from unionfs.core.memo import Wanted
 
+cdef enum:
+    # Who opened the files of a former daemon is not recorded: they count as one user's, whose id no process has.
+    UNKNOWN_USER = 0xFFFFFFFF
+
 log = logging.getLogger(__name__)
 
 
@@ -281,7 +285,7 @@ cdef class Restoring:
             record = &self.state.handles[<uint32_t>place]
             del self.former.numbers[record.number]
             handle = self.handle(node, record, file)
-            self.handles.by_number[record.number] = handle
+            self.handles.take_in(handle, record.number, UNKNOWN_USER)
             self.opened[record.unique] = record.number, handle
 
     def is_open(self, id_):
@@ -327,4 +331,6 @@ cdef class Restoring:
             handle.late = False  # its requests report the error
             return
         handle.late = False
+        self.handles.let_go(handle)
         handle.go_on(file)
+        self.handles.hold(handle)
