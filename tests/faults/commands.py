@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from tests.faults.batch import ERRORS, Report
 from tests.faults.injecting import KILL, Fault, Injector
+from tests.faults.plan import ALL, Selection
 from tests.support import areas, mounting, syscalls
 from tests.support.patience import patient
 from tests.support.prepared import PreparedProcess
@@ -311,35 +312,33 @@ def message(outcome: Outcome, fault: Fault) -> list[str]:
     return []
 
 
-def faults_of(
-    points: int, tenth: int | None, every: int, *, lasting: Sequence[int] = ()
-) -> Sequence[Fault]:
-    """Each errno and a kill at each point, the ``lasting`` ones also from there on; all, every tenth, or one
-    of ``every``."""
+def faults_of(points: int, *, lasting: Sequence[int] = ()) -> list[Fault]:
+    """Each errno and a kill at each point, the ``lasting`` ones also from there on."""
     found: list[Fault] = []
     for number in range(1, points + 1):
         found += (Fault(number, error) for error in (*ERRORS, KILL))
         found += (Fault(number, error, lasts=True) for error in lasting)
-    return found if tenth is None else found[tenth % every :: every]
+    return found
 
 
 def run_all(
     area: Path,
     *,
     scenarios: Sequence[Scenario] = SCENARIOS,
-    tenth: int | None = None,
-    every: int = 10,
+    some: Selection = ALL,
     told: Callable[[str], object] = lambda line: None,
 ) -> Report:
-    """Try all faults, or every tenth, or one of ``every``."""
+    """Try all faults, or some."""
     report = Report()
     for scenario in scenarios:
         expected = reference(area / "reference", scenario)
         done = Report()
-        for fault in faults_of(len(expected.points), tenth, every):
+        for fault in some.of(faults_of(len(expected.points))):
             found = tried(area / "place", scenario, fault, expected)
             done.tried += bool(fault.hit)
-            done.problems += [f"{scenario}: {fault}: {problem}" for problem in found]
+            for problem in found:
+                done.problems.append(f"{scenario}: {fault}: {problem}")
+                told(f"  {done.problems[-1]}")
         report.add(done)
         told(f"{scenario}: {len(expected.points)} points, {done.tried} faults")
     return report

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 from tests.faults.batch import ERRORS, LASTING, Batch, Case, Errors, Expected, Kills, Report, count
 from tests.faults.deaths import Deaths
@@ -26,6 +27,29 @@ OUTLIVING: Final = ["direct-hybrid", "direct-passthrough", "direct-cached", "dir
 Kind = Literal["errors", "kills", "deaths"]
 """Errors of system calls, kills of the daemon, and kills of a daemon whose mount outlives it."""
 KINDS: Final[tuple[Kind, ...]] = ("errors", "kills", "deaths")
+
+Tried = TypeVar("Tried", Case, Fault)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some of all faults: one of ``every``, from the ``first``-th on, and only those ``errors``."""
+
+    first: int | None = None
+    every: int = 10
+    errors: tuple[int, ...] = ()
+
+    def of(self, faults: Sequence[Tried]) -> Sequence[Tried]:
+        """Those of them that are tried."""
+        found = [one for one in faults if not self.errors or _fault(one).error in self.errors]
+        return found if self.first is None else found[self.first % self.every :: self.every]
+
+
+def _fault(one: Case | Fault) -> Fault:
+    return one if isinstance(one, Fault) else one.fault
+
+
+ALL: Final = Selection()
 
 _AT_ONCE: Final = 400
 """Cases of one union."""
@@ -51,13 +75,10 @@ def run(
     *,
     operations: Sequence[Operation] = OPERATIONS,
     kind: Kind = "errors",
-    tenth: int | None = None,
+    some: Selection = ALL,
     told: Callable[[str], object] = lambda line: None,
 ) -> Report:
-    """Try faults of one kind in operations on one session. ``tenth``: only every tenth, from that one on.
-
-    ``told``: called with a line for each batch.
-    """
+    """Try faults of one kind in operations on one session. ``told``: called with a line for each batch."""
     batches: dict[Kind, type[Batch]] = {"errors": Errors, "kills": Kills, "deaths": Deaths}
     report, numbers, expected = Report(), itertools.count(), Expected(area)
     for options in dict.fromkeys(operation.options for operation in operations):
@@ -67,14 +88,14 @@ def run(
         for operation, points in zip(same, counted, strict=True):
             faults = errors_of(points) if kind == "errors" else kills_of(points)
             cases += [Case(operation, fault) for fault in faults]
-        if tenth is not None:
-            cases = cases[tenth % 10 :: 10]
-        for some in _batched(cases):
+        for batch in _batched(some.of(cases)):
             place = area / f"b{next(numbers)}"
-            done = batches[kind](place, session, some, expected).run()
+            done = batches[kind](place, session, batch, expected).run()
             areas.remove(place)
             report.add(done)
-            told(f"{session}: {some[0].operation} to {some[-1].operation}: {done.tried} faults")
+            told(f"{session}: {batch[0].operation} to {batch[-1].operation}: {done.tried} faults")
+            for problem in done.problems:
+                told(f"  {problem}")
     return report
 
 
