@@ -16,7 +16,7 @@ from tests.faults.operations import OPERATIONS
 
 pytestmark = pytest.mark.usefixtures("kernel_overlay")
 
-_MOST = 6
+_MOST = 12
 """Calls of one kind on a file."""
 
 
