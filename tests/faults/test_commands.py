@@ -71,6 +71,15 @@ def test_a_layer(area: Path, name: str, call: str, end: str, error: int) -> None
     assert fault.hit
 
 
+@pytest.mark.parametrize("error", [KILL, errno.EIO])
+def test_a_backup(area: Path, error: int) -> None:
+    """Another one removes the user that a killed one has begun to record, and keeps space for one again."""
+    reference = commands.reference(area / "reference", commands.BACKUP)
+    fault = Fault(1, error, on=("rename", ".new"))
+    assert commands.tried(area / "place", commands.BACKUP, fault, reference) == []
+    assert fault.hit
+
+
 def test_a_restore_after_a_killed_one(area: Path) -> None:
     """The content that was set aside is not removed with the rest if it cannot be moved back."""
     place = area / "place"

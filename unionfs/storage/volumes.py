@@ -301,7 +301,7 @@ class Volumes:
         """
         alive: list[VolumeUser] = []
         dead: list[VolumeUser] = []
-        for user in records.users(volume.directory):
+        for user in records.users(volume.directory, sweeps=True):
             gone = user.text != besides and (user.is_gone or (unused is not None and unused(user)))
             (dead if gone else alive).append(user)
         for user in dead:
