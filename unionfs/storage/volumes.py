@@ -333,7 +333,10 @@ class Volumes:
         try:
             yield path
         finally:
-            self.detach(name, user)
+            try:
+                self.detach(name, user)
+            except UserError as error:  # what was done stays done
+                self._tell(f"the {kind} of volume {quoted(name)} is done, but still its user: {error}")
 
     @contextmanager
     def working_on(self, name: str, what: str) -> Iterator[Volume]:
