@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import itertools
 import os
 import sys
@@ -10,12 +11,16 @@ import tempfile
 import time
 from contextlib import ExitStack
 from multiprocessing import util
+from typing import Final
 
 from tests.faults import branches, commands, images, injecting, plan, snapshots
-from tests.faults.batch import Report
+from tests.faults.batch import ERRORS, Report
+from tests.faults.injecting import KILL
 from tests.faults.operations import OPERATIONS
-from tests.faults.plan import KINDS, OUTLIVING, SESSIONS
+from tests.faults.plan import KINDS, OUTLIVING, SESSIONS, Selection
 from tests.support import areas, mounting
+
+FAULTS: Final = {"KILL": KILL, **{errno.errorcode[error]: error for error in ERRORS}}
 
 
 def main() -> int:
@@ -23,6 +28,7 @@ def main() -> int:
     parser.add_argument("--session", action="append", choices=SESSIONS, help="only that session (repeatable)")
     parser.add_argument("--operation", metavar="TEXT", default="", help="only those with TEXT in their name")
     parser.add_argument("--tenth", type=int, metavar="N", help="every tenth fault, from the N-th on")
+    parser.add_argument("--fault", action="append", choices=FAULTS, help="only that one (repeatable)")
     kinds = [*KINDS, "commands", "branches", "snapshots"]
     parser.add_argument("--only", choices=kinds, help="not the other kinds")
     arguments = parser.parse_args()
@@ -42,38 +48,28 @@ def main() -> int:
     util.Finalize(None, place.close, exitpriority=-200)  # after multiprocessing's directory in there
     os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="runtime-")
     report, began = Report(), time.monotonic()
+    some = Selection(arguments.tenth, errors=tuple(FAULTS[one] for one in arguments.fault or ()))
     for session, kind in itertools.product(arguments.session or SESSIONS, KINDS):
         if not operations or arguments.only not in (None, kind):
             continue
         if kind == "deaths" and session not in OUTLIVING:
             continue
         with areas.area() as area:
-            done = plan.run(
-                area, session, operations=operations, kind=kind, tenth=arguments.tenth, told=_print
-            )
-        _tell(done, report)
+            report.add(plan.run(area, session, operations=operations, kind=kind, some=some, told=_print))
     if scenarios and arguments.only in (None, "commands"):
         with areas.area() as area:
-            _tell(commands.run_all(area, scenarios=scenarios, tenth=arguments.tenth, told=_print), report)
+            report.add(commands.run_all(area, scenarios=scenarios, some=some, told=_print))
     if of_branches and arguments.only in (None, "branches"):
         with areas.area() as area:
-            done = branches.run_all(area, scenarios=of_branches, tenth=arguments.tenth, told=_print)
-            report.add(done)  # its problems were told
+            report.add(branches.run_all(area, scenarios=of_branches, some=some, told=_print))
     if arguments.only in (None, "snapshots"):
         chosen = [one for one in snapshots.SESSIONS if one in (arguments.session or snapshots.SESSIONS)]
         for session, order, kills in itertools.product(chosen, orders, (False, True)):
             with areas.area() as area:
-                done = snapshots.run(area, session, order, kills=kills, tenth=arguments.tenth, told=_print)
-                _tell(done, report)
+                report.add(snapshots.run(area, session, order, kills=kills, some=some, told=_print))
     seconds = time.monotonic() - began
     _print(f"{report.tried} faults tried in {seconds:.0f} s, {len(report.problems)} problems")
     return 1 if report.problems else 0
-
-
-def _tell(done: Report, report: Report) -> None:
-    for problem in done.problems:
-        _print(f"  {problem}")
-    report.add(done)
 
 
 def _print(line: str) -> None:

@@ -22,6 +22,7 @@ from tests.faults import commands
 from tests.faults.batch import LASTING, Report
 from tests.faults.commands import Outcome
 from tests.faults.injecting import KILL, Fault
+from tests.faults.plan import ALL, Selection
 from tests.support import areas, mounting
 from unionfs.branches.undo import undo
 from unionfs.errors import UserError
@@ -273,17 +274,16 @@ def run_all(
     area: Path,
     *,
     scenarios: Sequence[Scenario] = SCENARIOS,
-    tenth: int | None = None,
-    every: int = 10,
+    some: Selection = ALL,
     told: Callable[[str], object] = lambda line: None,
 ) -> Report:
-    """Try all faults, or every tenth, or one of ``every``."""
+    """Try all faults, or some."""
     report = Report()
     for scenario in scenarios:
         done, number = Report(), 0
         with staged(area / "points", scenario) as stage:
             points = len(stage.points())
-        pending = list(commands.faults_of(points, tenth, every, lasting=LASTING))
+        pending = list(some.of(commands.faults_of(points, lasting=LASTING)))
         while pending:
             number += 1
             with staged(area / f"s{number}", scenario) as stage:

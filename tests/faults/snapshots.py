@@ -21,6 +21,7 @@ from typing import Final
 from tests.faults import commands
 from tests.faults.batch import Report, wait_announced
 from tests.faults.injecting import KILL, Fault, Injector
+from tests.faults.plan import ALL, Selection
 from tests.support import areas, mounting
 from tests.support.live_lowers import Shown, shown
 from tests.support.mounting import Mount
@@ -404,17 +405,19 @@ def run(
     order: str,
     *,
     kills: bool,
-    tenth: int | None = None,
+    some: Selection = ALL,
     told: Callable[[str], object] = lambda line: None,
 ) -> Report:
-    """Try the faults of one order on one session, or every tenth, of the daemon and of the command."""
+    """Try the faults of one order on one session, or some, of the daemon and of the command."""
     report = Report()
     for name, one in (("daemon", _of_daemon), ("command", _of_command)):
         if name == "daemon" and order == "rm":
             continue  # a matter of the command alone
-        for stage, tried in one(area, session, order, kills, tenth):
+        for stage, tried in one(area, session, order, kills, some):
             report.tried += tried
-            report.problems += [f"{order} on {session}, {name}: {problem}" for problem in stage.problems]
+            for problem in stage.problems:
+                report.problems.append(f"{order} on {session}, {name}: {problem}")
+                told(f"  {report.problems[-1]}")
             areas.remove(stage.place)
         told(f"snapshot {order} on {session}, {name}: {report.tried} faults")
     return report
@@ -424,36 +427,35 @@ _Tried = Iterator[tuple[_Stage, int]]
 """Each union, and the number of faults in its calls."""
 
 
-def _of_daemon(area: Path, session: str, order: str, kills: bool, tenth: int | None) -> _Tried:
+def _of_daemon(area: Path, session: str, order: str, kills: bool, some: Selection) -> _Tried:
     stage = _Stage(area / "points", session)
-    faults = _faults(_Daemon(stage, order).points(), kills, tenth)
+    faults = _faults(_Daemon(stage, order).points(), kills, some)
     yield stage, 0
-    for some in _batched(faults):
+    for batch in _batched(faults):
         stage = _Stage(area / "daemon", session)
         daemon = _Daemon(stage, order)
-        yield stage, daemon.kills(some) if kills else daemon.errors(some)
+        yield stage, daemon.kills(batch) if kills else daemon.errors(batch)
 
 
-def _of_command(area: Path, session: str, order: str, kills: bool, tenth: int | None) -> _Tried:
+def _of_command(area: Path, session: str, order: str, kills: bool, some: Selection) -> _Tried:
     stage = _Stage(area / "points", session)
     _, points = _Command(stage, order).run(Fault(0, 0))
     yield stage, 0
-    for some in _batched(_faults([""] * len(points), kills, tenth)):
+    for batch in _batched(_faults([""] * len(points), kills, some)):
         stage = _Stage(area / "command", session)
-        for fault in some:
+        for fault in batch:
             known = len(stage.problems)
             _Command(stage, order).run(fault)
             stage.problems[known:] = [f"{fault}: {one}" for one in stage.problems[known:]]
-        yield stage, sum(bool(fault.hit) for fault in some)
+        yield stage, sum(bool(fault.hit) for fault in batch)
 
 
 def _batched(faults: Sequence[Fault]) -> Iterator[Sequence[Fault]]:
     return (faults[start : start + _AT_ONCE] for start in range(0, len(faults), _AT_ONCE))
 
 
-def _faults(points: Sequence[str], kills: bool, tenth: int | None) -> list[Fault]:
+def _faults(points: Sequence[str], kills: bool, some: Selection) -> Sequence[Fault]:
     numbers = list(range(1, len(points) + 1))
     if kills:
         numbers = [one for one in numbers if not points[one - 1] or points[one - 1].startswith(_CHANGES)]
-    found = [Fault(number, error) for number in numbers for error in ((KILL,) if kills else _ERRORS)]
-    return found if tenth is None else found[tenth % 10 :: 10]
+    return some.of([Fault(number, error) for number in numbers for error in ((KILL,) if kills else _ERRORS)])

@@ -71,6 +71,29 @@ def test_a_layer(area: Path, name: str, call: str, end: str, error: int) -> None
     assert fault.hit
 
 
+def test_a_backup(area: Path) -> None:
+    """Another one removes the user that a killed one has begun to record, and keeps space for one again. An
+    archive gets its name at once, and is a success although its user cannot be removed."""
+    reference = commands.reference(area / "reference", commands.BACKUP)
+    for fault in (
+        Fault(1, KILL, on=("rename", ".new")),
+        Fault(1, errno.EIO, on=("rename", ".new")),
+        _last(reference.points, "getdents64", "/volumes/vol"),
+    ):
+        assert commands.tried(area / "place", commands.BACKUP, fault, reference) == []
+        assert fault.hit
+    assert not any(point.startswith("renameat ") for point in reference.points)
+
+
+def test_a_restore(area: Path) -> None:
+    """The old content is back if the new one's name cannot be made durable; the archive was only read."""
+    reference = commands.reference(area / "reference", commands.CHANGED)
+    for call, end in (("fsync", "/volumes/vol"), ("close", "/vol.tar")):
+        fault = _last(reference.points, call, end)
+        assert commands.tried(area / "place", commands.CHANGED, fault, reference) == []
+        assert fault.hit
+
+
 def test_a_restore_after_a_killed_one(area: Path) -> None:
     """The content that was set aside is not removed with the rest if it cannot be moved back."""
     place = area / "place"

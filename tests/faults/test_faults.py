@@ -12,6 +12,7 @@ from tests.faults import branches, commands, images, injecting, plan, snapshots
 from tests.faults.batch import Report
 from tests.faults.deaths import resends
 from tests.faults.operations import OPERATIONS
+from tests.faults.plan import Selection
 from tests.support.worker import REPOSITORY
 
 # Slow, since not all points hold yet on each session: docs/reliability.md.
@@ -39,7 +40,7 @@ def _run(area: Path, kind: plan.Kind) -> Report:
     session = sessions[turn % len(sessions)]
     # of the operations, too, since each kill takes a mount
     operations = OPERATIONS[turn % 4 :: 4] if kind == "kills" else OPERATIONS[turn % 3 :: 3]
-    return plan.run(area, session, operations=operations, kind=kind, tenth=turn)
+    return plan.run(area, session, operations=operations, kind=kind, some=Selection(turn))
 
 
 def test_errors_of_system_calls(area: Path) -> None:
@@ -70,7 +71,7 @@ def test_branches(area: Path) -> None:
         pytest.skip(reason)
     turn = _turn()
     scenario = branches.SCENARIOS[turn % len(branches.SCENARIOS)]
-    report = branches.run_all(area, scenarios=[scenario], tenth=turn, every=100)
+    report = branches.run_all(area, scenarios=[scenario], some=Selection(turn, 100))
     assert report.tried > 20
     assert not report.problems, "\n".join(report.problems)
 
@@ -80,7 +81,7 @@ def test_commands(area: Path) -> None:
     if reason := injecting.reason():
         pytest.skip(reason)
     scenarios = [*commands.SCENARIOS, *images.SCENARIOS]
-    report = commands.run_all(area, scenarios=scenarios, tenth=_turn(), every=100)
+    report = commands.run_all(area, scenarios=scenarios, some=Selection(_turn(), 100))
     assert report.tried > 50
     assert not report.problems, "\n".join(report.problems)
 
@@ -93,6 +94,6 @@ def test_snapshots(area: Path, order: str, kills: bool) -> None:
         pytest.skip(reason)
     turn = _turn()
     session = snapshots.SESSIONS[turn % len(snapshots.SESSIONS)]
-    report = snapshots.run(area, session, order, kills=kills, tenth=turn)
+    report = snapshots.run(area, session, order, kills=kills, some=Selection(turn))
     assert report.tried > 3
     assert not report.problems, "\n".join(report.problems)

@@ -16,15 +16,19 @@ from tests.faults.operations import OPERATIONS
 
 pytestmark = pytest.mark.usefixtures("kernel_overlay")
 
-_MOST = 6
+_MOST = 12
 """Calls of one kind on a file."""
 
 
-@pytest.mark.parametrize(("name", "end"), [
-    ("metacopy write", "/low"), ("tmpfile", " (deleted)"), ("chown up", "/up"),
+@pytest.mark.parametrize(("name", "io", "call", "end"), [
+    ("metacopy write", "hybrid", "newfstatat", "/low"),
+    ("metacopy write", "cached", "newfstatat", "/low"),
+    ("tmpfile", "hybrid", "newfstatat", " (deleted)"),
+    ("chown up", "hybrid", "newfstatat", "/up"),
+    ("truncate up", "cached", "utimensat", "/up"),
 ])  # fmt: skip
-def test_what_cannot_be_examined(area: Path, name: str, end: str) -> None:
-    """Nothing stays open, and the kernel knows what has changed."""
+def test_what_cannot_be_examined_or_set(area: Path, name: str, io: str, call: str, end: str) -> None:
+    """Nothing stays open, the kernel knows what has changed, and the caller gets that error or none."""
     if reason := injecting.reason():
         pytest.skip(reason)
     (found,) = [one for one in OPERATIONS if one.name == name]
@@ -35,8 +39,8 @@ def test_what_cannot_be_examined(area: Path, name: str, end: str) -> None:
         found.act(top)
 
     operation = replace(found, act=act)
-    faults = [Fault(number, errno.EIO, on=("newfstatat", end)) for number in range(1, _MOST + 1)]
+    faults = [Fault(number, errno.EIO, on=(call, end)) for number in range(1, _MOST + 1)]
     cases = [Case(operation, fault) for fault in faults]
-    done = Errors(area / "b", "direct-hybrid", cases, Expected(area)).run()
+    done = Errors(area / "b", f"direct-{io}", cases, Expected(area)).run()
     assert done.problems == []
     assert done.tried > 0

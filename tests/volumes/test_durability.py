@@ -19,9 +19,10 @@ pytestmark = pytest.mark.usefixtures("as_root")
 
 
 def _calls(root: Path, *arguments: str | Path) -> list[Call]:
-    """The syncing and renaming calls of a command, which must succeed."""
+    """The syncing, linking and renaming calls of a command, which must succeed."""
     log = root.parent / "trace"
-    words = [*tracing.command(log, f"{SYNCS},{RENAMES},unlink,unlinkat"), *UNIONFS, *map(str, arguments)]
+    traced = tracing.command(log, f"{SYNCS},{RENAMES},linkat,unlink,unlinkat")
+    words = [*traced, *UNIONFS, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "UNIONFS_ROOT": str(root)}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
@@ -39,8 +40,9 @@ def archive(store: Store, area: Path) -> Path:
 def test_a_backup(store: Store, area: Path) -> None:
     """Its content before its name, and its name before the command ends."""
     (store.create("data") / "f").write_text("data")
-    calls = _calls(store.root, "volume", "backup", "data", "-o", area / "b.tar")
-    assert in_order(calls, ("fsync", ""), ("rename", "b.tar"), ("fsync", f"{area}>")), calls
+    for naming in ("linkat", "rename"):  # a new one, and one in the place of another one
+        calls = _calls(store.root, "volume", "backup", "data", "-o", area / "b.tar")
+        assert in_order(calls, ("fsync", ""), (naming, "b.tar"), ("fsync", f"{area}>")), calls
 
 
 def test_a_restore(store: Store, archive: Path) -> None:

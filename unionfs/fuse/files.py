@@ -6,12 +6,14 @@ import errno
 import os
 import stat
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Final
 
 from unionfs.core.files import Handle, OpenFile
 from unionfs.core.node import Attributes, Node
 from unionfs.core.opening import Handles
+from unionfs.core.setting import Change
 from unionfs.fuse.copying import CopyUps
 from unionfs.fuse.inline import in_thread
 from unionfs.sys import calls
@@ -39,6 +41,17 @@ def truncate(node: Node, file: OpenFile, size: int, killer: Who | None) -> None:
         calls.futimens(file.fd, None, time.time_ns())
     if killer is not None:
         setids.clear(file.fd, killer, node.layer.permissions)
+
+
+def set_times(call: Callable[[int, int | None, int | None], None], fd: int, change: Change) -> None:
+    """Set the times of a change with `call`."""
+    try:
+        call(fd, change.atime_ns, change.mtime_ns)
+    except OSError:
+        # The truncation is made, and has its own time. After an error a kernel that caches writes would keep
+        # the old size, with zeros for what is gone.
+        if change.size is None:
+            raise
 
 
 class Files:

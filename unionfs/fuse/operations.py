@@ -27,7 +27,7 @@ from unionfs.fuse.asides import Asides
 from unionfs.fuse.copying import CopyUps
 from unionfs.fuse.directories import Directories
 from unionfs.fuse.fence import Fence
-from unionfs.fuse.files import Files, truncate
+from unionfs.fuse.files import Files, set_times, truncate
 from unionfs.fuse.inline import in_thread
 from unionfs.fuse.invalidations import Invalidations
 from unionfs.fuse.latency import Latencies
@@ -288,7 +288,7 @@ class Operations:
                 if change.mode is not None:
                     _chmod(node, fd, change.mode)
                 if changes_times:
-                    calls.set_times(fd, change.atime_ns, change.mtime_ns)
+                    set_times(calls.set_times, fd, change)
             finally:
                 if opened:
                     close_quietly(fd)
@@ -304,7 +304,7 @@ class Operations:
             else:
                 _chmod(node, fd, change.mode)
         if change.atime_ns is not None or change.mtime_ns is not None:
-            calls.futimens(fd, change.atime_ns, change.mtime_ns)
+            set_times(calls.futimens, fd, change)
 
     def _drop_set_ids(self, node: Node, killer: Who) -> None:
         if node.is_dir:

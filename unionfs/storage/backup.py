@@ -208,11 +208,14 @@ def open_archive(
         raw = open(0 if source == "-" else source, "rb", buffering=0, closefd=source != "-")  # noqa: SIM115
         if stat.S_ISDIR(os.fstat(raw.fileno()).st_mode):
             raise IsADirectoryError(21, "it is a directory")
-    with raw:
+    try:
         progress.reads_file(raw.fileno())
         with explained(source, nothing=nothing):
             reader = ArchiveReader(decompressor(raw))
         yield reader
+    finally:
+        with suppress(OSError):  # it was only read
+            raw.close()
 
 
 def read_whole(reader: ArchiveReader, report: Report, progress: Progress) -> None:
@@ -245,9 +248,14 @@ def keep_manifest(volume: Volume, copy: Callable[[IO[bytes]], None]) -> None:
     """Store a manifest beside the volume's data."""
     path = f"{volume.directory}/{MANIFEST}"
     fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb") as out:
-        copy(out)
-    os.replace(f"{path}.new", path)
+    try:
+        with open(fd, "wb") as out:
+            copy(out)
+        os.replace(f"{path}.new", path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(f"{path}.new")
+        raise
 
 
 def backed_up(volume: Volume) -> float | None:

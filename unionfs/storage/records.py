@@ -150,8 +150,11 @@ def keep_damaged(directory: str) -> None:
 # -- users -------------------------------------------------------------------------------------------------
 
 
-def users(directory: str) -> list[VolumeUser]:
-    """The users of a volume, sorted by text, including those whose process has ended. Raises UserError."""
+def users(directory: str, *, sweeps: bool = False) -> list[VolumeUser]:
+    """The users of a volume, sorted by text, including those whose process has ended. Raises UserError.
+
+    `sweeps`: also remove what killed writers have left; the caller holds the volume's short lock.
+    """
     found = {user.text: user for user in _earlier_users(directory)}
     try:
         names = os.listdir(directory)
@@ -160,7 +163,12 @@ def users(directory: str) -> list[VolumeUser]:
     except OSError as error:
         raise _unreadable(directory, error) from error
     for name in names:
-        if not name.startswith(_USER) or name.endswith(".new"):
+        if not name.startswith(_USER):
+            continue
+        if name.endswith(".new"):
+            if sweeps:
+                with suppress(OSError):  # the next one tries again
+                    os.unlink(f"{directory}/{name}")
             continue
         try:
             text, path = jsonfiles.read(f"{directory}/{name}")

@@ -301,7 +301,7 @@ class Volumes:
         """
         alive: list[VolumeUser] = []
         dead: list[VolumeUser] = []
-        for user in records.users(volume.directory):
+        for user in records.users(volume.directory, sweeps=True):
             gone = user.text != besides and (user.is_gone or (unused is not None and unused(user)))
             (dead if gone else alive).append(user)
         for user in dead:
@@ -333,7 +333,10 @@ class Volumes:
         try:
             yield path
         finally:
-            self.detach(name, user)
+            try:
+                self.detach(name, user)
+            except UserError as error:  # what was done stays done
+                self._tell(f"the {kind} of volume {quoted(name)} is done, but still its user: {error}")
 
     @contextmanager
     def working_on(self, name: str, what: str) -> Iterator[Volume]:

@@ -397,7 +397,11 @@ class DataCopy(_Copy):
         node, fd = self.node, self._target.fd
         node.data_lies_in(None)
         node.changes()
-        file = hand_over(node, fd, os.fstat(fd), lend=keep)
+        try:
+            st = os.fstat(fd)
+        except OSError:
+            st = None  # opens must no longer have the lower's file
+        file = hand_over(node, fd, st, lend=keep)
         if file is not None:
             self._target = None
         self._copy_up.tell(Effects(node))

@@ -23,7 +23,7 @@ from unionfs.core.node import Node
 from unionfs.core.opening import KeptFiles, Opener, take_back
 from unionfs.core.places import Gate
 from unionfs.sys.calls import os_error
-from unionfs.sys.fds import close_quietly, fd_limit
+from unionfs.sys.fds import Returned, close_quietly, fd_limit
 from unionfs.union.files import open_backing, open_held
 from unionfs.union.lowerdata import LowerData
 from unionfs.union.markers import Markers
@@ -204,8 +204,8 @@ class OpenFiles:
         return None if write else self._open_lower_data(node, data)
 
     def _open_lower_data(self, node: Node, data: LowerData) -> OpenFile:
-        fd = open_data(self._gate, data)
-        st = layercalls.call(os.fstat, fd)
+        with Returned(open_data(self._gate, data)) as fd:
+            st = layercalls.call(os.fstat, fd)
         return OpenFile(fd, readable=True, writable=False, waits=_waits(node), st=st)
 
 

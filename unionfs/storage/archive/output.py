@@ -9,6 +9,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import IO
 
 from unionfs.errors import UserError, on_failure, quoted, reason
@@ -52,7 +53,8 @@ def written(what: str, target: str) -> Iterator[None]:
 def whole_file(path: str, what: str = "backup") -> Iterator[IO[bytes]]:
     """An unbuffered file that replaces `path` if the context ends without an error, and else is discarded.
 
-    On most filesystems it has no name until then, so even SIGKILL leaves nothing behind. Its directory stays
+    On most filesystems it has no name until then, so even SIGKILL leaves nothing behind, but for one moment
+    if `path` exists. Its directory stays
     open, so that a rename cannot redirect it. Anything but a regular file (a FIFO, /dev/null) is written
     directly. `what`: what is written, for messages. Raises UserError.
     """
@@ -75,11 +77,10 @@ def whole_file(path: str, what: str = "backup") -> Iterator[IO[bytes]]:
                 yield out
                 os.fsync(fd)
                 if temporary is None:
-                    temporary = _temporary(name)
-                    # linkat(2) with AT_EMPTY_PATH needs CAP_DAC_READ_SEARCH; the /proc path does not.
-                    os.link(f"/proc/self/fd/{fd}", temporary, dst_dir_fd=directory, follow_symlinks=True)
-                os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
-                temporary = None
+                    temporary = _link(fd, directory, name)
+                if temporary is not None:
+                    os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+                    temporary = None
                 _fsync(directory)
         finally:
             if temporary is not None:
@@ -131,6 +132,18 @@ def _open_nameless(directory: int, name: str) -> tuple[int, str | None]:
         temporary = _temporary(name)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         return os.open(temporary, flags, 0o600, dir_fd=directory), temporary
+
+
+def _link(fd: int, directory: int, name: str) -> str | None:
+    """Give a nameless file its name; if that exists, another one, which is returned."""
+    # linkat(2) with AT_EMPTY_PATH needs CAP_DAC_READ_SEARCH; the /proc path does not.
+    link = partial(os.link, f"/proc/self/fd/{fd}", dst_dir_fd=directory, follow_symlinks=True)
+    try:
+        link(name)
+    except FileExistsError:
+        link(temporary := _temporary(name))
+        return temporary
+    return None
 
 
 def _fsync(directory: int) -> None:

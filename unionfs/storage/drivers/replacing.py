@@ -38,14 +38,23 @@ def sibling(data: str) -> Iterator[Prepared]:
     path = mkdtemp(prefix=_SIBLING, dir=parent)
 
     def commit() -> None:
-        if exists(data):
+        existed = exists(data)
+        if existed:
             # The old content is removed next.
             refuse_locked(data, "the volume's content cannot be replaced")
             exchange(data, path)
         else:
             # The volume's directory was removed: a restore recreates it.
             os.rename(path, data)
-        sync_directory(parent)
+        try:
+            sync_directory(parent)
+        except OSError:
+            # The old content must be back before the caller says so, and removes the other one.
+            if existed:
+                exchange(data, path)
+            else:
+                os.rename(data, path)
+            raise
 
     try:
         yield Prepared(path, commit)
