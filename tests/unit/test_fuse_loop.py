@@ -7,14 +7,21 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
+import unionfs.fuse.asides
 from tests.support.patience import patient
 from tests.unit.union_support import OpenUnion, open_union
-from unionfs.core.loop import FAIR
+from unionfs.core import layercalls, marks
+from unionfs.core.loop import FAIR, WAIT
+from unionfs.core.memo import Memo
+from unionfs.core.places import Layer
+from unionfs.fuse.asides import Asides
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.loop import Loop
 from unionfs.fuse.inline import in_thread, may_wait
@@ -53,6 +60,15 @@ class _Channel:
     def __init__(self, *steps: Step) -> None:
         self.steps = list(steps)
         self.buffer = bytearray()
+        self.memo: Memo | None = None
+
+    def puts_aside(self) -> None:
+        self.memo = Memo()
+
+    renew_memo = puts_aside
+
+    def memo_of_last(self) -> Memo | None:
+        return self.memo
 
     def read_into(self, buffer: bytearray) -> None:
         self.buffer = buffer
@@ -87,11 +103,12 @@ def _loop(
     waiting: Mapping[Opcode, Callable[[Any], Coroutine[Any, Any, Reply]]] | None = None,
     requests: Counter[str] | None = None,
     latencies: Latencies | None = None,
+    asides: Asides | None = None,
 ) -> Loop:
     channel: Any = _Channel(*steps)
     return Loop(
         device or Device(-1), _decision(), union, Counter() if requests is None else requests, answers or {},
-        waiting or {}, latencies or Latencies(), channel,
+        waiting or {}, latencies or Latencies(), channel, asides=asides,
     )  # fmt: skip
 
 
@@ -174,6 +191,100 @@ async def test_an_interrupt_right_behind_its_request(open_union: OpenUnion) -> N
     device.close()
     os.close(reader)
     assert struct.unpack("=IiQ", answer) == (16, -errno.EINTR, 2)
+
+
+@pytest.mark.parametrize("patience", [0, 60])
+async def test_requests_that_need_a_slow_layer(
+    open_union: OpenUnion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: int
+) -> None:
+    """In line or in a task, each is answered once, and what was opened for it is closed."""
+    monkeypatch.setattr(unionfs.fuse.asides, "_PATIENCE_SECONDS", patience)
+    union = open_union()
+    (tmp_path / "file").write_bytes(b"content")
+    top, (reader, writer) = os.open(tmp_path, os.O_PATH), os.pipe2(os.O_NONBLOCK)
+    layer = Layer(0, str(tmp_path), top, is_upper=False)
+    layer.is_slow()
+    device = Device(writer)
+    before = _fds()
+    requests: Counter[str] = Counter()
+    answers: list[bytes] = []
+
+    def answer(request: Request) -> Reply:
+        fd = layercalls.call(os.open, b"file", os.O_RDONLY | os.O_CLOEXEC, dir_fd=top)
+        try:
+            return encode.data(request.unique, os.read(fd, 100))
+        finally:
+            marks.close_fd(fd)
+
+    async def waits(request: Request) -> Reply:
+        await may_wait()
+        return answer(request)
+
+    def answered() -> int | None:
+        with suppress(BlockingIOError):
+            while True:
+                answers.append(os.read(reader, 16 + len(b"content")))
+        return -errno.ENODEV if len(answers) == 4 else None
+
+    loop = _loop(
+        union, *(_request(opcode, unique) for unique, opcode in enumerate((Opcode.STATX, Opcode.FSYNC) * 2)),
+        answered, device=device, answers={Opcode.STATX: answer}, waiting={Opcode.FSYNC: waits},
+        requests=requests, asides=Asides([layer]),
+    )  # fmt: skip
+    try:
+        with trio.fail_after(patient(20)):
+            await loop.run()
+            while _fds() != before:  # noqa: ASYNC110 - a thread closes slow files
+                await trio.sleep(0.01)
+    finally:
+        marks.close_with(None)
+        for fd in (top, reader, writer):
+            os.close(fd)
+    assert sorted(answers) == [encode.data(unique, b"content")[0] + b"content" for unique in range(4)]
+    assert requests == {"statx": 2, "fsync": 2}
+
+
+class _Burst(_Channel):
+    """Says twice that no request is there, while CPUs are kept awake."""
+
+    holds = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.did: list[str] = []
+        self.reader, self.writer = os.pipe2(os.O_NONBLOCK)
+        os.write(self.writer, b"x")
+
+    def next(self) -> int:
+        if self.did.count("next") == 2:
+            raise OSError(errno.ENODEV, "")
+        if self.did:
+            os.read(self.reader, 10)
+        self.did.append("next")
+        return WAIT
+
+    def waited(self) -> None:
+        self.did.append("waited")
+
+    def let_go(self) -> None:
+        self.did.append("let go")
+        os.write(self.writer, b"x")
+
+
+async def test_cpus_stay_awake_during_a_burst(open_union: OpenUnion) -> None:
+    """The device is readable when the loop waits for the first time, and the second time not soon enough."""
+    channel: Any = _Burst()
+    device = Device(channel.reader)
+    loop = Loop(device, _decision(), open_union(), Counter(), {}, {}, Latencies(), channel)
+    with trio.fail_after(patient(20)):
+        await loop.run()
+    device.close()
+    os.close(channel.writer)
+    assert channel.did == ["next", "waited", "next", "let go", "waited"]
+
+
+def _fds() -> set[str]:
+    return set(os.listdir("/proc/self/fd"))
 
 
 async def test_latency_only_while_somebody_watches(open_union: OpenUnion) -> None:
