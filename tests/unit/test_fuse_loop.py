@@ -15,6 +15,7 @@ import pytest
 import trio
 
 import unionfs.fuse.asides
+import unionfs.fuse.direct.loop
 from tests.support.patience import patient
 from tests.unit.union_support import OpenUnion, open_union
 from unionfs.core import layercalls, marks
@@ -242,6 +243,52 @@ async def test_requests_that_need_a_slow_layer(
             os.close(fd)
     assert sorted(answers) == [encode.data(unique, b"content")[0] + b"content" for unique in range(4)]
     assert requests == {"statx": 2, "fsync": 2}
+
+
+@pytest.mark.parametrize("slow", [False, True])
+async def test_how_long_requests_in_progress_are_waited_for(
+    open_union: OpenUnion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool
+) -> None:
+    """Before the mount is held: as long as is said, but only a short time where layers are slow."""
+    monkeypatch.setattr(unionfs.fuse.direct.loop, "_HELD_BY_SERVER_SECONDS", 0.01)
+    top = os.open(tmp_path, os.O_PATH)
+    layer = Layer(0, str(tmp_path), top, is_upper=False)
+    if slow:
+        layer.is_slow()
+    begun, goes_on, over = trio.Event(), trio.Event(), False
+
+    async def waits(request: Request) -> Reply:
+        await may_wait()
+        begun.set()
+        await goes_on.wait()
+        return encode.ok(request.unique)
+
+    device = Device(os.open(os.devnull, os.O_WRONLY))
+    loop = _loop(
+        open_union(), _request(Opcode.FSYNC, 2), lambda: -errno.ENODEV if over else None, device=device,
+        waiting={Opcode.FSYNC: waits}, asides=Asides([layer]),
+    )  # fmt: skip
+
+    async def later() -> None:
+        await trio.sleep(0.1)
+        goes_on.set()
+
+    with trio.fail_after(patient(20)):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(loop.run)
+            await begun.wait()
+            if slow:
+                with pytest.raises(TimeoutError, match="1 requests are in progress"):
+                    async with loop.held(patient(30)):
+                        pass
+                monkeypatch.setattr(unionfs.fuse.direct.loop, "_HELD_BY_SERVER_SECONDS", patient(20))
+            nursery.start_soon(later)
+            async with loop.held(patient(20)):
+                assert goes_on.is_set()
+            over = True
+    marks.close_with(None)
+    device.close()
+    os.close(top)
 
 
 class _Burst(_Channel):
