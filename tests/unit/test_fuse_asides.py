@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -31,12 +32,14 @@ class Slow:
         self.layer.is_slow()
         self.asides = Asides([self.layer])
         self._answers = threading.Event()
+        self.hung = 0
 
     def go_on(self) -> None:
         self._answers.set()
 
     def hang(self, fd: int) -> int:
         """A call that returns 7."""
+        self.hung += 1
         assert self._answers.wait(patient(60))
         return 7
 
@@ -114,6 +117,7 @@ async def test_a_layer_that_hangs(slow: Slow, monkeypatch: pytest.MonkeyPatch) -
             assert list(figures["hung_layers"]) == [slow.path]  # type: ignore[call-overload]
             slow.go_on()
     assert slow.result(memo, slow.hang) == 7
+    assert slow.hung == 1
     assert slow.asides.figures({}) == {"requests_aside": 0, "hung_layers": {}}
 
 
@@ -161,3 +165,77 @@ async def test_a_caller_that_is_gone(slow: Slow) -> None:
         slow.go_on()
         await slow.asides.make_for(memo, os.getpid(), is_caller=True)
     assert slow.result(memo, slow.hang) == 7
+
+
+class Reads:
+    """The memo of a request that wants to read a file from an offset on, and its call."""
+
+    answers = threading.Event()
+
+    def __init__(self, layer: int, file: int, offset: int, done: list[tuple[int, int]]) -> None:
+        self.layer, self.read_from, self._done = layer, (file, offset), done
+
+    def wanted(self) -> list[Any]:
+        return [self]
+
+    def make(self, memo: object) -> None:
+        self._done.append(self.read_from)
+        assert self.answers.wait(patient(60))
+
+    def made(self, calls: list[Any]) -> None:
+        assert calls == [self]
+
+
+async def test_reads_of_one_file_are_made_in_order(slow: Slow, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each file one at a time, those that follow in the order of the data; others do not wait for them."""
+    monkeypatch.setattr(Reads, "answers", threading.Event())
+    begun: list[tuple[int, int]] = []
+    near, far = 1 << 20, 1 << 30
+    order = [(1, 0), (1, 3 * near), (1, near), (2, near), (1, 2 * near), (1, far)]
+    memos: list[Any] = [Reads(slow.layer.slow, *one, begun) for one in order]
+    with trio.fail_after(patient(20)):
+        async with trio.open_nursery() as nursery:
+            for memo in memos:
+                assert not slow.asides.made_at_once(memo)
+                nursery.start_soon(slow.asides.make, memo)
+            while len(begun) < 3:  # noqa: ASYNC110 - threads do it
+                await trio.sleep(0.01)
+            await trio.sleep(0.1)
+            assert sorted(begun) == [(1, 0), (1, far), (2, near)]
+            Reads.answers.set()
+    assert len(begun) == len(order)
+    assert [one for one in begun if one[0] == 1 and one[1] < far] == [
+        (1, 0), (1, near), (1, 2 * near), (1, 3 * near)
+    ]  # fmt: skip
+
+
+async def test_many_calls_on_two_layers(slow: Slow, tmp_path: Path) -> None:
+    """Each is made once, in several threads of its layer."""
+    (tmp_path / "other").mkdir()
+    fd = os.open(tmp_path / "other", os.O_PATH)
+    other = Layer(1, str(tmp_path / "other"), fd, is_upper=False)
+    other.is_slow()
+    calls = Asides([slow.layer, other])
+    made: list[tuple[int, int]] = []
+    threads: set[int] = set()
+
+    def note(_: int, layer: int, number: int) -> int:
+        made.append((layer, number))
+        threads.add(threading.get_ident())
+        return number
+
+    memo = Memo()
+    wanted = [(layer, number) for layer in range(2) for number in range(30)]
+    for layer, number in wanted:
+        with pytest.raises(Wanted), memo:
+            layercalls.call(note, (slow.fd, fd)[layer], layer, number)
+    assert not calls.made_at_once(memo)
+    with trio.fail_after(patient(20)):
+        await calls.make(memo)
+    assert sorted(made) == wanted
+    assert len(threads) > 1
+    with memo:
+        assert layercalls.call(note, fd, 1, 29) == 29
+    assert sorted(made) == wanted
+    memo.close()
+    os.close(fd)
