@@ -141,6 +141,13 @@ def test_a_truncation_that_fails_leaves_nothing_open(union: Union, tmp_path: Pat
     assert node.use is None or node.use.handles == []
 
 
+def test_bytes_that_were_read(union: Union) -> None:
+    operations = Operations(union)
+    for count in (5, 7):
+        operations.files.was_read(count)
+    assert operations.figures()["read_bytes"] == operations.files.bytes_read == 12
+
+
 def test_what_a_release_closes(union: Union) -> None:
     files, node = Operations(union).files, get(union, "d/f")
     numbers = [files.open(node, os.O_RDONLY, Process(0, 0, 0), None, kills_set_ids=False) for _ in range(2)]

@@ -78,6 +78,19 @@ def test_a_small_file_is_not_copied_in_steps(
     _check(_set(union, get(union, "d/f"), change), change)
 
 
+@pytest.mark.parametrize("name", ["f", "link"])
+@pytest.mark.parametrize("which", ["atime_ns", "mtime_ns"])
+async def test_one_time_alone(union: Union, tmp_path: Path, which: str, name: str) -> None:
+    """Of what is copied up in steps: a file that has to be synced, and a symlink."""
+    union.stack.volatile = False
+    (tmp_path / "l0/d/link").symlink_to("f")
+    before = (tmp_path / "l0/d" / name).lstat()
+    wanted = {"atime_ns": before.st_atime_ns, "mtime_ns": before.st_mtime_ns} | {which: 7}
+    await Operations(union).setattr(get(union, f"d/{name}").id, Change(**{which: 7}), None)
+    st = (tmp_path / "upper/d" / name).lstat()
+    assert {"atime_ns": st.st_atime_ns, "mtime_ns": st.st_mtime_ns} == wanted
+
+
 def test_what_nobody_need_wait_for(union: Union, tmp_path: Path) -> None:
     """After the answer the state is final, except that files are still open."""
     change = Change(size=2)

@@ -72,6 +72,16 @@ def test_too_little(world: World, offset: int, size: int) -> None:
     assert (world.sent(), world.told) == (b"", [])
 
 
+def test_a_file_that_ends_early(world: World) -> None:
+    """As one of sysfs, whose size is always that of a page."""
+    with open("/sys/devices/system/cpu/online", "rb") as source:
+        assert os.fstat(source.fileno()).st_size == PAGE
+        file = OpenFile(os.dup(source.fileno()), readable=True, writable=False, waits=False)
+    assert world.splicer.answer(7, file, 0, PAGE) == 0
+    file.release()
+    assert (world.sent(), world.told) == (b"", [])
+
+
 def test_too_much(world: World) -> None:
     """As much as was promised fits the pipe, more does not."""
     most = world.splicer.capacity()

@@ -57,7 +57,6 @@ async def serve(
     except RuntimeError as failure:
         raise SessionError(str(failure)) from failure
     entry = mounted_at(mountpoint)
-    cut_off = False
     try:
         try:
             await pyfuse3.main()
