@@ -1,8 +1,9 @@
-"""Opens that wait, while others change the same file: what they get then, without a mount."""
+"""Opens and writes of files that others use or a former daemon opened, without a mount."""
 
 from __future__ import annotations
 
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +15,14 @@ from tests.unit.union_support import OpenUnion, copy_up, get, open_union
 from unionfs.core.files import Handle, OpenFile
 from unionfs.fuse.direct.data import DataRequests
 from unionfs.fuse.direct.device import Device
+from unionfs.fuse.direct.former import Former
+from unionfs.fuse.direct.names import NameRequests
 from unionfs.fuse.direct.nodeio import NodeIos
+from unionfs.fuse.direct.splicing import Splicer
 from unionfs.fuse.operations import Operations
-from unionfs.fuse.protocol import Init, Opcode, Privileges, Settings, negotiate
+from unionfs.fuse.protocol import Init, Opcode, Privileges, Reply, Settings, negotiate
 from unionfs.fuse.protocol import requests as rq
-from unionfs.fuse.protocol.flags import FOPEN_PASSTHROUGH
+from unionfs.fuse.protocol.flags import FOPEN_KEEP_CACHE, FOPEN_PASSTHROUGH, UNIQUE_RESEND, WRITE_CACHE
 from unionfs.union.setids import Process
 from unionfs.union.tree import Union
 
@@ -45,22 +49,94 @@ class World:
         privileges = Privileges(initial_user_namespace=True, sys_admin=True)
         decision = negotiate(offered, Settings(), privileges)
         self.ios = NodeIos(device, decision)
-        unused: Any = None
-        self.data = DataRequests(self.operations, self.ios, unused, Device(device), unused, decision)
+        names = NameRequests(self.operations, self.ios, decision)
+        splicer = Splicer(device, lambda unique: None)
+        self.former: dict[int, tuple[int, Handle]] = {}
+        self.data = DataRequests(
+            self.operations, self.ios, names, Device(device), splicer, decision, Former(self.former)
+        )
         self.node = get(union, "program")
         self.node.looked_up()
 
-    async def open(self, flags: int = os.O_RDONLY) -> tuple[int, int, int]:
+    async def open(self, flags: int = os.O_RDONLY, unique: int = 8) -> tuple[int, int, int]:
         """The number, FOPEN_* flags and backing id."""
-        request = rq.Open.of(unique=8, nodeid=self.node.id, flags=flags)
-        (answer,) = await self.data.waiting[Opcode.OPEN](request) or [b""]
-        _, error, unique, number, open_flags, backing_id = struct.unpack("=IiQQIi", answer)
-        assert (error, unique) == (0, 8)
-        return number, open_flags, backing_id
+        request = rq.Open.of(unique=unique, nodeid=self.node.id, flags=flags)
+        return _opened(await self.data.waiting[Opcode.OPEN](request), unique)
 
     def release(self, number: int) -> None:
-        self.node.in_use().closed(self.operations.files[number])
+        handle = self.operations.files[number]
+        handle.node.in_use().closed(handle)
         self.operations.files.release(number)
+
+
+def _opened(answer: Reply | None, unique: int) -> tuple[int, int, int]:
+    """What the answer to OPEN, CREATE or TMPFILE says of the open file."""
+    whole = b"".join(answer or [])
+    length, error, of = struct.unpack_from("=IiQ", whole)
+    assert (length, error, of) == (len(whole), 0, unique)
+    number, flags, backing_id = struct.unpack("=QIi", whole[-16:])
+    return number, flags, backing_id
+
+
+@pytest.mark.parametrize("kind", ["open", "create", "tmpfile"])
+async def test_what_a_former_daemon_opened(world: World, kind: str) -> None:
+    """The request is sent again: it gets the same file, which is not opened or made once more. The kernel has
+    cached data of it already, so its cache is not said to be new."""
+    who = {"uid": os.geteuid(), "gid": os.getegid()}
+    made: dict[str, rq.Request] = {
+        "create": rq.Create.of(nodeid=1, name=b"new", flags=os.O_RDWR, mode=stat.S_IFREG | 0o600, **who),
+        "tmpfile": rq.Tmpfile.of(nodeid=1, name=b"", flags=os.O_RDWR, mode=stat.S_IFREG | 0o600, **who),
+    }
+
+    async def ask(unique: int) -> tuple[int, int, int]:
+        if kind == "open":
+            return await world.open(os.O_RDWR, unique)
+        request = made[kind]
+        values: dict[str, Any] = dict(zip(request.fields, request, strict=True))
+        again = type(request).of(**{**values, "unique": unique})
+        return _opened(world.data.table[Opcode(request.number)](again), unique)
+
+    number, flags, _ = await ask(8)
+    handle = world.operations.files[number]
+    world.former[8] = number, handle
+    assert await ask(8 | UNIQUE_RESEND) == (number, flags & ~FOPEN_KEEP_CACHE, 0)
+    assert len(world.operations.files) == 1
+    world.release(number)
+
+
+async def test_a_file_that_was_created_but_not_opened(world: World) -> None:
+    """The daemon died between the two: the request that is sent again opens what it made."""
+    who = {"uid": os.geteuid(), "gid": os.getegid()}
+    flags, mode = os.O_RDWR | os.O_CREAT, stat.S_IFREG | 0o600
+    values: dict[str, Any] = {"nodeid": 1, "name": b"new", "flags": flags, "mode": mode, **who}
+    create = world.data.table[Opcode.CREATE]
+    world.release(_opened(create(rq.Create.of(unique=8, **values)), 8)[0])
+    again = 8 | UNIQUE_RESEND
+    number = _opened(create(rq.Create.of(unique=again, **values)), again)[0]
+    assert world.operations.files[number].writes
+    world.release(number)
+
+
+async def test_a_write_back_is_whole(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel does not look how much of it was written."""
+    number, _, _ = await world.open(os.O_RDWR)
+    written: list[tuple[int, bytes]] = []
+
+    async def write(file: OpenFile, offset: int, data: memoryview, killer: object) -> int:
+        written.append((offset, bytes(data)))
+        return min(4, len(data))
+
+    monkeypatch.setattr(world.operations.files, "write", write)
+    for offset in (0, 100):
+        request = rq.Write.of(
+            unique=8, nodeid=world.node.id, fh=number, offset=offset, size=10, write_flags=WRITE_CACHE,
+            data=memoryview(b"0123456789"),
+        )  # fmt: skip
+        answer = b"".join(await world.data.waiting[Opcode.WRITE](request) or [])
+        assert struct.unpack("=IiQI4x", answer) == (24, 0, 8, 10)
+        assert written == [(offset, b"0123456789"), (offset + 4, b"456789"), (offset + 8, b"89")]
+        written.clear()
+    world.release(number)
 
 
 @pytest.mark.parametrize("truncated", [False, True])
