@@ -167,32 +167,39 @@ async def test_a_caller_that_is_gone(slow: Slow) -> None:
     assert slow.result(memo, slow.hang) == 7
 
 
-class Reads:
-    """The memo of a request that wants to read a file from an offset on, and its call."""
+class Read:
+    """A call that reads a file from an offset on."""
 
     answers = threading.Event()
 
     def __init__(self, layer: int, file: int, offset: int, done: list[tuple[int, int]]) -> None:
         self.layer, self.read_from, self._done = layer, (file, offset), done
 
-    def wanted(self) -> list[Any]:
-        return [self]
-
     def make(self, memo: object) -> None:
         self._done.append(self.read_from)
         assert self.answers.wait(patient(60))
 
-    def made(self, calls: list[Any]) -> None:
-        assert calls == [self]
+
+class Wants:
+    """The memo of a request that wants one call."""
+
+    def __init__(self, call: Read) -> None:
+        self._call = call
+
+    def wanted(self) -> list[Read]:
+        return [self._call]
+
+    def made(self, calls: list[Read]) -> None:
+        assert calls == [self._call]
 
 
 async def test_reads_of_one_file_are_made_in_order(slow: Slow, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of each file one at a time, those that follow in the order of the data; others do not wait for them."""
-    monkeypatch.setattr(Reads, "answers", threading.Event())
+    monkeypatch.setattr(Read, "answers", threading.Event())
     begun: list[tuple[int, int]] = []
     near, far = 1 << 20, 1 << 30
     order = [(1, 0), (1, 3 * near), (1, near), (2, near), (1, 2 * near), (1, far)]
-    memos: list[Any] = [Reads(slow.layer.slow, *one, begun) for one in order]
+    memos: list[Any] = [Wants(Read(slow.layer.slow, *one, begun)) for one in order]
     with trio.fail_after(patient(20)):
         async with trio.open_nursery() as nursery:
             for memo in memos:
@@ -202,7 +209,7 @@ async def test_reads_of_one_file_are_made_in_order(slow: Slow, monkeypatch: pyte
                 await trio.sleep(0.01)
             await trio.sleep(0.1)
             assert sorted(begun) == [(1, 0), (1, far), (2, near)]
-            Reads.answers.set()
+            Read.answers.set()
     assert len(begun) == len(order)
     assert [one for one in begun if one[0] == 1 and one[1] < far] == [
         (1, 0), (1, near), (1, 2 * near), (1, 3 * near)

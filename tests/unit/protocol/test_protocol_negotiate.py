@@ -22,7 +22,7 @@ from unionfs.fuse.protocol import (
     encode,
     negotiate,
 )
-from unionfs.fuse.protocol.flags import FOPEN_KEEP_CACHE, FOPEN_NOFLUSH, FOPEN_PASSTHROUGH
+from unionfs.fuse.protocol.flags import FOPEN_KEEP_CACHE, FOPEN_NOFLUSH, FOPEN_PASSTHROUGH, since
 from unionfs.fuse.protocol.negotiate import MODES
 from unionfs.fuse.protocol.requests import InitRequest
 
@@ -351,6 +351,19 @@ def test_older_and_newer_kernels() -> None:
     assert old.reply.minor == 23
     assert old.io is IoMode.CACHED
     assert not old.file_open_flags & FOPEN_NOFLUSH
+
+
+@pytest.mark.parametrize(
+    ("flag", "release"),
+    [
+        (Init.ASYNC_READ, "before 3.15"), (Init.WRITEBACK_CACHE, "3.15"), (Init.POSIX_ACL, "4.9"),
+        (Init.MAX_PAGES, "4.20"), (Init.NO_OPENDIR_SUPPORT, "5.1"), (Init.HANDLE_KILLPRIV_V2, "5.11"),
+        (Init.INIT_EXT, "5.17"), (Init.PASSTHROUGH, "6.9"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_names_its_release(flag: Init, release: str) -> None:
+    """The first one that has it, as its own history says."""
+    assert since(flag) == f"Linux {release}"
 
 
 def test_the_offer_of_linux_6_18() -> None:
