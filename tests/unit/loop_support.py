@@ -13,6 +13,7 @@ from unionfs.core.memo import Memo
 from unionfs.fuse.asides import Asides
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.loop import Loop
+from unionfs.fuse.invalidations import Invalidations
 from unionfs.fuse.latency import Latencies
 from unionfs.fuse.protocol import Decision, Init, Opcode, Privileges, Reply, Settings, negotiate
 from unionfs.fuse.protocol.requests import InitRequest
@@ -80,11 +81,12 @@ def new_loop(
     requests: Counter[str] | None = None,
     latencies: Latencies | None = None,
     asides: Asides | None = None,
+    invalidations: Invalidations | None = None,
 ) -> Loop:
     channel: Any = Requests(*steps)
     return Loop(
         device or Device(-1), decision(), union, Counter() if requests is None else requests, answers or {},
-        waiting or {}, latencies or Latencies(), channel, asides=asides,
+        waiting or {}, latencies or Latencies(), channel, invalidations, asides,
     )  # fmt: skip
 
 

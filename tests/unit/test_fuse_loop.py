@@ -7,6 +7,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,17 +15,19 @@ import trio
 
 from tests.support.patience import patient
 from tests.unit.loop_support import Requests, decision, message, new_loop
-from tests.unit.union_support import OpenUnion, open_union
+from tests.unit.union_support import OpenUnion, get, open_union
 from unionfs.core.loop import WAIT
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.loop import Loop
 from unionfs.fuse.inline import in_thread, may_wait
+from unionfs.fuse.invalidations import Invalidations
 from unionfs.fuse.latency import Histogram, Latencies
 from unionfs.fuse.protocol import (
     Opcode,
     Reply,
     Request,
     encode,
+    notify,
 )
 
 __all__ = ["open_union"]
@@ -124,6 +127,32 @@ async def test_the_mount_is_gone_while_a_request_waits(open_union: OpenUnion) ->
     with trio.fail_after(patient(10)):
         await loop.run()
     device.close()
+
+
+async def test_a_notice_precedes_the_answer(open_union: OpenUnion, tmp_path: Path) -> None:
+    """So no process sees old attributes after it. The kernel is told of nodes that it knows."""
+    (tmp_path / "l0").mkdir()
+    for name in ("f", "g"):
+        (tmp_path / "l0" / name).touch()
+    union, invalidations = open_union(), Invalidations()
+    known, unknown = get(union, "f"), get(union, "g")
+    known.looked_up()
+
+    def answer(request: Request) -> Reply:
+        for node in (unknown, known):
+            invalidations.of_node(node)
+        return encode.ok(request.unique)
+
+    reader, writer = os.pipe2(os.O_NONBLOCK)
+    device = Device(writer)
+    await new_loop(
+        union, message(Opcode.STATX, 2), device=device, answers={Opcode.STATX: answer},
+        invalidations=invalidations,
+    ).run()  # fmt: skip
+    device.close()
+    sent = os.read(reader, 1000)
+    os.close(reader)
+    assert sent == b"".join([*notify.inval_inode(known.id, -1, 0), *encode.ok(2)])
 
 
 class _Burst(Requests):

@@ -75,7 +75,12 @@ def test_a_small_file_is_not_copied_in_steps(
         raise AssertionError("it is copied in steps")
 
     monkeypatch.setattr(copying, "FileCopy", refuse)
-    _check(_set(union, get(union, "d/f"), change), change)
+    operations = Operations(union)
+    found = begin(operations.setattr(get(union, "d/f").id, change, None))
+    assert isinstance(found, tuple)
+    _check(found, change)
+    figures = operations.figures()
+    assert (figures["copy_ups"], figures["copied_bytes"]) == (1, len("data"))
 
 
 @pytest.mark.parametrize("name", ["f", "link"])
