@@ -13,6 +13,7 @@ from tests.unit.union_support import OpenUnion, open_union
 from unionfs.fuse import session_pyfuse3
 from unionfs.fuse.errors import SessionError
 from unionfs.fuse.operations import Operations
+from unionfs.union.tree import Union
 
 __all__ = ["open_union"]
 
@@ -26,21 +27,28 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return found
 
 
-async def _serve(union: object, monkeypatch: pytest.MonkeyPatch, *codes: int) -> None:
+async def _serve(union: Union, monkeypatch: pytest.MonkeyPatch, *codes: int) -> Operations:
+    operations = Operations(union)
+
     async def main() -> None:
         if codes:
             raise BaseExceptionGroup("ended", [OSError(code, os.strerror(code)) for code in codes])
 
     monkeypatch.setattr(pyfuse3, "main", main)
-    await session_pyfuse3.serve(Operations(union), "/nowhere", [], lambda: None, {})  # type: ignore[arg-type]
+    await session_pyfuse3.serve(operations, "/nowhere", [], lambda: None, {"more": 1})
+    return operations
 
 
 @pytest.mark.parametrize("codes", [(), (errno.ECONNABORTED,), (errno.ECONNABORTED, errno.ECONNABORTED)])
 async def test_unmounted(
     open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch, closed: list[bool], codes: tuple[int, ...]
 ) -> None:
-    await _serve(open_union(), monkeypatch, *codes)
+    operations = await _serve(open_union(), monkeypatch, *codes)
     assert closed == [True]
+    figures = operations.figures()
+    assert figures["more"] == 1
+    assert figures["cache"] == {"writeback": False, "opens_without_request": False}
+    assert figures["passthrough"] == {"upper": False, "lower": False, "lower_programs_only": False}
 
 
 @pytest.mark.parametrize("codes", [(errno.EIO,), (errno.ECONNABORTED, errno.EIO)])

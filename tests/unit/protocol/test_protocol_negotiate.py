@@ -339,6 +339,17 @@ def test_sizes(
     assert (reply.max_pages, reply.max_write) == (pages, expected)
 
 
+@pytest.mark.parametrize(
+    ("settings", "wanted"), [(Settings(), 1 << 20), (Settings(max_readahead=4 << 20), 4 << 20)]
+)
+def test_readahead(settings: Settings, wanted: int) -> None:
+    """INIT can only lower the kernel's; the rest is set elsewhere."""
+    for offered in (1 << 17, wanted, 8 << 20):
+        decision = negotiate(offer(EVERYTHING, readahead=offered), settings, ROOT)
+        assert decision.reply.max_readahead == min(offered, wanted)
+        assert decision.max_readahead == wanted
+
+
 @pytest.mark.parametrize(("major", "minor"), [(7, 22), (6, 45), (8, 0)])
 def test_kernels_that_cannot_be_served(major: int, minor: int) -> None:
     with pytest.raises(NegotiationRefused, match="pyfuse3"):
