@@ -52,6 +52,17 @@ def test_a_daemon_that_dies_before_the_mount_can_be_used(place: Place) -> None:
     assert mounts_at(place.merged) == []
 
 
+def test_unmounted_before_it_can_be_used(place: Place) -> None:
+    """By somebody else, while the daemon has not answered the kernel's first request yet."""
+    with _held(place, "move_mount", *place.layers) as process:
+        assert wait_for(lambda: mounts_at(place.merged) != [])
+        subprocess.run(["umount", "--lazy", place.merged], check=True)
+        assert process.wait(patient(20)) == 1
+        assert process.stderr is not None
+        assert "the mount was gone before it could be used" in process.stderr.read()
+    assert mounts_at(place.merged) == []
+
+
 def test_two_at_once(place: Place) -> None:
     """Neither finds a mount there yet: one of them is refused, and covers nothing."""
     for name in ("upper", "work"):

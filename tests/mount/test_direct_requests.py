@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import stat
 import struct
@@ -16,6 +17,7 @@ import pytest
 
 from tests.mount import direct_calls as dc
 from tests.support import acl, actions, syscalls
+from tests.support.mounting import Mount
 from tests.support.worker import Worker
 from tests.support.world import World, errno_of, outcome
 
@@ -400,6 +402,27 @@ def _two_with_xattrs(root: Path) -> None:
 def _with_xattr(path: Path) -> None:
     path.write_bytes(b"data")
     os.setxattr(path, "user.x", b"1")
+
+
+def test_much_data_takes_few_requests(union: Mount, session: str) -> None:
+    """Each has about 1 MiB, if no page cache is between. A file with a backing file needs none."""
+    dc.need_direct(session, "its own size of requests")
+    size = 8 << 20
+    (union.lowers[0] / "large").write_bytes(os.urandom(size))
+
+    def requests(kind: str) -> int:
+        return int(union.inspect()["figures"]["requests"].get(kind, 0))
+
+    with mmap.mmap(-1, size) as data:
+        before = requests("read"), requests("write")
+        with dc.opened(union.mountpoint / "large", os.O_RDONLY | os.O_DIRECT) as fd:
+            assert os.preadv(fd, [data], 0) == size
+        with dc.opened(union.mountpoint / "new", os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o600) as fd:
+            assert os.pwritev(fd, [data], 0) == size
+        reads, writes = requests("read") - before[0], requests("write") - before[1]
+    assert reads == 0 if session == "direct-passthrough" else 8 <= reads <= 12
+    assert 8 <= writes <= 12 if session == "direct-cached" else writes == 0
+    assert (union.mountpoint / "new").read_bytes() == (union.lowers[0] / "large").read_bytes()
 
 
 def test_renameat2_of_open_files(world: MakeWorld) -> None:

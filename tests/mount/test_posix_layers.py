@@ -162,6 +162,26 @@ def test_lower_on_a_read_only_filesystem(kernel_overlay: None, area: Path, sessi
             assert not normalise.strict(tree)
 
 
+def test_the_space_is_that_of_the_topmost_layer(
+    kernel_overlay: None, area: Path, session: str, filesystem: Callable[..., Path]
+) -> None:
+    """As on kernel overlayfs, with an upper on a small filesystem over a lower on another one."""
+    place = filesystem("tmpfs", 8 << 20)
+    for name in ("upper", "work", "lower"):
+        ((area if name == "lower" else place) / name).mkdir()
+    lowers, upper, work = [area / "lower"], place / "upper", place / "work"
+    found = []
+    for mounts in (
+        mounted(area, lowers=lowers, upper=upper, work=work, session=session),
+        kernel_mounted(area, lowers=lowers, upper=upper, work=work),
+    ):
+        with mounts as mount:
+            st = os.statvfs(mount.mountpoint)
+            found.append((st.f_bsize, st.f_frsize, st.f_blocks, st.f_files, st.f_namemax))
+    assert found[0] == found[1]
+    assert found[0][1] * found[0][2] == 8 << 20
+
+
 @pytest.mark.parametrize("upper", areas.FILESYSTEMS)
 def test_upper_on_each_filesystem(
     kernel_overlay: None, area: Path, session: str, filesystem: Callable[..., Path], upper: str

@@ -71,6 +71,24 @@ def _xattr_call(
         who.call(actions.without_following, function, path, args)
 
 
+def test_removal_by_the_group(world: MakeWorld, user: Worker) -> None:
+    """A member may remove an xattr of another user's file with setuid, which the group can write."""
+
+    def build(root: Path) -> None:
+        (root / "f").write_bytes(b"x")
+        os.chown(root / "f", FOREIGN, TEAM)
+        (root / "f").chmod(0o4775)
+        os.setxattr(root / "f", "user.lower", b"1")
+
+    made = world(build)
+
+    def calls(root: Path) -> list[object]:
+        found: list[object] = [errno_of(_xattr_call, user, os.removexattr, str(root / "f"), ("user.lower",))]
+        return [*found, os.listxattr(root / "f")]
+
+    assert made.as_native(calls) == [0, []]
+
+
 def test_overlay_xattrs_are_escaped(world: MakeWorld) -> None:
     """A user's trusted.overlay.* is stored as by the kernel; the overlay's own are never shown."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import pytest
 import trio
 
+from tests.support.world import errno_of
 from tests.unit.union_support import ME, OpenUnion, close_nodes, copy_up
 from tests.unit.union_support import open_union as open_union
 from unionfs.core.files import Handle
@@ -515,6 +517,37 @@ def test_killed_when_a_copied_up_name_was_removed(tmp_path: Path, daemons: Daemo
     assert found.in_place
     assert new.attributes(found).nlink == os.stat(tmp_path / "upper/second").st_nlink
     assert get(new, "second") is found
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_an_xattr_request_that_is_sent_again(tmp_path: Path, daemons: Daemons, existed: bool) -> None:
+    """Whether it was carried out or not, the result is that of a single one."""
+    union = daemons.first()
+    natively = tmp_path / "native"
+    for path in (natively, tmp_path / "upper/f"):
+        path.touch()
+        if existed:
+            os.setxattr(path, "user.x", b"old")
+    id_ = get(union, "f").id
+    wanted = (
+        errno_of(os.setxattr, natively, "user.x", b"new", os.XATTR_CREATE),
+        os.getxattr(natively, "user.x"),
+        errno_of(os.removexattr, natively, "user.x"),
+        os.listxattr(natively),
+    )
+    operations = Operations(union)
+    setting = id_, b"user.x", b"new", os.XATTR_CREATE
+    removing = id_, b"user.x", 0
+    found: list[object] = [errno_of(trio.run, operations.setxattr, *setting, 8)]
+    union, operations = daemons.after(union)
+    assert errno_of(trio.run, operations.setxattr, *setting, 8 | RESENT) == found[0]
+    found.append(os.getxattr(tmp_path / "upper/f", "user.x"))
+    found.append(errno_of(trio.run, operations.removexattr, *removing, 10))
+    union, operations = daemons.after(union)
+    assert errno_of(trio.run, operations.removexattr, *removing, 10 | RESENT) == found[-1]
+    assert (*found, os.listxattr(tmp_path / "upper/f")) == wanted
+    # another request, which was not sent before
+    assert errno_of(trio.run, operations.removexattr, *removing, 12) == errno.ENODATA
 
 
 def open_files() -> set[int]:

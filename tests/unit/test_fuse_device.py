@@ -60,7 +60,7 @@ def test_an_invalid_answer_becomes_an_error(
     with pytest.raises(OSError, match="Invalid argument"):
         os.writev(device.fd, invalid)
     device.answer(invalid)
-    assert "refused an answer of 16 bytes" in caplog.text
+    assert "refused an answer of 16 bytes: Invalid argument" in caplog.text
     with pytest.raises(FileNotFoundError):  # it was answered
         os.writev(device.fd, encode.error(unique, errno.EIO))
     with pytest.raises(ConnectionRefusedError):  # INIT failed

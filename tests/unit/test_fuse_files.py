@@ -141,6 +141,30 @@ def test_a_truncation_that_fails_leaves_nothing_open(union: Union, tmp_path: Pat
     assert node.use is None or node.use.handles == []
 
 
+def test_bytes_that_were_read(union: Union) -> None:
+    operations = Operations(union)
+    for count in (5, 7):
+        operations.files.was_read(count)
+    assert operations.figures()["read_bytes"] == operations.files.bytes_read == 12
+
+
+async def test_a_range_that_is_copied(union: Union, tmp_path: Path) -> None:
+    """It counts as read and as written."""
+    files = Operations(union).files
+    source, target = (tmp_path / name for name in ("source", "target"))
+    source.write_bytes(b"0123456789")
+    opened = [
+        OpenFile(os.open(path, os.O_RDWR | os.O_CREAT), readable=True, writable=True, waits=False)
+        for path in (source, target)
+    ]
+    assert await files.copy_range(opened[0], 2, opened[1], 1, 5) == 5
+    assert await files.copy_range(opened[0], 8, opened[1], 6, 5) == 2
+    assert target.read_bytes() == b"\0" + b"2345689"
+    assert (files.bytes_read, files.bytes_written) == (7, 7)
+    for file in opened:
+        file.release()
+
+
 def test_what_a_release_closes(union: Union) -> None:
     files, node = Operations(union).files, get(union, "d/f")
     numbers = [files.open(node, os.O_RDONLY, Process(0, 0, 0), None, kills_set_ids=False) for _ in range(2)]

@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from unionfs.fuse.latency import ERROR, LONGEST_WATCH, Histogram, Latencies
@@ -34,6 +34,7 @@ def test_quantile(times: list[int], part: float) -> None:
     assert abs(found - max(1, wanted)) <= ERROR * max(1, wanted)
 
 
+@example([1 << 10, (1 << 10) + 1], 10)
 @given(SOME, st.integers(4, 45))
 def test_count_up_to_a_power_of_two_is_exact(times: list[int], power: int) -> None:
     assert _filled(times).up_to(1 << power) == sum(ns <= 1 << power for ns in times)

@@ -6,105 +6,43 @@ import errno
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
 from tests.support.patience import patient
-from tests.unit.union_support import OpenUnion, open_union
-from unionfs.core.loop import FAIR
+from tests.unit.loop_support import Requests, decision, message, new_loop
+from tests.unit.union_support import OpenUnion, get, open_union
+from unionfs.core.loop import WAIT
 from unionfs.fuse.direct.device import Device
 from unionfs.fuse.direct.loop import Loop
 from unionfs.fuse.inline import in_thread, may_wait
+from unionfs.fuse.invalidations import Invalidations
 from unionfs.fuse.latency import Histogram, Latencies
 from unionfs.fuse.protocol import (
-    Decision,
-    Init,
     Opcode,
-    Privileges,
     Reply,
     Request,
-    Settings,
     encode,
-    negotiate,
+    notify,
 )
-from unionfs.fuse.protocol.requests import InitRequest
-from unionfs.union.tree import Union
 
 __all__ = ["open_union"]
-
-
-def _decision() -> Decision:
-    offered = InitRequest.of(major=7, minor=45, max_readahead=1 << 17, flags=int(sum(Init)))
-    return negotiate(offered, Settings(), Privileges(initial_user_namespace=True, sys_admin=True))
-
-
-Step = bytes | int | Callable[[], bytes | int | None]
-
-
-class _Channel:
-    """Gives a loop requests and errors (by errno, negative), in this order, then ENODEV.
-
-    A function returns one of them, or None to be called again after others ran.
-    """
-
-    def __init__(self, *steps: Step) -> None:
-        self.steps = list(steps)
-        self.buffer = bytearray()
-
-    def read_into(self, buffer: bytearray) -> None:
-        self.buffer = buffer
-
-    def answer(self, size: int) -> bool:
-        return False
-
-    def rested(self) -> None:
-        pass
-
-    holds = False
-
-    def next(self) -> int:
-        if not self.steps:
-            raise OSError(errno.ENODEV, "")
-        step = self.steps[0]
-        found = step() if callable(step) else step
-        if found is None:
-            return FAIR
-        self.steps.pop(0)
-        if isinstance(found, int):
-            raise OSError(-found, "")
-        self.buffer[: len(found)] = found
-        return len(found)
-
-
-def _loop(
-    union: Union,
-    *steps: Step,
-    device: Device | None = None,
-    answers: Mapping[Opcode, Callable[[Any], Reply]] | None = None,
-    waiting: Mapping[Opcode, Callable[[Any], Coroutine[Any, Any, Reply]]] | None = None,
-    requests: Counter[str] | None = None,
-    latencies: Latencies | None = None,
-) -> Loop:
-    channel: Any = _Channel(*steps)
-    return Loop(
-        device or Device(-1), _decision(), union, Counter() if requests is None else requests, answers or {},
-        waiting or {}, latencies or Latencies(), channel,
-    )  # fmt: skip
 
 
 async def test_an_umount_that_takes_a_request_back(
     open_union: OpenUnion,
 ) -> None:
     """fuse_dev_do_read returns ECONNABORTED for a request overtaken by umount(2), and ENODEV afterwards."""
-    await _loop(open_union(), -errno.ECONNABORTED, -errno.ENODEV).run()
+    await new_loop(open_union(), -errno.ECONNABORTED, -errno.ENODEV).run()
 
 
 async def test_a_mount_that_is_cut_off(open_union: OpenUnion) -> None:
     with pytest.raises(BaseExceptionGroup) as raised:
-        await _loop(open_union(), -errno.ECONNABORTED, -errno.ECONNABORTED).run()
+        await new_loop(open_union(), -errno.ECONNABORTED, -errno.ECONNABORTED).run()
     assert raised.group_contains(ConnectionAbortedError)
 
 
@@ -126,19 +64,13 @@ async def test_a_file_that_cannot_be_closed(
         return encode.ok(request.unique)
 
     device = Device(os.open(os.devnull, os.O_WRONLY))
-    messages = [_request(Opcode.STATX, unique) for unique in (2, 4)]
+    messages = [message(Opcode.STATX, unique) for unique in (2, 4)]
     monkeypatch.setattr(union.files, "take_back", take_back)
-    await _loop(union, *messages, device=device, answers={Opcode.STATX: answer}).run()
+    await new_loop(union, *messages, device=device, answers={Opcode.STATX: answer}).run()
     device.close()
     assert closed == ["good", "good"]
     assert caplog.text.count("a file could not be closed") == 2
     caplog.clear()
-
-
-def _request(opcode: Opcode, unique: int, body: bytes | None = None, *, pid: int = 1) -> bytes:
-    if body is None:
-        body = bytes({Opcode.FORGET: 8, Opcode.STATX: 24}.get(opcode, 16))
-    return struct.pack("=IIQQIIIHH", 40 + len(body), int(opcode), unique, 1, 0, 0, pid, 0, 0) + body
 
 
 async def test_an_interrupt_right_behind_its_request(open_union: OpenUnion) -> None:
@@ -161,10 +93,10 @@ async def test_an_interrupt_right_behind_its_request(open_union: OpenUnion) -> N
             return None
         return -errno.ENODEV
 
-    loop = _loop(
+    loop = new_loop(
         open_union(),
-        _request(Opcode.FSYNC, 2, pid=2**22 + 1),  # above PID_MAX_LIMIT: its caller does not exist
-        _request(Opcode.INTERRUPT, 3, struct.pack("=Q", 2)),
+        message(Opcode.FSYNC, 2, pid=2**22 + 1),  # above PID_MAX_LIMIT: its caller does not exist
+        message(Opcode.INTERRUPT, 3, struct.pack("=Q", 2)),
         answered,
         device=device,
         waiting={Opcode.FSYNC: waits},
@@ -174,6 +106,92 @@ async def test_an_interrupt_right_behind_its_request(open_union: OpenUnion) -> N
     device.close()
     os.close(reader)
     assert struct.unpack("=IiQ", answer) == (16, -errno.EINTR, 2)
+
+
+async def test_the_mount_is_gone_while_a_request_waits(open_union: OpenUnion) -> None:
+    """Nobody waits for its answer any more."""
+    begun = False
+
+    async def waits(request: Request) -> Reply:
+        nonlocal begun
+        await may_wait()
+        begun = True
+        await trio.sleep_forever()
+        raise AssertionError
+
+    device = Device(os.open(os.devnull, os.O_WRONLY))
+    loop = new_loop(
+        open_union(), message(Opcode.FSYNC, 2), lambda: -errno.ENODEV if begun else None, device=device,
+        waiting={Opcode.FSYNC: waits},
+    )  # fmt: skip
+    with trio.fail_after(patient(10)):
+        await loop.run()
+    device.close()
+
+
+async def test_a_notice_precedes_the_answer(open_union: OpenUnion, tmp_path: Path) -> None:
+    """So no process sees old attributes after it. The kernel is told of nodes that it knows."""
+    (tmp_path / "l0").mkdir()
+    for name in ("f", "g"):
+        (tmp_path / "l0" / name).touch()
+    union, invalidations = open_union(), Invalidations()
+    known, unknown = get(union, "f"), get(union, "g")
+    known.looked_up()
+
+    def answer(request: Request) -> Reply:
+        for node in (unknown, known):
+            invalidations.of_node(node)
+        return encode.ok(request.unique)
+
+    reader, writer = os.pipe2(os.O_NONBLOCK)
+    device = Device(writer)
+    await new_loop(
+        union, message(Opcode.STATX, 2), device=device, answers={Opcode.STATX: answer},
+        invalidations=invalidations,
+    ).run()  # fmt: skip
+    device.close()
+    sent = os.read(reader, 1000)
+    os.close(reader)
+    assert sent == b"".join([*notify.inval_inode(known.id, -1, 0), *encode.ok(2)])
+
+
+class _Burst(Requests):
+    """Says twice that no request is there, while CPUs are kept awake."""
+
+    holds = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.did: list[str] = []
+        self.reader, self.writer = os.pipe2(os.O_NONBLOCK)
+        os.write(self.writer, b"x")
+
+    def next(self) -> int:
+        if self.did.count("next") == 2:
+            raise OSError(errno.ENODEV, "")
+        if self.did:
+            os.read(self.reader, 10)
+        self.did.append("next")
+        return WAIT
+
+    def waited(self) -> None:
+        self.did.append("waited")
+
+    def let_go(self) -> None:
+        self.did.append("let go")
+        os.write(self.writer, b"x")
+
+
+async def test_cpus_stay_awake_during_a_burst(open_union: OpenUnion) -> None:
+    """The device is readable when the loop waits for the first time, and the second time not soon enough."""
+    channel: Any = _Burst()
+    device = Device(channel.reader)
+    loop = Loop(device, decision(), open_union(), Counter(), {}, {}, Latencies(), channel)
+    with trio.fail_after(patient(20)):
+        await loop.run()
+    device.close()
+    os.close(channel.writer)
+    assert channel.did == ["next", "waited", "next", "let go", "waited"]
 
 
 async def test_latency_only_while_somebody_watches(open_union: OpenUnion) -> None:
@@ -201,7 +219,7 @@ async def test_latency_only_while_somebody_watches(open_union: OpenUnion) -> Non
     def step(opcode: Opcode, before: Callable[[], None] = lambda: None) -> None:
         def run() -> bytes:
             before()
-            return _request(opcode, len(steps))
+            return message(opcode, len(steps))
 
         steps.append(run)
 
@@ -212,9 +230,9 @@ async def test_latency_only_while_somebody_watches(open_union: OpenUnion) -> Non
     step(Opcode.STATX)
     step(Opcode.STATX, lambda: latencies.watch(5))
     step(Opcode.FSYNC)
-    steps.append(lambda: None if len(taken) < 3 else _request(Opcode.FORGET, 9))
+    steps.append(lambda: None if len(taken) < 3 else message(Opcode.FORGET, 9))
     step(Opcode.STATX, over)
-    loop = _loop(
+    loop = new_loop(
         open_union(), *steps, device=device, answers={Opcode.STATX: answer}, waiting={Opcode.FSYNC: waits},
         requests=requests, latencies=latencies,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from tests.unit.union_support import open_union as open_union
 from unionfs.core.node import Node
 from unionfs.core.opening import Handles
 from unionfs.core.setting import Change
+from unionfs.fuse import copying
 from unionfs.fuse.inline import begin
 from unionfs.fuse.operations import Named, Operations
 from unionfs.union.tree import Union
@@ -62,6 +63,37 @@ def test_all_is_done_at_once(union: Union, tmp_path: Path, change: Change) -> No
     _check(_set(union, get(union, "d/f"), change), change)
     assert (tmp_path / "upper/d").stat().st_mtime_ns == PAST
     assert os.listdir("/proc/self/fd") == fds
+
+
+@pytest.mark.parametrize("change", [one for one in CHANGES if one.size is None])
+def test_a_small_file_is_not_copied_in_steps(
+    union: Union, monkeypatch: pytest.MonkeyPatch, change: Change
+) -> None:
+    """The core makes its copy-up at once, with fewer system calls."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("it is copied in steps")
+
+    monkeypatch.setattr(copying, "FileCopy", refuse)
+    operations = Operations(union)
+    found = begin(operations.setattr(get(union, "d/f").id, change, None))
+    assert isinstance(found, tuple)
+    _check(found, change)
+    figures = operations.figures()
+    assert (figures["copy_ups"], figures["copied_bytes"]) == (1, len("data"))
+
+
+@pytest.mark.parametrize("name", ["f", "link"])
+@pytest.mark.parametrize("which", ["atime_ns", "mtime_ns"])
+async def test_one_time_alone(union: Union, tmp_path: Path, which: str, name: str) -> None:
+    """Of what is copied up in steps: a file that has to be synced, and a symlink."""
+    union.stack.volatile = False
+    (tmp_path / "l0/d/link").symlink_to("f")
+    before = (tmp_path / "l0/d" / name).lstat()
+    wanted = {"atime_ns": before.st_atime_ns, "mtime_ns": before.st_mtime_ns} | {which: 7}
+    await Operations(union).setattr(get(union, f"d/{name}").id, Change(**{which: 7}), None)
+    st = (tmp_path / "upper/d" / name).lstat()
+    assert {"atime_ns": st.st_atime_ns, "mtime_ns": st.st_mtime_ns} == wanted
 
 
 def test_what_nobody_need_wait_for(union: Union, tmp_path: Path) -> None:

@@ -57,7 +57,6 @@ async def serve(
     except RuntimeError as failure:
         raise SessionError(str(failure)) from failure
     entry = mounted_at(mountpoint)
-    cut_off = False
     try:
         try:
             await pyfuse3.main()
@@ -112,7 +111,7 @@ def _request(handler: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Cor
                 return await adapter.with_memo(kind, lambda: handler(*args, **kwargs), args)
             finally:
                 invalidations = adapter.operations.invalidations
-                if invalidations.now or invalidations.soon:
+                if invalidations.now:  # where one is `soon`, one is `now`: only `core` answers without
                     await adapter.invalidate_attributes()
         except OSError as failure:
             raise pyfuse3.FUSEError(failure.errno or errno.EIO) from None

@@ -52,9 +52,9 @@ def message(
 
 
 def decode(raw: bytes, setxattr_ext: bool = True) -> Request:
-    """Decode one message from a larger buffer, as in a session."""
+    """Decode one message from a larger buffer with the rest of another one, as in a session."""
     agreed = NUMBERS["FUSE_SETXATTR_EXT"] if setxattr_ext else 0
-    return decoder(agreed)(memoryview(raw + bytes(64)), len(raw))
+    return decoder(agreed)(memoryview(raw + b"\xff" * 64), len(raw))
 
 
 OPCODES: Final = st.sampled_from([*range(56), 4096, 1 << 31, 1 + (1 << 8)])

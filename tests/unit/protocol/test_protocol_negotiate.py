@@ -22,7 +22,7 @@ from unionfs.fuse.protocol import (
     encode,
     negotiate,
 )
-from unionfs.fuse.protocol.flags import FOPEN_KEEP_CACHE, FOPEN_NOFLUSH, FOPEN_PASSTHROUGH
+from unionfs.fuse.protocol.flags import FOPEN_KEEP_CACHE, FOPEN_NOFLUSH, FOPEN_PASSTHROUGH, since
 from unionfs.fuse.protocol.negotiate import MODES
 from unionfs.fuse.protocol.requests import InitRequest
 
@@ -339,6 +339,17 @@ def test_sizes(
     assert (reply.max_pages, reply.max_write) == (pages, expected)
 
 
+@pytest.mark.parametrize(
+    ("settings", "wanted"), [(Settings(), 1 << 20), (Settings(max_readahead=4 << 20), 4 << 20)]
+)
+def test_readahead(settings: Settings, wanted: int) -> None:
+    """INIT can only lower the kernel's; the rest is set elsewhere."""
+    for offered in (1 << 17, wanted, 8 << 20):
+        decision = negotiate(offer(EVERYTHING, readahead=offered), settings, ROOT)
+        assert decision.reply.max_readahead == min(offered, wanted)
+        assert decision.max_readahead == wanted
+
+
 @pytest.mark.parametrize(("major", "minor"), [(7, 22), (6, 45), (8, 0)])
 def test_kernels_that_cannot_be_served(major: int, minor: int) -> None:
     with pytest.raises(NegotiationRefused, match="pyfuse3"):
@@ -351,6 +362,19 @@ def test_older_and_newer_kernels() -> None:
     assert old.reply.minor == 23
     assert old.io is IoMode.CACHED
     assert not old.file_open_flags & FOPEN_NOFLUSH
+
+
+@pytest.mark.parametrize(
+    ("flag", "release"),
+    [
+        (Init.ASYNC_READ, "before 3.15"), (Init.WRITEBACK_CACHE, "3.15"), (Init.POSIX_ACL, "4.9"),
+        (Init.MAX_PAGES, "4.20"), (Init.NO_OPENDIR_SUPPORT, "5.1"), (Init.HANDLE_KILLPRIV_V2, "5.11"),
+        (Init.INIT_EXT, "5.17"), (Init.PASSTHROUGH, "6.9"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_names_its_release(flag: Init, release: str) -> None:
+    """The first one that has it, as its own history says."""
+    assert since(flag) == f"Linux {release}"
 
 
 def test_the_offer_of_linux_6_18() -> None:
