@@ -118,6 +118,19 @@ def test_umount_of_what_is_not_ours(place: Place) -> None:
     succeed(unionfs("umount", place.merged))
 
 
+def test_umount_of_another_fuse_filesystem(place: Place) -> None:
+    """It is asked nothing, and stays."""
+    device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        data = f"fd={device},rootmode=40000,user_id=0,group_id=0"
+        syscalls.mount("other", place.merged, "fuse.other", 0, data)
+        refused(unionfs("umount", place.merged), f"{place.merged} is a fuse.other mount and none of unionfs")
+        assert mounts_at(place.merged) == ["fuse.other"]
+        syscalls.umount(place.merged, syscalls.MNT_DETACH)
+    finally:
+        os.close(device)
+
+
 @pytest.mark.parametrize("how", ["cwd", "open file", "mapped file", "root"])
 def test_busy_mount_names_its_users(place: Place, how: str) -> None:
     pid = place.mount()

@@ -69,6 +69,17 @@ def test_programs_go_on(place: Place, io: str) -> None:
     assert os.listdir(place.work / "work") == []
 
 
+def test_the_end_of_a_terminal(place: Place) -> None:
+    """It ends no mount in the background, whichever daemon serves it."""
+    mount = Outliving(place)
+    pid = mount.kill().pid
+    os.kill(pid, signal.SIGHUP)
+    time.sleep(0.2)
+    assert (mount.top / "base").read_text() == "base\n"
+    assert mount.entry().pid == pid
+    mount.end()
+
+
 def test_locks_stay(place: Place) -> None:
     """flock(2) and POSIX locks are held by the kernel."""
     mount = Outliving(place)

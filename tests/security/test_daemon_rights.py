@@ -49,6 +49,7 @@ def test_names_of_capabilities() -> None:
         ("writable", READING | WRITING),
         ("read-only", READING),
         ("storage", READING | WRITING | {"NET_BIND_SERVICE"}),
+        ("read-only with storage", READING | WRITING | {"NET_BIND_SERVICE"}),
     ],
 )
 def test_capabilities(place: Place, kind: str, expected: set[str], io: str) -> None:
@@ -56,6 +57,10 @@ def test_capabilities(place: Place, kind: str, expected: set[str], io: str) -> N
         pid = place.mount("--io", io)
     elif kind == "read-only":
         succeed(unionfs("mount", "-l", place.lower, "--io", io, place.merged))
+        pid = place.pid()
+    elif kind == "read-only with storage":  # whose volumes are filled with files of any owner
+        (place.lower / "b").mkdir()
+        succeed(unionfs("mount", "-l", place.lower, "--io", io, "-v", f"{place.lower2}:/b", place.merged))
         pid = place.pid()
     else:
         pid = place.mount("--io", io, "--tmpfs", "/t", "-v", f"{place.lower2}:/b:ro")
