@@ -109,6 +109,30 @@ def test_the_keyring_of_the_mounting_session(place: Place) -> None:
     assert "not available" in done.stderr, done.stderr
 
 
+def test_limits_that_stay() -> None:
+    """Those that only CAP_SYS_RESOURCE could raise; not the ones of which the highest is enough."""
+    code = "from unionfs.daemon.confine import own_limits; print(own_limits())"
+    drop = "setpriv --bounding-set -sys_resource --inh-caps -sys_resource"
+    for kind, left in (("-S", []), ("-SH", ["file size 1024000"])):
+        limits = " ".join(f"ulimit {kind} {limit};" for limit in ("-f 1000", "-n 200", "-u 4000"))
+        done = call(("bash", "-c"), f"{limits} exec {drop} {sys.executable} -c '{code}'")
+        assert succeed(done) == f"{left}\n"
+
+
+def test_where_proc_hides_processes() -> None:
+    """The groups of a caller are in /proc: with hidepid, see proc(5), only CAP_SYS_PTRACE shows them."""
+    code = (
+        "from unionfs.daemon.confine import needed_capabilities; from unionfs.daemon.settle import settle; "
+        'print(*needed_capabilities(settle("/m", lowers=["/usr"])))'
+    )
+    kept = []
+    for option in ("hidepid=0", "hidepid=2"):
+        script = f"mount -t proc -o {option} proc /proc && exec {sys.executable} -c '{code}'"
+        done = call(("unshare", "-pfm", "sh", "-c", script))
+        kept.append(set(succeed(done).split()))
+    assert kept == [READING, READING | {"SYS_PTRACE"}]
+
+
 def test_doctor_says_what_is_left(root: None) -> None:
     done = unionfs("doctor", "--json")
     findings = {finding["name"]: finding["detail"] for finding in json.loads(done.stdout)["findings"]}
