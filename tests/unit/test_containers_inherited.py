@@ -1,14 +1,17 @@
-"""The file of a program that the processes of a container could reach by /proc/PID/exe."""
+"""What a container could reach of its caller: keys, and the file of a program, by /proc/PID/exe."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.mount.cli_calls import call
 from tests.mount.user_calls import UID
 from unionfs.containers.inherited import sealed_copy, unreachable
 from unionfs.sys.asuser import run_as
@@ -62,3 +65,22 @@ def test_nothing_changes_a_copy(tmp_path: Path) -> None:
             for change in changes:
                 with pytest.raises(PermissionError):
                     change(own)
+
+
+def test_the_keys_of_the_session() -> None:
+    """They are found before, and not afterwards: request_key(2)."""
+    if shutil.which("keyctl") is None:
+        pytest.skip("keyctl is not installed")
+    search = 'os.execvp("keyctl", ["keyctl", "search", "@s", "user", "unionfs-test"])'
+    joined = f"from unionfs.containers.inherited import join_new_keyring; join_new_keyring(); {search}"
+    outcomes = []
+    for code in (search, joined):
+        script = (
+            "keyctl add user unionfs-test secret @s > /dev/null || exit 77; "
+            f"exec {sys.executable} -c 'import os; {code}'"
+        )
+        done = call(("keyctl", "session", "-", "sh", "-c", script))
+        if "Operation not permitted" in done.stderr or "not implemented" in done.stderr:
+            pytest.skip(done.stderr)
+        outcomes.append((done.returncode, "not available" in done.stderr))
+    assert outcomes == [(0, False), (1, True)]
