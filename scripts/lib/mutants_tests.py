@@ -140,11 +140,12 @@ class Record:
 
         Together they take about ``seconds``: those without a mount, then those named like the module, then
         the quickest of each file, and so on. For an unknown block, those of its function; for one outside of
-        functions (None), any.
+        functions (None), or if no test is known to execute anything of the module, any.
         """
         key = f"{module}:{block}"
-        if block is None:
-            found = set(self._blocks)  # a test may read a constant without a call
+        # A test may read a constant without a call, and a process without an environment notes nothing.
+        if block is None or not any(tests for name, tests in self._tests.items() if _module(name) == module):
+            found = set(self._blocks)
         else:
             found = self._tests.get(key) or self._tests.get(key.partition("#")[0], set())
         about = Path(module).stem.rstrip("s")
@@ -172,3 +173,7 @@ class Record:
     def _cost(self, test: str) -> tuple[int, float]:
         found = _SESSION.search(test)
         return SESSIONS.index(found[0]) if found else 0, self._seconds[test]
+
+
+def _module(block: str) -> str:
+    return block.partition(":")[0]

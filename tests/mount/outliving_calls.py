@@ -28,12 +28,12 @@ class Outliving:
     """A mount with a holder."""
 
     def __init__(
-        self, place: Place, *options: str, layers: Sequence[str | Path] = (), deaths: int = 0
+        self, place: Place, *options: str, layers: Sequence[str | Path] = (), deaths: int | None = 0
     ) -> None:
-        """``deaths``: how many within a minute are too many; 0: none are."""
+        """``deaths``: how many within a minute are too many; 0: none are, None: as many as by default."""
         self.place = place
         self.top = place.merged
-        environment = {"UNIONFS_DEATHS": str(deaths)}
+        environment = {} if deaths is None else {"UNIONFS_DEATHS": str(deaths)}
         self.layers = layers or place.layers
         words = [*self.layers, "-o", "outlive", *options, place.merged]
         done = unionfs("mount", *words, env=environment)

@@ -19,7 +19,7 @@ import pytest
 
 from tests.mount import cli_calls
 from tests.mount.cli_calls import UNIONFS, Place, gone, mounts_at, refused, succeed, unionfs, wait_for
-from tests.support import syscalls
+from tests.support import syscalls, tracing
 from tests.support.patience import patient
 from unionfs.daemon import clearing, live, unmount
 
@@ -116,6 +116,19 @@ def test_umount_of_what_is_not_ours(place: Place) -> None:
     refused(unionfs("umount", place.merged), "busy", f"{place.merged}/sub is mounted inside it")
     subprocess.run(["umount", place.merged / "sub"], check=True)
     succeed(unionfs("umount", place.merged))
+
+
+def test_umount_of_another_fuse_filesystem(place: Place) -> None:
+    """It is asked nothing, and stays."""
+    device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        data = f"fd={device},rootmode=40000,user_id=0,group_id=0"
+        syscalls.mount("other", place.merged, "fuse.other", 0, data)
+        refused(unionfs("umount", place.merged), f"{place.merged} is a fuse.other mount and none of unionfs")
+        assert mounts_at(place.merged) == ["fuse.other"]
+        syscalls.umount(place.merged, syscalls.MNT_DETACH)
+    finally:
+        os.close(device)
 
 
 @pytest.mark.parametrize("how", ["cwd", "open file", "mapped file", "root"])
@@ -428,6 +441,23 @@ def test_a_mount_waits_for_the_end_of_the_one_before(place: Place) -> None:
         os.kill(pid, signal.SIGCONT)
     assert process.communicate(timeout=patient(20)) == (None, "")
     assert process.returncode == 0
+    assert place.pid() != pid
+    succeed(unionfs("umount", place.merged))
+
+
+def test_a_mount_waits_for_an_upper_that_is_being_written(place: Place) -> None:
+    """However long that takes: the registry has it that the daemon before is about to end."""
+    words = tracing.command(place.root / "trace", "syncfs", delay=2 * live._NOTICE_SECONDS)
+    with subprocess.Popen(
+        [*words, *UNIONFS, "mount", *map(str, place.layers), str(place.merged)], cwd="/",
+        env={**os.environ, "PYTHONPATH": str(cli_calls.REPOSITORY)}, stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        assert wait_for(lambda: [e for e in live.live_mounts() if e.settings.mountpoint == str(place.merged)])
+        pid = place.pid()
+        syscalls.umount(place.merged)
+        assert succeed(unionfs("mount", *place.layers, place.merged)) == ""
+        process.wait(patient(20))
     assert place.pid() != pid
     succeed(unionfs("umount", place.merged))
 

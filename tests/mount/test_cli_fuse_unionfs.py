@@ -327,6 +327,15 @@ def test_remount_of_what_is_mounted_read_only(place: Place, mounter: Mounter) ->
     succeed(mounter.run("umount", place.merged))
 
 
+def test_remount_with_an_upper_in_memory(place: Place, mounter: Mounter) -> None:
+    data = f"lowerdir={place.lower},upperdir=tmpfs,ro"
+    succeed(mounter.run("mount", "-t", "fuse.unionfs", "-o", data, "source", place.merged))
+    assert mounter.run("touch", place.merged / "new").returncode != 0
+    succeed(mounter.run("mount", "-o", "remount,rw", place.merged))
+    succeed(mounter.run("touch", place.merged / "new"))
+    succeed(mounter.run("umount", place.merged))
+
+
 def test_remount_of_something_else(place: Place, mounter: Mounter) -> None:
     done = _fuse_unionfs("source", place.merged, "-o", "remount,ro")
     refused(done, "is not a unionfs mount", program="fuse-unionfs")

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from tests.mount import cli_calls
 from tests.mount.cli_calls import Place, listed, refused, succeed, unionfs
 from tests.support.patience import patient
+from unionfs.sys import fuseprobe
 
 COMMANDS = (
     "mount", "umount", "cleanup", "sync", "refresh", "upgrade", "ls", "inspect", "stats", "diff", "check",
@@ -274,6 +276,14 @@ def test_diff_of_a_missing_upper(place: Place) -> None:
     assert "mkdir" not in said
 
 
+def _libfuse() -> str:
+    """The version of the libfuse that pyfuse3 loads, by its file's name."""
+    script = "import pyfuse3; print(open('/proc/self/maps').read())"
+    maps = succeed(cli_calls.call((sys.executable, "-c", script)))
+    path = next(word for word in maps.split() if "/libfuse3.so" in word)
+    return os.path.realpath(path).rpartition(".so.")[2]
+
+
 def test_doctor(area: Path) -> None:
     done = unionfs("doctor", "--json", "--dir", area)
     found = json.loads(done.stdout)
@@ -290,6 +300,10 @@ def test_doctor(area: Path) -> None:
         if facts[name]["state"] != "ok":
             assert facts[name]["cure"]
     assert os.listdir(area) == []
+    assert f"libfuse {_libfuse()}" in facts["pyfuse3"]["detail"]
+    passthrough = facts["passthrough"]["detail"]
+    if fuseprobe.init_offer() is not None and not passthrough.startswith("not in Linux"):
+        assert "as the kernel's FUSE_INIT says" in passthrough
     text = unionfs("doctor", "--dir", area).stdout
     assert "/dev/fuse" in text
     assert max(map(len, text.splitlines())) <= 80

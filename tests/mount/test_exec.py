@@ -158,6 +158,11 @@ def test_detached(box: Execs) -> None:
     assert box.inside("-d", "web", "sh", "-c", "echo lost; cat; echo made > /tmp/made; sleep 60") == ""
     assert wait_for(lambda: box.exec("web", "cat", "/tmp/made").stdout == "made\n")
     assert box.ok("logs", "web") == "up\n"
+    box.inside("-d", "web", "sh", "-c", "cat /proc/self/fdinfo/0 >/tmp/info; echo >/tmp/info.over")
+    assert wait_for(lambda: box.exec("web", "cat", "/tmp/info.over").returncode == 0)
+    native = "exec 0<>/dev/null; cat /proc/self/fdinfo/0"  # opened to read and write
+    flags = [line for line in box.inside("web", "sh", "-c", native).splitlines() if "flags" in line]
+    assert [line for line in box.inside("web", "cat", "/tmp/info").splitlines() if "flags" in line] == flags
     done = box.exec("-d", "web", "nosuch")
     assert (done.returncode, done.stdout) == (127, "")
     assert box.ok("stop", "-t", "0", "web") == "web\n"

@@ -374,13 +374,14 @@ def test_the_resident_is_killed_during_a_call(place: Place) -> None:
         _unmount(place)
 
 
-def test_a_mount_namespace_of_its_own(place: Place) -> None:
-    """It has its own resident, which does not keep it alive."""
+@pytest.mark.parametrize("rights", [[], ["setpriv", "--bounding-set", "-sys_ptrace"]], ids=["all", "fewer"])
+def test_a_mount_namespace_of_its_own(place: Place, rights: list[str]) -> None:
+    """It has its own resident, which does not keep it alive; also where pid 1 may not be looked at."""
     _mount(place)
     _unmount(place)
     outside = residents()
     words = f"{LAUNCHER} -o {place.data} {place.merged} && ls {place.merged} && umount {place.merged}"
-    done = call(("unshare", "-m", "sh", "-c", words), env={SETTING: "60"})
+    done = call(("unshare", "-m", *rights, "sh", "-c", words), env={SETTING: "60"})
     assert succeed(done).split() == ["base", "deep"]
     assert wait_for(lambda: residents() == outside, patient(20))
 

@@ -21,6 +21,7 @@ from tests.mount.cli_calls import (
     Done,
     Place,
     call,
+    files_of,
     gone,
     kill,
     refused,
@@ -393,6 +394,7 @@ def test_unmounted_while_the_server_is_away(
     assert _token(other) == token
     one.go_on()
     assert wait_for(lambda: gone(pid))
+    assert files_of(pid) == []
     if at_once:
         began = time.monotonic()
         succeed(mount(place, one, place.merged, seconds=LONG))

@@ -6,16 +6,21 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.mount.cli_calls import (
+    REPOSITORY,
     UNIONFS,
     Place,
+    call,
     gone,
     listed,
     mounts_at,
@@ -69,6 +74,17 @@ def test_programs_go_on(place: Place, io: str) -> None:
     assert os.listdir(place.work / "work") == []
 
 
+def test_the_end_of_a_terminal(place: Place) -> None:
+    """It ends no mount in the background, whichever daemon serves it."""
+    mount = Outliving(place)
+    pid = mount.kill().pid
+    os.kill(pid, signal.SIGHUP)
+    time.sleep(0.2)
+    assert (mount.top / "base").read_text() == "base\n"
+    assert mount.entry().pid == pid
+    mount.end()
+
+
 def test_locks_stay(place: Place) -> None:
     """flock(2) and POSIX locks are held by the kernel."""
     mount = Outliving(place)
@@ -111,6 +127,25 @@ def test_not_in_the_foreground(place: Place) -> None:
         os.kill(place.pid(), signal.SIGKILL)
     succeed(unionfs("cleanup", place.merged))
     assert wait_for(lambda: not mounts_at(place.merged))
+
+
+@pytest.mark.parametrize("what", ["interpreter", "package"])
+def test_a_program_that_lies_on_the_union(place: Place, what: str) -> None:
+    """No other daemon could be started from there, says `inspect`; but the mount serves."""
+    top = Path(sys.base_prefix)
+    if what == "package":
+        top = place.lower
+        shutil.copytree(REPOSITORY / "unionfs", top / "unionfs")
+    command = " ".join(UNIONFS)
+    script = (
+        f"{command} mount -l {top} -l {place.lower2} -o outlive {top} && cat {top}/deep >&2 && "
+        f"{command} inspect --json {top}"
+    )
+    around = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script)
+    done = call(around, env={"PYTHONPATH": str(top if what == "package" else REPOSITORY)})
+    assert (done.returncode, done.stderr) == (0, "deep\n")
+    holder = json.loads(done.stdout)["figures"]["holder"]
+    assert holder == {"none_because": "this program lies on the union itself"}
 
 
 @pytest.mark.parametrize("io", MODES)
@@ -228,10 +263,12 @@ def test_written_data_while_daemons_die(place: Place) -> None:
     assert (mount.top / "new").read_bytes() == bytes([(count - 1) % 256]) * (4 << 20)
 
 
-def test_daemons_that_keep_dying(place: Place) -> None:
-    """After too many deaths all requests fail with EIO, and `inspect` says why; `cleanup` ends it."""
-    mount = Outliving(place, deaths=3)
-    for _ in range(2):
+@pytest.mark.parametrize("deaths", [3, None])
+def test_daemons_that_keep_dying(place: Place, deaths: int | None) -> None:
+    """After too many deaths, ten if nothing else is said, all requests fail with EIO, and `inspect` says why;
+    `cleanup` ends it."""
+    mount = Outliving(place, deaths=deaths)
+    for _ in range((deaths or 10) - 1):
         mount.kill()
     os.kill(mount.last.pid, signal.SIGKILL)
 

@@ -49,6 +49,7 @@ def test_names_of_capabilities() -> None:
         ("writable", READING | WRITING),
         ("read-only", READING),
         ("storage", READING | WRITING | {"NET_BIND_SERVICE"}),
+        ("read-only with storage", READING | WRITING | {"NET_BIND_SERVICE"}),
     ],
 )
 def test_capabilities(place: Place, kind: str, expected: set[str], io: str) -> None:
@@ -56,6 +57,10 @@ def test_capabilities(place: Place, kind: str, expected: set[str], io: str) -> N
         pid = place.mount("--io", io)
     elif kind == "read-only":
         succeed(unionfs("mount", "-l", place.lower, "--io", io, place.merged))
+        pid = place.pid()
+    elif kind == "read-only with storage":  # whose volumes are filled with files of any owner
+        (place.lower / "b").mkdir()
+        succeed(unionfs("mount", "-l", place.lower, "--io", io, "-v", f"{place.lower2}:/b", place.merged))
         pid = place.pid()
     else:
         pid = place.mount("--io", io, "--tmpfs", "/t", "-v", f"{place.lower2}:/b:ro")
@@ -102,6 +107,30 @@ def test_the_keyring_of_the_mounting_session(place: Place) -> None:
         pytest.skip(done.stderr)
     assert done.returncode != 0
     assert "not available" in done.stderr, done.stderr
+
+
+def test_limits_that_stay() -> None:
+    """Those that only CAP_SYS_RESOURCE could raise; not the ones of which the highest is enough."""
+    code = "from unionfs.daemon.confine import own_limits; print(own_limits())"
+    drop = "setpriv --bounding-set -sys_resource --inh-caps -sys_resource"
+    for kind, left in (("-S", []), ("-SH", ["file size 1024000"])):
+        limits = " ".join(f"ulimit {kind} {limit};" for limit in ("-f 1000", "-n 200", "-u 4000"))
+        done = call(("bash", "-c"), f"{limits} exec {drop} {sys.executable} -c '{code}'")
+        assert succeed(done) == f"{left}\n"
+
+
+def test_where_proc_hides_processes() -> None:
+    """The groups of a caller are in /proc: with hidepid, see proc(5), only CAP_SYS_PTRACE shows them."""
+    code = (
+        "from unionfs.daemon.confine import needed_capabilities; from unionfs.daemon.settle import settle; "
+        'print(*needed_capabilities(settle("/m", lowers=["/usr"])))'
+    )
+    kept = []
+    for option in ("hidepid=0", "hidepid=2"):
+        script = f"mount -t proc -o {option} proc /proc && exec {sys.executable} -c '{code}'"
+        done = call(("unshare", "-pfm", "sh", "-c", script))
+        kept.append(set(succeed(done).split()))
+    assert kept == [READING, READING | {"SYS_PTRACE"}]
 
 
 def test_doctor_says_what_is_left(root: None) -> None:

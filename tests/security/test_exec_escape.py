@@ -147,7 +147,10 @@ def test_a_workdir_that_is_an_open_file(cell: Cell) -> None:
         assert done.returncode == 126 or done.stdout == "seed\n", done
 
 
-@pytest.mark.parametrize("what", ["touch /dev/null", "mkfifo /dev/null", "ln -s /etc/passwd /dev/null"])
+@pytest.mark.parametrize(
+    "what",
+    ["touch /dev/null", "mkfifo /dev/null", "ln -s /etc/passwd /dev/null", "mknod -m 666 /dev/null c 1 5"],
+)
 def test_another_null_device(roots_cell: Cell, what: str) -> None:
     roots_cell.up("--privileged", script=f"mount -t tmpfs none /dev && {what}; ls /dev; {_WAIT}")
     done = roots_cell.exec("-d", "cell", "/usr/bin/bash", "-c", "echo written; true")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import trio
 
+from unionfs.daemon import answering
 from unionfs.daemon.answering import listen, serve_control
 from unionfs.daemon.control import ask
 
@@ -46,6 +47,14 @@ async def _asked(path: Path, client: Callable[[], Any]) -> Any:
 async def test_a_question(area: Path) -> None:
     path = area / "s"
     client = functools.partial(ask, str(path), question={"watch_seconds": 2.5})
+    assert await _asked(path, client) == {"asked": {"watch_seconds": 2.5}}
+
+
+async def test_the_end_of_a_question(area: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a line feed: a client that keeps its side open is answered at once."""
+    monkeypatch.setattr(answering, "_QUESTION_SECONDS", 60)
+    path = area / "s"
+    client = functools.partial(_raw, path, b'{"watch_seconds": 2.5}\n', ends=False)
     assert await _asked(path, client) == {"asked": {"watch_seconds": 2.5}}
 
 

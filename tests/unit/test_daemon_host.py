@@ -112,6 +112,20 @@ def test_xattrs_are_tried(root: None, area: Path, namespace: str) -> None:
     assert (found.state, "no upper can be there" in found.detail) == ("limited", True)
 
 
+def test_a_scratch_directory_of_somebody_else(area: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a directory of another user, who may replace it, nothing is tried."""
+    place = area / "place"
+    place.mkdir()
+    monkeypatch.setattr(host.tempfile, "mkdtemp", lambda **_: str(place))
+    for mode, names in ((0o750, []), (0o705, []), (0o700, ["file"])):
+        place.mkdir(exist_ok=True)
+        place.chmod(mode)
+        for name in names:
+            (place / name).touch()
+        with pytest.raises(UserError, match="nothing can be tried out"):
+            host.examine(str(area))
+
+
 def _record(name: str, message: str) -> logging.LogRecord:
     return logging.LogRecord(name, logging.WARNING, "", 0, message, None, None)
 

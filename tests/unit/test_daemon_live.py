@@ -154,7 +154,8 @@ def test_entry_of_a_dead_mount_that_remains_is_kept(registry: Path, settings: Mo
 )
 def test_files_that_are_no_entries(registry: Path, settings: MountSettings, content: str) -> None:
     runtime.runtime_directory()
-    (registry / "1-2.json").write_text(content, encoding="latin-1")
+    for name in ("1-2.json", "name.json", "1-.json", "-2.json"):
+        (registry / name).write_text(content, encoding="latin-1")
     (registry / "other").touch()
     assert live.entries() == []
     assert os.listdir(registry) == ["other"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import subprocess
 import sys
 import tomllib
@@ -191,3 +192,26 @@ def test_a_sample_is_drawn_from_all_modules(mutants: ModuleType, tmp_path: Path)
     assert sum(map(len, drawn.values())) == 9
     assert set(drawn) == set(paths)
     assert sum(map(len, mutants._sample(found, 1000, "").values())) == len(found)
+
+
+def test_the_tests_of_a_change(
+    mutants: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that execute the block, else its function; any, where nothing is known of a whole module."""
+    module = sys.modules["mutants_tests"]
+    kept = tmp_path / "kept.json"
+    one, two = "tests/unit/a.py::one", "tests/unit/a.py::two"
+    blocks = {one: ["m.py:.f#0", "m.py:.f#1"], two: ["m.py:.f#0"]}
+    kept.write_text(json.dumps({"files": {}, "seconds": {one: 1, two: 2}, "blocks": blocks}))
+    monkeypatch.setattr(module, "_KEPT", kept)
+    record = module.Record()
+
+    def chosen(name: str, block: str | None) -> list[str]:
+        found: list[str] = record.tests(name, block, 30, {"tests/unit/a.py"})[0]
+        return found
+
+    assert chosen("m.py", ".f#1") == [one]
+    assert chosen("m.py", ".f#0") == chosen("m.py", ".f#2") == chosen("m.py", None) == [one, two]
+    assert chosen("m.py", ".g#0") == []
+    assert chosen("n.py", ".g#0") == [one, two]
+    assert record.tests("m.py", ".f#0", 1, {"tests/unit/a.py"}) == ([one], 1)

@@ -20,6 +20,7 @@ from unionfs.core import holder, marks
 from unionfs.core.state import VERSION, State, StateError
 from unionfs.daemon.confine import confine
 from unionfs.settings.mount import MountSettings
+from unionfs.sys.mountinfo import mounts_of_device
 from unionfs.sys.process import close_files_but
 
 _DEATHS: Final = 10
@@ -42,6 +43,7 @@ class Holder:
         self._pid = 0
         self._parent = os.getppid() if stays else 0
         self._in_charge = False
+        self._program = _program()  # found before there is a mount: afterwards this process would ask itself
 
     def fork(self, settings: MountSettings) -> bool:
         """Fork it, before this process opens the mount's files or starts a thread. Returns False in another
@@ -72,11 +74,15 @@ class Holder:
                 os.kill(self._former, signal.SIGKILL)
             self._former = None
 
-    def start(self, values: Mapping[str, Any], device: int, mount: str) -> str:
-        """Keep the values that `takeover` reads, and let it take charge. `mount`: `major:minor`. Returns why
-        it cannot, as a clause, else an empty text."""
-        if _lies_on(mount):
-            return "this program lies on the union itself"
+    def lies_on(self, device: str) -> bool:
+        """Whether the interpreter or this package is on a mount, by `major:minor`, or on one inside it: then
+        no other daemon could be started. Asks no server."""
+        tops = [mount.mountpoint.rstrip("/") + "/" for mount in mounts_of_device(device)]
+        return any(path.startswith(top) for path in self._program for top in tops)
+
+    def start(self, values: Mapping[str, Any], device: int) -> str:
+        """Keep the values that `takeover` reads, and let it take charge. Returns why it cannot, as a clause,
+        else an empty text."""
         try:
             if not self.stays and (self._pid == 0 or os.waitpid(self._pid, os.WNOHANG)[0]):
                 return "its holder ended"
@@ -136,10 +142,11 @@ class Holder:
             self._pid, self._in_charge = 0, False
 
 
-def _lies_on(device: str) -> bool:
-    """Whether the interpreter or this package is on a mount: then no other daemon could be started."""
-    number = os.makedev(*(int(part) for part in device.split(":")))
-    return any(os.stat(path).st_dev == number for path in (sys.executable, os.__file__, unionfs.__file__))
+def _program() -> set[str]:
+    """The files of the interpreter and of this package, and their directories, which may have a link to them;
+    each with a slash at its end."""
+    files = (sys.executable, os.__file__, unionfs.__file__)
+    return {os.path.realpath(path) + "/" for file in files for path in (file, os.path.dirname(file))}
 
 
 def _environment() -> list[bytes]:

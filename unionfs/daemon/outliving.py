@@ -64,6 +64,8 @@ class Outliving:
         mount = None if connection is None else connection.mount
         if entry is None or (connection is not None and mount is None):
             self.why_not = "the mount is in another mount namespace"
+        elif self._holder.lies_on(entry.device):  # nothing more can be imported here
+            self.why_not = "this program lies on the union itself"
         else:
             self.why_not = _no_takeover(entry.settings, connection)
             if self.why_not or self._holder.stays or connection is None or mount is None:
@@ -97,7 +99,7 @@ class Outliving:
             "agreed": agreed.to_json(connection.decision),
             "guardian": None if self._storage is None else self._storage.guardian.kept(),
         }
-        return holder.start(values, connection.device, mount.device)
+        return holder.start(values, connection.device)
 
     def _begin_anew(self, holder: Holder, entry: LiveMount) -> None:
         """Let the holder start daemons that mount anew."""
@@ -113,7 +115,7 @@ class Outliving:
             "directory": self._directory.path,
             "layers": self._layers,
         }
-        why_not = holder.start(values, -1, entry.device)
+        why_not = holder.start(values, -1)
         self._mounts_anew = not why_not
         self.why_not = why_not or self.why_not
 
