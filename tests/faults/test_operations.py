@@ -26,6 +26,8 @@ _MOST = 12
     ("tmpfile", "hybrid", "newfstatat", " (deleted)"),
     ("chown up", "hybrid", "newfstatat", "/up"),
     ("truncate up", "cached", "utimensat", "/up"),
+    ("create in lower", "hybrid-plain", "newfstatat", "/d/new"),
+    ("create", "hybrid-plain", "newfstatat", "/new"),
 ])  # fmt: skip
 def test_what_cannot_be_examined_or_set(area: Path, name: str, io: str, call: str, end: str) -> None:
     """Nothing stays open, the kernel knows what has changed, and the caller gets that error or none."""
