@@ -26,6 +26,8 @@ _MOST = 12
     ("tmpfile", "hybrid", "newfstatat", " (deleted)"),
     ("chown up", "hybrid", "newfstatat", "/up"),
     ("truncate up", "cached", "utimensat", "/up"),
+    ("create in lower", "hybrid-plain", "newfstatat", "/d/new"),
+    ("create", "hybrid-plain", "newfstatat", "/new"),
 ])  # fmt: skip
 def test_what_cannot_be_examined_or_set(area: Path, name: str, io: str, call: str, end: str) -> None:
     """Nothing stays open, the kernel knows what has changed, and the caller gets that error or none."""
@@ -44,3 +46,14 @@ def test_what_cannot_be_examined_or_set(area: Path, name: str, io: str, call: st
     done = Errors(area / "b", f"direct-{io}", cases, Expected(area)).run()
     assert done.problems == []
     assert done.tried > 0
+
+
+def test_an_interrupted_write_back(area: Path) -> None:
+    """Who repeats an interrupted fsync(2) learns that the data is lost."""
+    if reason := injecting.reason():
+        pytest.skip(reason)
+    (operation,) = [one for one in OPERATIONS if one.name == "write large"]
+    case = Case(operation, Fault(1, errno.EINTR, on=("renameat", "")))
+    assert Errors(area / "b", "direct-cached", [case], Expected(area)).run().problems == []
+    assert case.error is not None
+    assert case.error.errno == errno.EIO

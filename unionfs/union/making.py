@@ -10,6 +10,7 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Final
 
+from unionfs.core.memo import Wanted
 from unionfs.core.node import Attributes, Node
 from unionfs.core.places import Place
 from unionfs.sys.fds import Owned, close_quietly
@@ -60,8 +61,9 @@ class Making(Changing):
             at = dir_fd, name
             try:
                 hides = self._union.merge.is_visible_below(parent.parts, name)
-            except OSError:
-                hides = True  # a whiteout of nothing does no harm
+            except (OSError, Wanted):
+                # A whiteout of nothing does no harm. A request that is answered anew would find the object.
+                hides = True
             if not hides:
                 (os.rmdir if directory else os.unlink)(name, dir_fd=dir_fd)
                 return

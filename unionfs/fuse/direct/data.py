@@ -245,10 +245,13 @@ class DataRequests:
                     count = await self._write_all(request, file)
             else:
                 count = await self._write_all(request, file)
-        except OSError:
+        except OSError as error:
             if request.write_flags & WRITE_CACHE:
                 # Data that could not be written must not remain readable in the page cache.
                 self._device.notify_later(notify.inval_inode(request.nodeid))
+                if error.errno == errno.EINTR:
+                    # fsync(2) would report it once, and succeed when its caller repeats it
+                    raise os_error(errno.EIO) from error
             raise
         return encode.written(request.unique, count)
 
