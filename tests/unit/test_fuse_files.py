@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,11 @@ from tests.unit.union_support import OpenUnion, get
 from tests.unit.union_support import open_union as open_union
 from unionfs.core.files import OpenFile
 from unionfs.core.opening import KeptFiles
+from unionfs.core.setting import Change
 from unionfs.fuse.inline import begin
 from unionfs.fuse.operations import Operations
+from unionfs.settings.features import Features
+from unionfs.union.layers import LayerStack
 from unionfs.union.setids import Process
 from unionfs.union.shortcuts import NO_SHORTCUTS
 from unionfs.union.tree import Union
@@ -146,6 +150,37 @@ def test_bytes_that_were_read(union: Union) -> None:
     for count in (5, 7):
         operations.files.was_read(count)
     assert operations.figures()["read_bytes"] == operations.files.bytes_read == 12
+
+
+@pytest.mark.parametrize("datasync", [False, True])
+async def test_a_sync_of_metadata_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, datasync: bool
+) -> None:
+    """Of a file whose data a lower has, the upper's object is synced."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    for name in ("l0", "upper", "work"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    (tmp_path / "l0/m").write_text("data")
+    synced: list[tuple[str, int]] = []
+    with (
+        closing(
+            LayerStack.open(
+                [str(tmp_path / "l0")], str(tmp_path / "upper"), str(tmp_path / "work"),
+                features=Features(metacopy="on"),
+            )
+        ) as stack,
+        closing(Union(stack)) as union,
+    ):  # fmt: skip
+        operations, node = Operations(union), get(union, "m")
+        await operations.setattr(node.id, Change(mode=0o600), None)
+        assert (node.in_place, node.data_in_place) == (True, False)
+        for name in ("fsync", "fdatasync"):
+            monkeypatch.setattr(os, name, lambda fd, name=name: synced.append((name, os.fstat(fd).st_ino)))
+        file = union.files.lend(node, write=False)
+        await operations.files.fsync(node, file, datasync=datasync)
+        union.files.take_back(node, file)
+    assert synced == [("fdatasync" if datasync else "fsync", (tmp_path / "upper/m").stat().st_ino)]
 
 
 async def test_a_range_that_is_copied(union: Union, tmp_path: Path) -> None:

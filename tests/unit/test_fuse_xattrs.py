@@ -15,6 +15,7 @@ from unionfs.fuse.direct.nodeio import NodeIos
 from unionfs.fuse.operations import Operations
 from unionfs.fuse.protocol import Init, Opcode, Privileges, Settings, negotiate
 from unionfs.fuse.protocol import requests as rq
+from unionfs.union.xattrs import CAPABILITY
 
 __all__ = ["open_union"]
 
@@ -53,6 +54,26 @@ def test_sizes(world: World, name: bytes | None, value: bytes) -> None:
     with pytest.raises(OSError) as raised:  # noqa: PT011
         world.answer(len(value) - 1, name)
     assert raised.value.errno == errno.ERANGE
+
+
+@pytest.mark.parametrize(("protection", "code"), [(b"a", 0), (b"i", errno.EPERM)])
+async def test_a_capability_that_the_kernel_removes(
+    world: World, tmp_path: Path, protection: bytes, code: int
+) -> None:
+    """It does so before a write, which is an append to an append-only file."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    path, name = tmp_path / "upper/g", os.fsdecode(CAPABILITY)
+    path.touch()
+    os.setxattr(path, name, struct.pack("<5I", 0x02000001, 1 << 10, 0, 0, 0))
+    os.setxattr(path, "user.overlay.protattr", protection)
+    id_ = get(world.operations.union, "g").id
+    if code:
+        with pytest.raises(PermissionError):
+            await world.operations.removexattr(id_, CAPABILITY, 0)
+    else:
+        await world.operations.removexattr(id_, CAPABILITY, 0)
+    assert (name in os.listxattr(path)) == bool(code)
 
 
 def test_errors_of_a_list(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
