@@ -215,10 +215,10 @@ def test_the_tests_of_a_change(
     assert chosen("m.py", ".g#0") == []
     assert chosen("n.py", ".g#0") == [one, two]
     assert record.tests("m.py", ".f#0", 1, {"tests/unit/a.py"}) == ([one], 1)
-    slow, quick = "tests/mount/b.py::test_slow_m", "tests/mount/b.py::test_quick"
+    slow, quick = "tests/mount/b.py::test_slow", "tests/mount/b.py::test_quick"
     seconds = {one: 1, slow: 50, quick: 1}
-    blocks = {test: ["m.py:.f#0"] for test in seconds}
+    blocks = {test: ["slow.py:.f#0"] for test in seconds}
     kept.write_text(json.dumps({"files": {}, "seconds": seconds, "blocks": blocks}))
     record = module.Record()
     files = {"tests/unit/a.py", "tests/mount/b.py"}
-    assert set(record.tests("m.py", ".f#0", 30, files)[0]) == {one, quick}
+    assert set(record.tests("slow.py", ".f#0", 30, files)[0]) == {one, quick}
