@@ -199,5 +199,5 @@ def _locked(fd: int) -> bool:
 def test_bad_filters_and_templates_without_containers(box: Life) -> None:
     refused(box.call("ps", "--format", "{{.Names"), "invalid template")
     refused(box.call("ps", "-f", "state=up"), "unknown state up", "running, restarting, exited")
-    refused(box.call("ls", "-f", "state=up"), "unknown state up", "active, detached, dead")
+    refused(box.call("ls", "-f", "state=up"), "unknown state up", "active, waiting, detached, dead")
     assert box.ok("ps", "-f", "state=exited", "-q") == ""
