@@ -332,11 +332,14 @@ class Volumes:
         path = self.attach(name, user)
         try:
             yield path
-        finally:
-            try:
+        except BaseException:
+            with suppress(UserError):  # the first error counts
                 self.detach(name, user)
-            except UserError as error:  # what was done stays done
-                self._tell(f"the {kind} of volume {quoted(name)} is done, but still its user: {error}")
+            raise
+        try:
+            self.detach(name, user)
+        except UserError as error:  # what was done stays done
+            self._tell(f"the {kind} of volume {quoted(name)} is done, but stays recorded: {error}")
 
     @contextmanager
     def working_on(self, name: str, what: str) -> Iterator[Volume]:
@@ -353,8 +356,7 @@ class Volumes:
         with locks.state(self.root, name):
             volume = self.get(name)
             driver = find_driver(volume.driver)
-            users = [user for user in self._without_the_dead(volume, driver) if user.text != besides]
-            if users:
+            if users := [user for user in self._without_the_dead(volume, driver) if user.text != besides]:
                 raise UserError(f"volume {quoted(name)} cannot be {what}: {_in_use(users)}; stop that first.")
             yield
 
@@ -367,8 +369,7 @@ class Volumes:
         with self.working_on(name, "a resize"), locks.state(self.root, name):
             volume = self.get(name)
             driver = find_driver(volume.driver)
-            users = self._without_the_dead(volume, driver)
-            options = driver.resize(volume, size, mounted=bool(users))
+            options = driver.resize(volume, size, mounted=bool(self._without_the_dead(volume, driver)))
             changed = replace(volume, options=dict(options))
             records.write(changed)
             return changed

@@ -54,9 +54,8 @@ def whole_file(path: str, what: str = "backup") -> Iterator[IO[bytes]]:
     """An unbuffered file that replaces `path` if the context ends without an error, and else is discarded.
 
     On most filesystems it has no name until then, so even SIGKILL leaves nothing behind, but for one moment
-    if `path` exists. Its directory stays
-    open, so that a rename cannot redirect it. Anything but a regular file (a FIFO, /dev/null) is written
-    directly. `what`: what is written, for messages. Raises UserError.
+    if `path` exists. Its directory stays open, so that a rename cannot redirect it. Anything but a regular
+    file (a FIFO, /dev/null) is written directly. `what`: what is written, for messages. Raises UserError.
     """
     if not os.path.basename(path):
         raise UserError(f"{quoted(path)} is not a file name; name the file to write the {what} to.")
