@@ -12,12 +12,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.mount import cli_calls
 from tests.mount.cli_calls import (
     REPOSITORY,
     UNIONFS,
@@ -34,7 +32,6 @@ from tests.mount.cli_calls import (
 )  # fmt: skip
 from tests.mount.outliving_calls import MODES, RESENDS, Outliving, children, fill, load, storm, tree
 from tests.mount.user_calls import Host
-from tests.support import areas
 from unionfs.daemon import live
 
 pytestmark = [pytest.mark.watchdog(600), pytest.mark.timeout(1200), RESENDS]
@@ -180,19 +177,11 @@ def test_killed_many_times_under_load(place: Place, io: str) -> None:
     succeed(unionfs("check", *place.layers))
 
 
-@pytest.fixture
-def roomy() -> Iterator[Place]:
-    """On a disk that two copies of what many programs write do not fill."""
-    with areas.filesystem("ext4", 16 << 30) as area, cli_calls.place(area) as found:
-        yield found
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", [False, True])
 @pytest.mark.parametrize("io", MODES)
-def test_many_programs(root: None, roomy: Place, io: str, dies: bool) -> None:
+def test_many_programs(place: Place, io: str, dies: bool) -> None:
     """64 programs at once, for half a minute, or UNIONFS_LOAD_SECONDS."""
-    place = roomy
     fill(place, 64, io)
     mount = Outliving(place, "--session", "direct", "--io", io)
     end = time.monotonic() + float(os.environ.get("UNIONFS_LOAD_SECONDS", "30"))
