@@ -163,11 +163,9 @@ def many_open_files(contestant: Contestant) -> str:
             (place / f"lower/{number}").touch()
         contestant.mount(place, top, place / "lower", fds=_FDS)
         opened = []
-        try:
+        with suppress(OSError):
             for number in range(_FILES):
                 opened.append(os.open(top / f"{number}", os.O_RDONLY))
-        except OSError:
-            pass
         listed = _in_time(lambda: (os.listdir(top), os.stat(top / "file")))
         for fd in opened:
             os.close(fd)
@@ -181,15 +179,15 @@ def a_full_disk(contestant: Contestant) -> str:
         top = place / "merged"
         content = os.urandom(8 * _MIB)
         (place / "lower/large").write_bytes(content)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place / "upper"], check=True)
-        undo.callback(partial(subprocess.run, ["umount", "-l", place / "upper"], check=True))
-        (place / "upper/upper").mkdir()
-        (place / "upper/work").mkdir()
-        place_in = place / "upper"
-        contestant.mount(place_in, top, place / "lower")
+        small = place / "upper"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", small], check=True)
+        undo.callback(partial(subprocess.run, ["umount", "-l", small], check=True))
+        (small / "upper").mkdir()
+        (small / "work").mkdir()
+        contestant.mount(small, top, place / "lower")
         error = _in_time(lambda: _append(top / "large"))
         kept = "yes" if (top / "large").read_bytes() == content else "no"
-        left = [*_files(place_in / "upper"), *(path for path in _files(place_in / "work"))]
+        left = [*_files(small / "upper"), *_files(small / "work")]
         subprocess.run(["umount", "-l", top], check=True)
         return f"{error}, {kept}, {'yes' if not left else f'no ({len(left)} left)'}"
 
@@ -243,7 +241,8 @@ def a_killed_copy_up(contestant: Contestant) -> str:
         daemon = contestant.daemon(top)
         if daemon is None:
             return "no daemon"
-        child = subprocess.Popen([sys.executable, "-c", f"open({str(top / 'large')!r}, 'r+')"], stderr=-3)
+        words = (sys.executable, "-c", f"open({str(top / 'large')!r}, 'r+')")
+        child = subprocess.Popen(words, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline and not any(path.stat().st_size for path in _files(place / "work")):
             time.sleep(0.002)

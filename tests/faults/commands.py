@@ -27,6 +27,7 @@ from tests.support import areas, mounting, syscalls
 from tests.support.patience import patient
 from tests.support.prepared import PreparedProcess
 from tests.support.worker import REPOSITORY
+from unionfs.sys.process import is_stopped
 
 _NO_POINTS: Final = (
     "/usr", "/lib", "/proc", "/sys", "/dev", "/etc", sys.prefix, sys.base_prefix, str(REPOSITORY),
@@ -73,7 +74,7 @@ def run(
     process = PreparedProcess(arguments, log, REPOSITORY, stopped=True, modules=modules)
     points: list[str] = []
     try:
-        while not _is_stopped(process.pid):
+        while not is_stopped(process.pid):
             time.sleep(0.001)
         if fault is None:
             os.kill(process.pid, signal.SIGCONT)
@@ -97,12 +98,6 @@ def _skips(place: str, path: str) -> bool:
     if path.startswith(_NO_POINTS) or path == f"{place}/output":
         return True
     return place.startswith(f"/{path.strip('/')}/".replace("//", "/"))
-
-
-def _is_stopped(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
-    return False
 
 
 # -- mounts ----------------------------------------------------------------------------------------------

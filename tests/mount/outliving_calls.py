@@ -18,6 +18,7 @@ import pytest
 from tests.mount.cli_calls import Place, gone, succeed, unionfs, wait_for
 from tests.support.patience import patient
 from unionfs.daemon import live
+from unionfs.sys.process import children_of
 
 MODES = ["hybrid", "passthrough", "cached"]
 KERNEL = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
@@ -137,15 +138,9 @@ def kill_next(entry: live.LiveMount, chosen: random.Random) -> None:
     assert wait_for(lambda: gone(entry.pid))
     if chosen.random() < 0.3 and entry.holder is not None:
         time.sleep(chosen.random() * 0.4)
-        for pid in children(entry.holder[0]):
+        for pid in children_of(entry.holder[0]):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-
-
-def children(pid: int) -> list[int]:
-    with suppress(OSError):
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
 
 
 def tree(root: Path) -> dict[str, object]:

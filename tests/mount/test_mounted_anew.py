@@ -25,10 +25,11 @@ from tests.mount.cli_calls import (
     unionfs,
     wait_for,
 )
-from tests.mount.outliving_calls import KERNEL, Outliving, children
+from tests.mount.outliving_calls import KERNEL, Outliving
 from tests.mount.user_calls import Host
 from tests.support.storage import Storage, storage
 from unionfs.storage.volumes import Volumes
+from unionfs.sys.process import children_of
 
 pytestmark = [pytest.mark.watchdog(600), pytest.mark.timeout(1200)]
 
@@ -269,7 +270,7 @@ def test_daemons_that_die_as_they_mount(stored: Storage, by: str) -> None:
         os.kill(mount.entry().pid, signal.SIGKILL)
         for _ in range(2):
             time.sleep(chosen.random() * 0.5)
-            for pid in children(holder):
+            for pid in children_of(holder):
                 os.kill(pid, signal.SIGKILL)
         mount.last = mount.entry()
         (mount.top / "data/new").write_text("new")

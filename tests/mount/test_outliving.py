@@ -30,9 +30,10 @@ from tests.mount.cli_calls import (
     unionfs,
     wait_for,
 )  # fmt: skip
-from tests.mount.outliving_calls import MODES, RESENDS, Outliving, children, fill, load, storm, tree
+from tests.mount.outliving_calls import MODES, RESENDS, Outliving, fill, load, storm, tree
 from tests.mount.user_calls import Host
 from unionfs.daemon import live
+from unionfs.sys.process import children_of
 
 pytestmark = [pytest.mark.watchdog(600), pytest.mark.timeout(1200), RESENDS]
 
@@ -207,8 +208,8 @@ def test_the_next_daemon_dies_after_its_first_answer(place: Place, io: str) -> N
             assert before.holder is not None
             holder = before.holder[0]
             os.kill(before.pid, signal.SIGKILL)
-            assert wait_for(lambda holder=holder: children(holder))
-            (following,) = children(holder)
+            assert wait_for(lambda holder=holder: children_of(holder))
+            (following,) = children_of(holder)
             os.unlink(mount.top / name)
             os.kill(following, signal.SIGKILL)
             assert os.fstat(file.fileno()).st_nlink == 0

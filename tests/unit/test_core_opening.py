@@ -58,7 +58,7 @@ def made(mount: Mount, name: bytes) -> Node:
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
 def test_a_file_that_several_users_have_open(mount: Mount, tmp_path: Path, order: tuple[int, ...]) -> None:
-    """Its fd is held until the last one closes it, and charged to one who has it open."""
+    """The file holds its fd until its last open is closed; one of the users who have it open is charged."""
     node, users = made(mount, b"f"), (7, 8, 9)
     numbers = [opened(mount, node, os.O_RDWR, uid) for uid in users]
     left = set(users)
@@ -104,7 +104,7 @@ def test_readers_of_a_copied_up_file_hold_its_fd(mount: Mount, tmp_path: Path, h
 
 
 def test_who_may_open_more(tmp_path: Path, open_union: OpenUnion) -> None:
-    """Up to half of all everybody, then who has less than an equal share, beyond three quarters nobody."""
+    """Below half of the fds any user may; then only users below an equal share; above three quarters none."""
     union = open_union()
     handles, numbers = Handles(union.nodes, 16), []
 

@@ -130,7 +130,7 @@ async def test_the_mount_is_gone_while_a_request_waits(open_union: OpenUnion) ->
 
 
 async def test_a_notice_precedes_the_answer(open_union: OpenUnion, tmp_path: Path) -> None:
-    """So no process sees old attributes after it. The kernel is told of nodes that it knows."""
+    """No process sees old attributes after the answer. Notices name only nodes that the kernel knows."""
     (tmp_path / "l0").mkdir()
     for name in ("f", "g"):
         (tmp_path / "l0" / name).touch()

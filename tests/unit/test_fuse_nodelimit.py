@@ -18,7 +18,7 @@ class _Pruner:
 
 @pytest.mark.parametrize(("minor", "possible"), [(44, False), (45, True)])
 def test_old_kernels(caplog: pytest.LogCaptureFixture, minor: int, possible: bool) -> None:
-    """They are not asked, and the user is told why."""
+    """The daemon sends them no FUSE_NOTIFY_PRUNE; the log and `inspect` say why."""
     offered = InitRequest.of(major=7, minor=minor, max_readahead=1 << 17, flags=int(sum(Init)))
     privileges = Privileges(initial_user_namespace=True, sys_admin=True)
     pruner: Any = _Pruner()

@@ -41,7 +41,7 @@ def in_a_thread(act: Callable[[], None]) -> None:
 
 
 def test_switched_and_back(root: None, tmp_path: Path) -> None:
-    """With all capabilities meanwhile; the kernel gives the new file its owner."""
+    """The thread keeps its capabilities while it acts as the user, who owns the file that it makes."""
 
     def act() -> None:
         before = shown()

@@ -34,7 +34,7 @@ def find_mount(mountpoint: str) -> LiveMount:
             f"{quoted(path)} is not an active unionfs mount: {whose} died{often}; run `unionfs cleanup "
             f"{quoted(path)}`, and mount it again."
         )
-    if found is None and any(one.settings.mountpoint == path for one in live.waiting_mounts()):
+    if found is None and live.waiting_at(path):
         raise UserError(
             f"{quoted(path)} is not mounted at the moment: its daemon died, and the union could not be "
             "mounted anew yet, see the log; that is tried again unless you end it by "

@@ -260,6 +260,11 @@ def waiting_mounts() -> list[LiveMount]:
     return sorted((entry for entry in entries() if entry.waiting), key=lambda entry: entry.since)
 
 
+def waiting_at(mountpoint: str) -> list[LiveMount]:
+    """Return those of `waiting_mounts` with that mountpoint."""
+    return [entry for entry in waiting_mounts() if entry.settings.mountpoint == mountpoint]
+
+
 def has_ended_soon(entry: LiveMount) -> bool:
     """Return whether the daemon of an entry ends soon, and wait for that if its mount is gone, or if it was
     told to end.

@@ -61,8 +61,7 @@ def umount(
         return
     entries = live.entries()
     entry = None if mount is None else live.find_by_device(mount.device, entries)
-    waiting = [one for one in entries if one.waiting and one.settings.mountpoint == path]
-    if mount is None and waiting:
+    if mount is None and (waiting := live.waiting_at(path)):
         for one in waiting:
             _end_waiting(one)
         if mounted_at(path) is not None:  # by the last that was started
@@ -110,18 +109,21 @@ def _cut_off(entry: live.LiveMount) -> None:
 def _end_waiting(entry: live.LiveMount) -> None:
     """End the holder of a union that is to be mounted anew, and wait for what it has started."""
     with suppress(ProcessLookupError), Owned(os.pidfd_open(entry.pid)) as holder:
-        if not entry.is_alive():
-            raise ProcessLookupError
-        signal.pidfd_send_signal(holder, signal.SIGSTOP)
-        while entry.is_alive() and not is_stopped(entry.pid):
-            time.sleep(_STOP_POLL_SECONDS)
-        started = [pid_and_start(pid) for pid in children_of(entry.pid)]
-        signal.pidfd_send_signal(holder, signal.SIGKILL)
-        path = entry.settings.mountpoint
-        for pid, since in started:  # it mounts or fails
-            while mounted_at(path) is None and not wait_gone(pid, since, _POLL_SECONDS):
-                pass
+        if entry.is_alive():  # else another process may have the pid
+            _end_holder(entry, holder)
     forget(entry)
+
+
+def _end_holder(entry: live.LiveMount, holder: int) -> None:
+    """End the process of a pidfd. It is stopped first, so that it starts no other daemon meanwhile."""
+    signal.pidfd_send_signal(holder, signal.SIGSTOP)
+    while entry.is_alive() and not is_stopped(entry.pid):
+        time.sleep(_STOP_POLL_SECONDS)
+    started = [pid_and_start(pid) for pid in children_of(entry.pid)]
+    signal.pidfd_send_signal(holder, signal.SIGKILL)
+    for pid, since in started:  # it mounts or fails
+        while mounted_at(entry.settings.mountpoint) is None and not wait_gone(pid, since, _POLL_SECONDS):
+            pass
 
 
 def _is_further(mount: MountEntry, entry: live.LiveMount | None) -> bool:

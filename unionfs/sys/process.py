@@ -16,13 +16,18 @@ def start_time(pid: int) -> int | None:
 
     Pid and start time together identify a process uniquely. Source: proc_pid_stat(5), fields 3 and 22.
     """
+    fields = _stat(pid)
+    return None if fields is None or fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def _stat(pid: int) -> list[bytes] | None:
+    """The fields of proc_pid_stat(5) from the third on, the state; None if the process is gone."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             # The command in parentheses may contain spaces and parentheses: split after the last one.
-            fields = stat.read().rpartition(b")")[2].split()
+            return stat.read().rpartition(b")")[2].split()
     except OSError:
         return None
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 def pid_and_start(pid: int) -> tuple[int, int]:
@@ -44,11 +49,8 @@ def is_alive(pid: int, started: int) -> bool:
 
 def is_stopped(pid: int) -> bool:
     """Return whether a signal has stopped a process. Source: proc_pid_stat(5), field 3."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:
-            return stat.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
-    except OSError:
-        return False
+    fields = _stat(pid)
+    return fields is not None and fields[0] in (b"T", b"t")
 
 
 def wait_gone(pid: int, started: int, timeout: float) -> bool:
