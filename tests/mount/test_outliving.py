@@ -108,6 +108,16 @@ def test_an_upper_in_memory_stays(place: Place) -> None:
     assert (place.merged / "base").read_text() == "changed"
 
 
+def test_daemons_open_as_many_files_as_the_first(place: Place) -> None:
+    """Also with an index."""
+    mount = Outliving(place, "-o", "index=on")
+    mount.kill()
+    before = len(os.listdir(f"/proc/{mount.last.pid}/fd"))
+    for _ in range(3):
+        mount.kill()
+    assert len(os.listdir(f"/proc/{mount.last.pid}/fd")) == before
+
+
 def test_without_an_upper(place: Place) -> None:
     mount = Outliving(place, layers=("-l", place.lower, "-l", place.lower2))
     with open(mount.top / "deep") as file:

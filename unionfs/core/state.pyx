@@ -29,14 +29,14 @@ cdef extern from *:
 cdef extern from "<sys/mman.h>" nogil:
     int MAP_NORESERVE
 
-VERSION = 3
+VERSION = 4
 """Of the layout and the meaning of the records; a daemon takes over only its own."""
 
 RESTRICTIONS = ("ro", "nosuid", "nodev", "noexec")
 """Options of a mount that may have come with a remount, and stay when it is mounted anew."""
 
 cdef enum:
-    C_VERSION = 3
+    C_VERSION = 4
     TEXT = 8192
     HANDLES = 16 << 20
     MOST_HANDLES = 1 << 20

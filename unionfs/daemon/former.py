@@ -60,7 +60,6 @@ class FormerDaemon:
             settings.upper,
             userxattr=settings.userxattr,
             volatile=settings.volatile,
-            features=settings.features,
             shown=settings.shown,
             atime=[flag for flag in settings.flags if flag in ATIME_WORDS],
         )

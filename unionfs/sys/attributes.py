@@ -18,6 +18,8 @@ ALL: Final = b""
 """All xattrs of a file, where one name is expected."""
 OWNER: Final = b"owner"
 
+_ACLS: Final = frozenset({"system.posix_acl_default", "system.posix_acl_access"})
+
 Failed = Callable[[bytes, OSError], None]
 """Called with an xattr name, ALL or OWNER, and the error; returns to skip the attribute, or raises."""
 
@@ -79,12 +81,14 @@ def drop_acls(place: int | bytes) -> None:
     """Remove the ACLs that a new directory, an fd or path, has from the one that it was made in. Raises
     OSError.
     """
-    for name in ("system.posix_acl_default", "system.posix_acl_access"):
-        try:
-            os.removexattr(place, name)
-        except OSError as error:
-            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
-                raise
+    try:
+        names = os.listxattr(place)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return
+    for name in _ACLS.intersection(names):
+        os.removexattr(place, name)
 
 
 def write(

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Final
 
 from unionfs.core.places import BoundLayer, Layer
-from unionfs.errors import LayerError
+from unionfs.errors import LayerError, reason
 from unionfs.settings.features import DEFAULTS, Features
 from unionfs.settings.shown import AS_STORED, Shown
 from unionfs.sys import calls, detached
@@ -31,6 +32,8 @@ from unionfs.union.leftovers import remove_leftovers
 from unionfs.union.markers import Markers
 from unionfs.union.owners import Owners
 from unionfs.union.redirecting import mode, parameter
+
+log = logging.getLogger(__name__)
 
 _NO_LOCKS: Final = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -67,6 +70,7 @@ class LayerStack:
         #: Devices whose files cannot share blocks with the upper's.
         self.never_clones: set[int] = set()
         self._resources = resources
+        self._indexes: set[int] = set()
 
     @classmethod
     def open(
@@ -119,8 +123,7 @@ class LayerStack:
                 layers.append(Layer(len(layers), path, fd, is_upper=False, quiet=True))
             if not layers:
                 raise LayerError("a union needs at least one layer; give one with --lower.")
-            prefix = b"trusted.overlay." if privileged and not userxattr else b"user.overlay."
-            markers, chosen = _choose(features, prefix, layers[0], work_fd)
+            markers, chosen = _choose(features, privileged and not userxattr, layers[0], work_fd)
             if shown.uids or shown.gids:
                 _find_idmapped(layers)
             if shown.permissions:
@@ -138,12 +141,12 @@ class LayerStack:
         *,
         userxattr: bool = False,
         volatile: bool = False,
-        features: Features = DEFAULTS,
         shown: Shown = AS_STORED,
         atime: Sequence[str] = (),
     ) -> LayerStack:
         """The same layers, by the fds that a former daemon of the mount had open; see :meth:`kept`.
-        Removes its temporaries. Raises ``LayerError``, ``OSError``; then only the fds are closed."""
+        Removes its temporaries. Writes nothing else: the upper may have become read-only. Raises
+        ``LayerError``, ``OSError``; then only the fds are closed."""
         privileged = has_capability(CAP_SYS_ADMIN)
         with Files() as resources:
             for fd in kept["files"]:
@@ -162,8 +165,8 @@ class LayerStack:
                 is_upper = work_fd >= 0 and not layers
                 quiet = not is_upper or (upper is not None and "noatime" in atime)
                 layers.append(Layer(len(layers), path, fd, is_upper=is_upper, quiet=quiet, known=known))
-            prefix = b"trusted.overlay." if privileged and not userxattr else b"user.overlay."
-            markers, chosen = _choose(features, prefix, layers[0], work_fd)
+            chosen = Features.from_json(kept["features"])
+            markers = _markers(privileged and not userxattr, chosen.redirect_dir)
             if shown.permissions:
                 permissions.find(layers, shown.permissions)
             for layer, mapped in zip(layers, kept["mapped"], strict=True):
@@ -181,7 +184,7 @@ class LayerStack:
     def kept(self) -> dict[str, Any]:
         """What :meth:`resume` needs in another process with the same open files: JSON-able."""
         return {
-            "files": self._resources.fds(),
+            "files": [fd for fd in self._resources.fds() if fd not in self._indexes],
             "layers": [layer.root_fd for layer in self.layers],
             # Of a lower, which does not change; the upper's xattrs do.
             "known": [None if layer.is_upper else layer.known for layer in self.layers],
@@ -189,6 +192,7 @@ class LayerStack:
             "work_root": self._work_root,
             "work": self.work_fd,
             "lease": None if self.lease is None else self.lease.kept(),
+            "features": asdict(self.features),
         }
 
     @property
@@ -237,7 +241,9 @@ class LayerStack:
 
     def index_directory(self, *, make: bool) -> int:
         """An O_PATH fd of WORKDIR/index, private like work; -1 if it is missing, and not made."""
-        return opening.index_directory(self._work_root, self._resources, make=make)
+        fd = opening.index_directory(self._work_root, self._resources, make=make)
+        self._indexes.add(fd)
+        return fd
 
     def bind(self, path: str, root_fd: int, *, read_only: bool) -> BoundLayer:
         """A layer for a directory or file shown at one place. The O_PATH fd is closed with the stack."""
@@ -272,14 +278,22 @@ def slow_devices(known: Iterable[Mapping[str, Any] | None]) -> set[int]:
     return {one["root"][0] for one in known if one is not None and one.get("bare") is not None}
 
 
-def _choose(features: Features, prefix: bytes, top: Layer, work_fd: int) -> tuple[Markers, Features]:
+def _choose(features: Features, trusted: bool, top: Layer, work_fd: int) -> tuple[Markers, Features]:
     """The markers, and the features with their defaults; ``top``: the topmost layer. Raises LayerError."""
     upper = top if top.is_upper else None
     wanted = features.redirect_dir or ("on" if features.metacopy == "on" else None)
-    redirects = mode(wanted, prefix, upper)
-    markers = Markers(prefix, follows_redirects=redirects != "nofollow")
+    redirects = mode(wanted, _prefix(trusted), upper)
+    markers = _markers(trusted, redirects)
     metacopy = "off" if upper is None else _metacopy(features.metacopy, redirects, upper, markers, work_fd)
     return markers, replace(features, redirect_dir=redirects, metacopy=metacopy)
+
+
+def _prefix(trusted: bool) -> bytes:
+    return b"trusted.overlay." if trusted else b"user.overlay."
+
+
+def _markers(trusted: bool, redirects: str | None) -> Markers:
+    return Markers(_prefix(trusted), follows_redirects=redirects != "nofollow")
 
 
 def _metacopy(wanted: str | None, redirects: str, upper: Layer, markers: Markers, work_fd: int) -> str:
@@ -341,9 +355,12 @@ def _lease(upper_fd: int, upper: str, resources: Files, *, alone: bool) -> Keepe
 
 
 def _unmark(work_fd: int, lease: Keeper | None) -> None:
-    """Remove the mark of a volatile mount, unless it may be another host's by now."""
-    if lease is None or lease.is_sure():
-        remove(work_fd, b"incompat")
+    """Remove the mark of a volatile mount, unless it may be another host's by now. An error is logged."""
+    try:
+        if lease is None or lease.is_sure():
+            remove(work_fd, b"incompat")
+    except OSError as error:
+        log.error("the mark of a volatile mount cannot be removed: %s", reason(error))
 
 
 def leased(upper_fd: int, upper: str, parent: int, resources: Files, *, alone: bool) -> Keeper:

@@ -177,11 +177,16 @@ def _check_owner(path: str, owner: int, other: int) -> None:
 
 
 def _make_private(fd: int) -> None:
-    """Prevent inheritance of a group or an ACL by new files in work. (The kernel gives it mode 0.)"""
-    path = b"/proc/self/fd/%d" % fd
+    """Prevent inheritance of a group or an ACL by new files in work. (The kernel gives it mode 0.)
+
+    One that is private already is not written to: its filesystem may have become read-only.
+    """
+    path, st = b"/proc/self/fd/%d" % fd, os.fstat(fd)
     drop_acls(path)
-    os.chown(path, os.geteuid(), os.getegid())
-    os.chmod(path, 0o700)
+    if (st.st_uid, st.st_gid) != (os.geteuid(), os.getegid()):
+        os.chown(path, os.geteuid(), os.getegid())
+    if stat.S_IMODE(st.st_mode) != 0o700:
+        os.chmod(path, 0o700)
 
 
 def _open(at: int, name: str, path: str, resolve: int = 0) -> int:
