@@ -48,6 +48,10 @@ def _all_are_closed() -> bool:
     return answer is not None and answer["figures"]["open_files"] == 0
 
 
+def _fds_of_users(found: Place) -> object:
+    return json.loads(succeed(command("inspect", "--json", found.merged)))["figures"]["fds_of_users"]
+
+
 def test_open_files_of_lowers(root: None, area: Path, session: str) -> None:
     """They take few of the daemon's fds, so others can work; and all of them can still be read."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -80,10 +84,35 @@ def test_shares_of_users(root: None, area: Path, session: str) -> None:
             assert FDS // 4 < taken <= FDS // 2
             assert other.call(actions.open_new, str(found.merged), "b", 100) == 100
             assert one.call(actions.open_new, str(found.merged), "c", 1) == 0
-            figures = json.loads(succeed(command("inspect", "--json", found.merged)))["figures"]
-            assert figures["fds_of_users"] == {"1000": taken, "1001": 100}
+            assert _fds_of_users(found) == {"1000": taken, "1001": 100}
             other.call(actions.open_new, str(found.merged), "d", FDS)
             os.chmod(found.merged / "deep", 0o600)  # a copy-up
             os.unlink(found.merged / "f0000")
             os.mkdir(found.merged / "directory")
             assert "directory" in os.listdir(found.merged)
+
+
+def test_shares_of_users_who_change_what_they_read(root: None, area: Path, session: str) -> None:
+    """A file of a lower needs no fd while it is open, but its copy does. So who changes files that are open
+    gets no more than who opens files of the upper, whatever the change is; and others can change them."""
+    if session == "direct-cached":
+        pytest.skip("it sends no OPEN: a limited number of files stays open")
+    with limited(area, session, "-o", "allow_other", files=FDS) as found:
+        for top in (found.lower, found.merged):
+            os.chmod(top, 0o777)
+        for path in found.lower.iterdir():
+            os.chown(path, 1000, 1000)
+        merged = str(found.merged)
+        os.setxattr(found.lower / "f0000", "user.a", b"1")  # that is copied up in steps
+        with Worker(1000, 1000, []) as one, Worker(1001, 1001, []) as other:
+            assert one.call(actions.open_all, merged, FDS) == FDS
+            changed = one.call(actions.change_all, merged, FDS)
+            assert FDS // 4 < changed <= FDS // 2
+            assert _fds_of_users(found) == {"1000": changed}
+            for index, change in enumerate(actions.CHANGES):
+                with pytest.raises(OSError, match="Too many open files"):
+                    one.call(change, f"{merged}/f{FDS - 1 - index:04d}")
+            assert _fds_of_users(found) == {"1000": changed}
+            assert other.call(actions.open_new, merged, "b", 50) == 50
+            os.chmod(found.merged / f"f{FDS - 1:04d}", 0o640)
+            assert (found.upper / f"f{FDS - 1:04d}").stat().st_mode & 0o777 == 0o640

@@ -40,6 +40,59 @@ def open_new(top: str, name: str, count: int) -> int:
     return count
 
 
+def open_all(top: str, count: int) -> int:
+    """Open files to read, and keep them open. Returns how many."""
+    for index in range(count):
+        os.open(f"{top}/f{index:04d}", os.O_RDONLY)
+    return count
+
+
+def change_all(top: str, count: int) -> int:
+    """Change the modes of files, until that is refused for lack of fds (EMFILE). Returns of how many."""
+    for index in range(count):
+        try:
+            os.chmod(f"{top}/f{index:04d}", 0o600)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            return index
+    return count
+
+
+def change_owner(path: str) -> None:
+    os.chown(path, -1, os.getgid())
+
+
+def change_time(path: str) -> None:
+    os.utime(path)
+
+
+def change_xattr(path: str) -> None:
+    os.setxattr(path, "user.b", b"1")
+
+
+def change_size(path: str) -> None:
+    os.truncate(path, 5)
+
+
+def open_to_write(path: str) -> None:
+    os.close(os.open(path, os.O_WRONLY))
+
+
+def give_another_name(path: str) -> None:
+    os.link(path, path + ".linked")
+
+
+def rename(path: str) -> None:
+    os.rename(path, path + ".renamed")
+
+
+CHANGES: list[Callable[[str], None]] = [
+    change_owner, change_time, change_xattr, change_size, open_to_write, give_another_name, rename,
+]  # fmt: skip
+"""Changes of a file, each of which copies it up."""
+
+
 def make_file(path: str, mode: int, mask: int, data: bytes = b"") -> None:
     """Create a file under a umask."""
     os.umask(mask)

@@ -20,7 +20,7 @@ from tests.unit.union_support import ME, OpenUnion, copy_up, get
 from tests.unit.union_support import open_union as open_union
 from unionfs.core.files import OpenFile, RestingFiles
 from unionfs.core.node import Node
-from unionfs.core.opening import Handles, Opener
+from unionfs.core.opening import Handles, Opener, may_copy_up
 from unionfs.fuse.protocol import Opcode
 from unionfs.union.setids import Process
 from unionfs.union.tree import Union
@@ -101,6 +101,34 @@ def test_readers_of_a_copied_up_file_hold_its_fd(mount: Mount, tmp_path: Path, h
         assert mount.ask(Opcode.RELEASE, node.id, released(number))
         assert (mount.handles.fds, held(tmp_path)) == (left, left)
     assert mount.handles.fds_of_users == {}
+
+
+def test_who_may_copy_up_a_file_that_is_open(tmp_path: Path, open_union: OpenUnion) -> None:
+    """Who changes a file of a lower that somebody reads takes a further fd; none while nobody has it open, or
+    if its fd is there already."""
+    (tmp_path / "l0").mkdir()
+    for name in "abc":
+        (tmp_path / "l0" / name).touch()
+    union = open_union()
+    handles = Handles(union.nodes, 4)
+    open_, read, counted = (get(union, name) for name in "abc")
+    fd = os.open(tmp_path, os.O_PATH)
+    file = OpenFile(fd, readable=True, writable=True, waits=False)
+    numbers = [handles.register(counted, file, Process(7, 0, 1), writes=True)]
+    may_copy_up(read, 7)
+    lowers = union.files.lend(read, write=False)
+    numbers.append(handles.register(read, lowers, Process(8, 0, 1), writes=False))
+    may_copy_up(read, 7)
+    more = OpenFile(os.dup(fd), readable=True, writable=True, waits=False)
+    numbers.append(handles.register(union.nodes.root, more, Process(7, 0, 1), writes=True))
+    assert (handles.fds, handles.fds_of_users) == (2, {7: 2})
+    assert errno_of(may_copy_up, read, 7) == errno.EMFILE
+    may_copy_up(read, 8)
+    may_copy_up(open_, 7)
+    may_copy_up(counted, 7)
+    for number in numbers:
+        handles.release(number)
+    may_copy_up(read, 7)
 
 
 def test_who_may_open_more(tmp_path: Path, open_union: OpenUnion) -> None:

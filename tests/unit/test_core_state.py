@@ -499,8 +499,8 @@ def test_killed_when_a_copied_up_name_was_removed(tmp_path: Path, daemons: Daemo
     (tmp_path / "l0/lower").write_text("lower")
     operations = Operations(union)
     node = get(union, "lower")
-    trio.run(operations.setattr, node.id, Change(mode=0o600), None)
-    trio.run(operations.link, node.id, 1, b"second")
+    trio.run(operations.setattr, node.id, Change(mode=0o600), None, 0)
+    trio.run(operations.link, node.id, 1, b"second", 0)
     name = tmp_path / "upper/lower"
 
     def die() -> None:
@@ -536,7 +536,7 @@ def test_an_xattr_request_that_is_sent_again(tmp_path: Path, daemons: Daemons, e
         os.listxattr(natively),
     )
     operations = Operations(union)
-    setting = id_, b"user.x", b"new", os.XATTR_CREATE
+    setting = id_, b"user.x", b"new", 0, os.XATTR_CREATE
     removing = id_, b"user.x", 0
     found: list[object] = [errno_of(trio.run, operations.setxattr, *setting, 8)]
     union, operations = daemons.after(union)

@@ -39,7 +39,7 @@ async def _copied(copy_ups: CopyUps, union: Union) -> None:
     node = get(union, "large")
     assert not copy_ups.is_running(node)
     with trio.fail_after(patient(20)):
-        await copy_ups.ensure_data(node)
+        await copy_ups.ensure_data(node, 0)
     assert node.data_in_place
 
 
@@ -53,7 +53,7 @@ async def test_an_error(union: Union, tmp_path: Path, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patches:
         patches.setattr(FileCopy, "copy", fail)
         with pytest.raises(OSError, match="No space"):
-            await copy_ups.ensure_data(get(union, "large"))
+            await copy_ups.ensure_data(get(union, "large"), 0)
         assert os.listdir(tmp_path / "work/work") == os.listdir(tmp_path / "upper") == []
     await _copied(copy_ups, union)
     assert (tmp_path / "upper/large").read_bytes() == (tmp_path / "l0/large").read_bytes()
@@ -86,7 +86,7 @@ async def test_a_request_that_is_cancelled(
                     goes_on.set()
 
                 nursery.start_soon(cancel)
-                await copy_ups.ensure_data(node)
+                await copy_ups.ensure_data(node, 0)
         while copy_ups.is_running(node):  # noqa: ASYNC110 - a thread ends it
             await trio.sleep(0.01)
     monkeypatch.undo()

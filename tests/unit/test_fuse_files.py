@@ -37,10 +37,10 @@ def union(tmp_path: Path, open_union: OpenUnion) -> Union:
 @pytest.mark.parametrize("flags", [os.O_RDWR, os.O_WRONLY | os.O_TRUNC])
 def test_an_open_goes_on_with_the_file_of_its_copy_up(union: Union, tmp_path: Path, flags: int) -> None:
     operations = Operations(union)
-    begin(operations.copy_ups.ensure(get(union, "d/g")))  # opens the directories
+    begin(operations.copy_ups.ensure(get(union, "d/g"), 0))  # opens the directories
     files, node = operations.files, get(union, "d/f")
     fds = os.listdir("/proc/self/fd")
-    prepared = begin(files.prepare(node, flags))
+    prepared = begin(files.prepare(node, flags, 0))
     assert isinstance(prepared, OpenFile)
     number = files.open(node, flags, Process(0, 0, 0), prepared, kills_set_ids=False)
     assert files[number].file is prepared
@@ -57,7 +57,7 @@ def test_readers_go_on_with_the_upper_after_a_copy_up(union: Union) -> None:
     files, node = operations.files, get(union, "d/f")
     reader = files.open(node, os.O_RDONLY, Process(0, 0, 0), None, kills_set_ids=False)
     lower = files[reader].file
-    prepared = begin(files.prepare(node, os.O_RDWR))
+    prepared = begin(files.prepare(node, os.O_RDWR, 0))
     assert isinstance(prepared, OpenFile)
     assert files[reader].file is prepared is not lower
     assert not lower.is_open
@@ -93,9 +93,9 @@ def test_without_shortcuts(union: Union) -> None:
     assert file.is_open
     assert not node.no_capability
     plain.files.take_back(node, file)
-    begin(operations.copy_ups.ensure(node))
+    begin(operations.copy_ups.ensure(node, 0))
     assert node.parent is not None
-    begin(operations.copy_ups.ensure(get(plain, "d/g")))
+    begin(operations.copy_ups.ensure(get(plain, "d/g"), 0))
     assert not node.parent.parts[0].empty
     assert not node.no_capability
     plain.close()
@@ -127,9 +127,9 @@ def test_an_error_of_close_leaves_the_node_table_whole(
 def test_a_truncation_that_fails_leaves_nothing_open(union: Union, tmp_path: Path) -> None:
     operations = Operations(union)
     files, node = operations.files, get(union, "d/f")
-    begin(operations.copy_ups.ensure(node))
+    begin(operations.copy_ups.ensure(node, 0))
     fds = os.listdir("/proc/self/fd")
-    prepared = begin(files.prepare(node, os.O_WRONLY | os.O_TRUNC))
+    prepared = begin(files.prepare(node, os.O_WRONLY | os.O_TRUNC, 0))
     assert isinstance(prepared, OpenFile)
     done = subprocess.run(["chattr", "+a", tmp_path / "upper/d/f"], capture_output=True)
     if done.returncode != 0:
@@ -173,7 +173,7 @@ async def test_a_sync_of_metadata_alone(
         closing(Union(stack)) as union,
     ):  # fmt: skip
         operations, node = Operations(union), get(union, "m")
-        await operations.setattr(node.id, Change(mode=0o600), None)
+        await operations.setattr(node.id, Change(mode=0o600), None, 0)
         assert (node.in_place, node.data_in_place) == (True, False)
         for name in ("fsync", "fdatasync"):
             monkeypatch.setattr(os, name, lambda fd, name=name: synced.append((name, os.fstat(fd).st_ino)))

@@ -45,7 +45,7 @@ def union(tmp_path: Path, open_union: OpenUnion) -> Union:
 
 
 def _set(union: Union, node: Node, change: Change) -> Named:
-    found = begin(Operations(union).setattr(node.id, change, None))
+    found = begin(Operations(union).setattr(node.id, change, None, 0))
     assert isinstance(found, tuple)
     return found
 
@@ -76,7 +76,7 @@ def test_a_small_file_is_not_copied_in_steps(
 
     monkeypatch.setattr(copying, "FileCopy", refuse)
     operations = Operations(union)
-    found = begin(operations.setattr(get(union, "d/f").id, change, None))
+    found = begin(operations.setattr(get(union, "d/f").id, change, None, 0))
     assert isinstance(found, tuple)
     _check(found, change)
     figures = operations.figures()
@@ -91,7 +91,7 @@ async def test_one_time_alone(union: Union, tmp_path: Path, which: str, name: st
     (tmp_path / "l0/d/link").symlink_to("f")
     before = (tmp_path / "l0/d" / name).lstat()
     wanted = {"atime_ns": before.st_atime_ns, "mtime_ns": before.st_mtime_ns} | {which: 7}
-    await Operations(union).setattr(get(union, f"d/{name}").id, Change(**{which: 7}), None)
+    await Operations(union).setattr(get(union, f"d/{name}").id, Change(**{which: 7}), None, 0)
     st = (tmp_path / "upper/d" / name).lstat()
     assert {"atime_ns": st.st_atime_ns, "mtime_ns": st.st_mtime_ns} == wanted
 

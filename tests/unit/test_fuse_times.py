@@ -40,7 +40,7 @@ async def test_of_a_removed_lower_file(
     node = get(union, "f")
     node.looked_up()
     if removed:
-        await operations.unlink(1, b"f")
+        await operations.unlink(1, b"f", 0)
     seconds, nanoseconds = divmod(PAST + changed, 10**9)
     request = rq.Setattr.of(unique=8, nodeid=node.id, valid=valid, mtime=seconds, mtimensec=nanoseconds)
     answer = b"".join(await names.waiting[Opcode.SETATTR](request) or [])

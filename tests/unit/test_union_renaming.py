@@ -50,7 +50,7 @@ def test_a_replaced_directory_is_listed_once(
     (tmp_path / "upper/new/in").touch()
     inodes = [(tmp_path / layer / "target").stat().st_ino for layer in layers]
     counted = _listings(monkeypatch)
-    trio.run(operations.rename, root.id, b"new", root.id, b"target", 0)
+    trio.run(operations.rename, root.id, b"new", root.id, b"target", 0, 0)
     assert [counted[inode] for inode in inodes] == [1] * len(layers)
     monkeypatch.undo()
     assert names(union) == {b"target"}
@@ -68,7 +68,7 @@ def test_one_that_holds_whiteouts_is_replaced(
     operations.mkdir(root.id, b"new", 0o755, ME)
     lower = (tmp_path / "l0/target").stat().st_ino
     counted = _listings(monkeypatch)
-    trio.run(operations.rename, root.id, b"new", root.id, b"target", 0)
+    trio.run(operations.rename, root.id, b"new", root.id, b"target", 0, 0)
     assert counted[lower] == 1
     monkeypatch.undo()
     assert names(union) == {b"target"}

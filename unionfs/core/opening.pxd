@@ -50,4 +50,5 @@ cdef class Opener:
 
 cdef bint is_plain(Node node) noexcept
 cdef bint is_plain_in_upper(Node node) noexcept
+cpdef int may_copy_up(Node node, uint32_t uid) except -1
 cpdef take_back(Node node, OpenFile file)

@@ -167,6 +167,20 @@ cdef class Handles:
         return handle
 
 
+cpdef int may_copy_up(Node node, uint32_t uid) except -1:
+    """Raise EMFILE if a user must not copy up a file because it is open: its open files need no fd as long as it is a
+    lower's, and would hold one. It is charged to who opened it, but refused to who changes it: else a user could
+    keep others from changing what that user reads."""
+    cdef Use use = node.use
+    cdef Handle handle
+    if use is None or not use.handles:
+        return 0
+    handle = use.handles[0]
+    if handle.table is not None and not handle.file.counted:
+        (<Handles>handle.table).may_hold(uid)
+    return 0
+
+
 cpdef take_back(Node node, OpenFile file):
     """End one loan of a node's backing file; the last one closes it. Raises ``OSError``."""
     cdef Use use = node.use

@@ -6,6 +6,7 @@ What else a SETATTR asks for, such as clearing set-id bits for a process, is lef
 from libc.stdint cimport uint32_t
 
 from unionfs.core.node cimport Attributes, Node
+from unionfs.core.opening cimport may_copy_up
 from unionfs.core.setting cimport (
     ATIME, CTIME, FH, GID, KILL_SET_IDS, LOCKOWNER, MODE, MTIME, NOW, SIZE, UID, set_attributes,
 )
@@ -52,6 +53,7 @@ cdef class SetRequests:
             self.flags.of(node)
             found = set_attributes(self.gate, node, self.change)
         elif self.copies is not None and node.id == header.nodeid:
+            may_copy_up(node, header.uid)
             found = self.copies.answer(node, self.change)
         if found is None:
             return 0

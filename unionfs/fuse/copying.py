@@ -16,6 +16,7 @@ import trio
 from unionfs.core.copyup import SmallCopyUps
 from unionfs.core.files import OpenFile
 from unionfs.core.node import Attributes, Node
+from unionfs.core.opening import may_copy_up
 from unionfs.core.setting import Change
 from unionfs.fuse.fence import Fence
 from unionfs.fuse.inline import in_thread, may_wait
@@ -89,13 +90,16 @@ class CopyUps:
         """Whether the node is being copied up in a thread."""
         return node in self.running
 
-    def change(self, node: Node, change: Change) -> Attributes | None:
+    def change(self, node: Node, change: Change, uid: int) -> Attributes | None:
         """Copy a small file up and change its attributes, except its size, which it returns.
 
-        None if the case is not a plain one; then nothing has changed.
+        ``uid``: see :meth:`ensure`. None if the case is not a plain one; then nothing has changed.
         """
         small = self.of_attributes
-        return None if small is None or node in self.running else small.copy(node, change)
+        if small is None or node in self.running:
+            return None
+        may_copy_up(node, uid)
+        return small.copy(node, change)
 
     @property
     def of_attributes(self) -> SmallCopyUps | None:
@@ -111,6 +115,7 @@ class CopyUps:
     async def ensure(
         self,
         node: Node,
+        uid: int,
         mode: int | None = None,
         *,
         changed: bool = False,
@@ -119,6 +124,8 @@ class CopyUps:
     ) -> OpenFile | None:
         """Copy the node up if it is not in the upper; with `metacopy`, only its metadata.
 
+        ``uid``: the user who changes it; EMFILE if the file is open, and the copy takes one fd more than that
+        user may have open files hold (`Handles`).
         ``keep``: lend a regular file copied with its data to the caller (`OpenFiles`), with the permission
         bits ``mode``, if set. ``changed``: after :meth:`change` has returned None. ``check``: raises OSError
         if the node's flags forbid the change; it is called when that takes the fewest system calls. Raises
@@ -131,6 +138,7 @@ class CopyUps:
             check()
             self._copy_up.link_up_known(node)
             return None
+        may_copy_up(node, uid)
         if node.kind == stat.S_IFREG:
             small = None if changed else self.of_attributes
             if small is not None and small.copy(node, keep=keep) is not None:
@@ -153,6 +161,7 @@ class CopyUps:
     async def ensure_data(
         self,
         node: Node,
+        uid: int,
         limit: int | None = None,
         *,
         keep: bool = False,
@@ -161,13 +170,14 @@ class CopyUps:
         """Copy the data of a regular file up too, unless it is in the upper.
 
         ``limit``: copy only that many bytes (truncation). ``keep``: lend the file, open for writing.
-        ``check``: see :meth:`ensure`.
+        ``uid``, ``check``: see :meth:`ensure`.
         """
         if node.kind != stat.S_IFREG:
-            return await self.ensure(node, check=check)
+            return await self.ensure(node, uid, check=check)
         node.territory.require_writable()
         while await self._waited(node):
             pass
+        may_copy_up(node, uid)
         if not node.in_place:
             small, size = self._copies_small(data=True), -1 if limit is None else limit
             if small is not None and small.copy(node, limit=size, keep=keep) is not None:

@@ -96,8 +96,8 @@ class Files:
 
     # -- opening --------------------------------------------------------------------------------------
 
-    async def prepare(self, node: Node, flags: int) -> OpenFile | None:
-        """Copy a node up with its data if ``flags`` open it for a change.
+    async def prepare(self, node: Node, flags: int, uid: int) -> OpenFile | None:
+        """Copy a node up with its data if ``flags`` open it for a change, for user ``uid``.
 
         Then it is lent: pass it to :meth:`open`, or return it.
         """
@@ -106,7 +106,9 @@ class Files:
         truncates = bool(flags & os.O_TRUNC)
         appends = bool(flags & os.O_APPEND) and not truncates
         check = partial(self._union.flags.may_write, node, appends=appends)
-        return await self._copy_ups.ensure_data(node, 0 if truncates else None, keep=True, check=check)
+        if not node.in_place:  # not copied up for an open that is refused
+            self.handles.may_hold(uid)
+        return await self._copy_ups.ensure_data(node, uid, 0 if truncates else None, keep=True, check=check)
 
     async def is_program(self, file: OpenFile) -> bool:
         """Whether the file begins as ELF files do: programs, shared libraries."""

@@ -42,7 +42,7 @@ from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
 from unionfs.union.copyup import CopyUp
 from unionfs.union.flags import APPEND, IMMUTABLE
 from unionfs.union.owners import ACL
-from unionfs.union.setids import Who, is_outside, mode_after
+from unionfs.union.setids import Who, mode_after
 from unionfs.union.tree import Union
 from unionfs.union.xattrs import CAPABILITY, existed_before
 
@@ -160,21 +160,21 @@ class Operations:
         """Create a symlink."""
         return self.changes.symlink(self.directory(parent), name, target, caller)
 
-    async def link(self, id_: int, new_parent: int, new_name: bytes) -> Named:
-        """Create a hard link."""
+    async def link(self, id_: int, new_parent: int, new_name: bytes, uid: int) -> Named:
+        """Create a hard link, for user ``uid``."""
         node = self.node(id_)
         if node.territory is not self.directory(new_parent).territory:
             raise os_error(errno.EXDEV)
         self.union.flags.may_link(node, self.directory(new_parent))
-        await self.copy_ups.ensure(node)
+        await self.copy_ups.ensure(node, uid)
         if not self.changes.finds_data(node):
-            await self.copy_ups.ensure_data(node)
+            await self.copy_ups.ensure_data(node, uid)
         return self.changes.link(node, self.directory(new_parent), new_name)
 
-    async def unlink(self, parent: int, name: bytes, *, tried: bool = False) -> None:
-        """Remove the name of a non-directory."""
+    async def unlink(self, parent: int, name: bytes, uid: int, *, tried: bool = False) -> None:
+        """Remove the name of a non-directory, for user ``uid``."""
         while (lower := self.changes.unlink(self.directory(parent), name, tried=tried)) is not None:
-            await self.copy_ups.ensure(lower)
+            await self.copy_ups.ensure(lower, uid)
 
     def rmdir(self, parent: int, name: bytes, *, tried: bool = False) -> None:
         """Remove an empty directory."""
@@ -187,6 +187,7 @@ class Operations:
         new_parent: int,
         new_name: bytes,
         flags: int,
+        uid: int,
         *,
         tried: bool = False,
         unique: int = 0,
@@ -198,9 +199,9 @@ class Operations:
         while lower := self.changes.rename(old, name, new, new_name, flags, tried=tried):
             for node in lower:
                 if node.in_place:
-                    await self.copy_ups.ensure_data(node)
+                    await self.copy_ups.ensure_data(node, uid)
                 else:
-                    await self.copy_ups.ensure(node)
+                    await self.copy_ups.ensure(node, uid)
         if old is not new:
             for directory, here in ((new, new_name), (old, name)):
                 moved = self.union.nodes.child(directory, here)
@@ -218,25 +219,25 @@ class Operations:
         node = self.node(id_)
         return node, self.union.attributes(node)
 
-    async def setattr(self, id_: int, change: Change, handle: Handle | None) -> Named:
-        """truncate(2), chown(2), chmod(2) and utimensat(2), in this order."""
+    async def setattr(self, id_: int, change: Change, handle: Handle | None, uid: int) -> Named:
+        """truncate(2), chown(2), chmod(2) and utimensat(2), in this order, for user ``uid``."""
         node = self.node(id_)
         try:
-            return await self._setattr(node, change, handle)
+            return await self._setattr(node, change, handle, uid)
         except OSError:
             self.invalidations.of_node(node)  # a part of it may have changed
             raise
 
-    async def _setattr(self, node: Node, change: Change, handle: Handle | None) -> Named:
+    async def _setattr(self, node: Node, change: Change, handle: Handle | None, uid: int) -> Named:
         _to_store(node, change)
-        if (found := self._set_at_once(node, change)) is not None:
+        if (found := self._set_at_once(node, change, uid)) is not None:
             return node, found
         only_mode = change.only_mode
         check = partial(self._may_set, node, change, handle)
         if change.size is None:
-            kept = await self.copy_ups.ensure(node, only_mode, changed=True, keep=True, check=check)
+            kept = await self.copy_ups.ensure(node, uid, only_mode, changed=True, keep=True, check=check)
         else:
-            kept = await self.copy_ups.ensure_data(node, change.size, keep=True, check=check)
+            kept = await self.copy_ups.ensure_data(node, uid, change.size, keep=True, check=check)
         try:
             if kept is not None and only_mode is not None and node.entry is None:
                 assert kept.st is not None
@@ -247,10 +248,10 @@ class Operations:
             if kept is not None:
                 self.union.files.take_back_later(node, kept)
 
-    def _set_at_once(self, node: Node, change: Change) -> Attributes | None:
+    def _set_at_once(self, node: Node, change: Change, uid: int) -> Attributes | None:
         """Make the change if the case is plain; None: it must be made in steps."""
         if not node.in_place:
-            return None if change.size is not None else self.copy_ups.change(node, change)
+            return None if change.size is not None else self.copy_ups.change(node, change, uid)
         if self.copy_ups.is_running(node):
             return None  # it sets the attributes that it has read
         self.union.flags.of(node)
@@ -363,7 +364,9 @@ class Operations:
             names = [name for name in names if not name.startswith(ACL)]
         return names
 
-    async def setxattr(self, id_: int, name: bytes, value: bytes, flags: int = 0, unique: int = 0) -> Node:
+    async def setxattr(
+        self, id_: int, name: bytes, value: bytes, uid: int, flags: int = 0, unique: int = 0
+    ) -> Node:
         """Set an xattr; ``flags`` as in setxattr(2), ``unique``: the number of the request."""
         if name.startswith(ACL) and not self.union.stack.acl:
             raise os_error(errno.EOPNOTSUPP)
@@ -372,7 +375,7 @@ class Operations:
         self.union.stored_name(node, name)  # no copy-up for a name that cannot be stored
         if owners is not None and name.startswith(ACL):
             value = owners.acl_to_store(value)
-        await self.copy_ups.ensure(node, check=partial(self.union.flags.may_change, node))
+        await self.copy_ups.ensure(node, uid, check=partial(self.union.flags.may_change, node))
         stored = self.union.stored_name(node, name)
         node.changes()
         self.union.capabilities.changed(node)
@@ -394,14 +397,10 @@ class Operations:
             with self.union.checked_path(node) as path:
                 os.chmod(path, stat.S_IMODE(st.st_mode) & ~stat.S_ISGID)
 
-    def is_outside_group(self, node: Node, who: Who) -> bool:
-        """Whether a process is neither root's nor in the group of the node's object."""
-        return is_outside(who, self.union.attributes(node).st.st_gid)
-
     async def removexattr(self, id_: int, name: bytes, uid: int, unique: int = 0) -> None:
         """Remove an xattr, for user ``uid``; ``unique``: the number of the request."""
         if name != CAPABILITY or uid == 0:
-            await self._removexattr(id_, name, unique)
+            await self._removexattr(id_, name, uid, unique)
             return
         # The kernel sends it before a write, a truncation or a chown, for a caller who may not request it.
         # They remove the capabilities of the backing file too; a stranger's chown without an owner gets here,
@@ -409,9 +408,9 @@ class Operations:
         st = self.union.attributes(self.node(id_)).st
         if st.st_uid == uid or not st.st_mode & SET_IDS:
             with contextlib.suppress(PermissionError):  # in an ordinary user's daemon
-                await self._removexattr(id_, name)
+                await self._removexattr(id_, name, uid)
 
-    async def _removexattr(self, id_: int, name: bytes, unique: int = 0) -> None:
+    async def _removexattr(self, id_: int, name: bytes, uid: int, unique: int = 0) -> None:
         node = self.node(id_)
         stored = self.union.stored_name(node, name)
         # The kernel removes capabilities by itself, before a write.
@@ -420,7 +419,7 @@ class Operations:
         if not node.in_place:
             with self.union.checked_path(node) as path:
                 layercalls.call(os.getxattr, path, stored)  # no copy-up if there is nothing to remove
-        await self.copy_ups.ensure(node)
+        await self.copy_ups.ensure(node, uid)
         stored = self.union.stored_name(node, name)
         node.changes()
         with self.union.checked_path(node) as path:

@@ -25,7 +25,7 @@ from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import mounted_at, mounts_of_device
 from unionfs.union.changes import Caller
 from unionfs.union.owners import ACL
-from unionfs.union.setids import Process
+from unionfs.union.setids import Process, is_outside
 
 log = logging.getLogger(__name__)
 
@@ -229,11 +229,11 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return self._found(await self.operations.link(inode, new_parent_inode, new_name))
+        return self._found(await self.operations.link(inode, new_parent_inode, new_name, ctx.uid))
 
     @_request
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        await self.operations.unlink(parent_inode, name)
+        await self.operations.unlink(parent_inode, name, ctx.uid)
 
     @_request
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
@@ -249,7 +249,9 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         flags: int,
         ctx: pyfuse3.RequestContext,
     ) -> None:
-        await self.operations.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
+        await self.operations.rename(
+            parent_inode_old, name_old, parent_inode_new, name_new, flags, ctx.uid
+        )
 
     @_request
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
@@ -282,7 +284,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             killer=_killer(ctx) if kills else None,
         )
         handle = None if fh is None else self.files.get(fh)
-        return entry(await self.operations.setattr(inode, change, handle))
+        return entry(await self.operations.setattr(inode, change, handle, ctx.uid))
 
     async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
         return True  # the kernel checks (default_permissions)
@@ -307,8 +309,8 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
 
     @_request
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
-        node = await self.operations.setxattr(inode, name, value)
-        if name == ACL + b"access" and self.operations.is_outside_group(node, ctx):
+        node = await self.operations.setxattr(inode, name, value, ctx.uid)
+        if name == ACL + b"access" and is_outside(ctx, self.operations.union.attributes(node).st.st_gid):
             self.operations.drop_group_set_id(node)
 
     @_request
@@ -320,7 +322,7 @@ class PyfuseOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     @_request
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         node = self.operations.node(inode)
-        prepared = await self.files.prepare(node, flags)
+        prepared = await self.files.prepare(node, flags, ctx.uid)
         who = Process(ctx.uid, ctx.gid, ctx.pid)
         number = self.files.open(node, flags, who, prepared, kills_set_ids=ctx.uid != 0)
         return opened(number, keep_cache=node.territory.lasting)

@@ -100,7 +100,7 @@ class DataRequests:
                 self._operations.invalidations.of_node(node)
                 raise stale()
             flags = os.O_RDWR
-        prepared = await self._files.prepare(node, flags)
+        prepared = await self._files.prepare(node, flags, request.uid)
         try:
             self._require_current(node, writes=not reads)
         except OSError:
@@ -190,7 +190,7 @@ class DataRequests:
             return file
         return self._open_files.keep(self._operations.node(id_), write=False)
 
-    async def _writing(self, id_: int, number: int) -> OpenFile:
+    async def _writing(self, id_: int, number: int, uid: int) -> OpenFile:
         if number:
             handle = self._files[number]
             if not handle.file.writable:
@@ -201,7 +201,7 @@ class DataRequests:
             return self._open_files.keep(node, write=True)
         # Where the kernel sends no OPEN, it does not say whether a write appends: see `_end_of`.
         check = partial(self._union.flags.may_write, node, appends=True)
-        prepared = await self._operations.copy_ups.ensure_data(node, keep=True, check=check)
+        prepared = await self._operations.copy_ups.ensure_data(node, uid, keep=True, check=check)
         try:
             return self._open_files.keep(node, write=True)
         finally:
@@ -239,7 +239,7 @@ class DataRequests:
 
     async def _write(self, request: rq.Write) -> Reply:
         try:
-            file = await self._writing(request.nodeid, request.fh)
+            file = await self._writing(request.nodeid, request.fh, request.uid)
             if request.write_flags & WRITE_CACHE and self._names.write_back is not None:
                 with self._names.write_back.kept(self._operations.node(request.nodeid), file):
                     count = await self._write_all(request, file)
@@ -290,7 +290,7 @@ class DataRequests:
         return encode.ok(request.unique)
 
     async def _fallocate(self, request: rq.Fallocate) -> Reply:
-        file = await self._writing(request.nodeid, request.fh)
+        file = await self._writing(request.nodeid, request.fh, request.uid)
         await self._files.allocate(file, request.mode, request.offset, request.length)
         return encode.ok(request.unique)
 
@@ -306,7 +306,7 @@ class DataRequests:
         return encode.copied(request.unique, await self._copied(request))
 
     async def _copied(self, request: rq.CopyFileRange) -> int:
-        target = await self._writing(request.nodeid_out, request.fh_out)
+        target = await self._writing(request.nodeid_out, request.fh_out, request.uid)
         source = self._reading(request.nodeid, request.fh_in)
         return await self._files.copy_range(
             source, request.off_in, target, request.off_out, min(request.len, _MAX_COPY)

@@ -49,7 +49,7 @@ async def answer(operations: Operations, request: rq.Ioctl) -> Reply:
     value = bytearray(request.data)
     value.extend(bytes(max(request.out_size, 32) - len(value)))
     if command.writes:
-        await operations.copy_ups.ensure(node)
+        await operations.copy_ups.ensure(node, request.uid)
         node.changes()
     with Owned(_open(operations, node)) as fd:
         result: int

@@ -146,7 +146,9 @@ class NameRequests:
 
     async def _unlink(self, request: rq.Unlink) -> Reply:
         if not (request.resent and is_removed(self._operations, request.nodeid, request.name)):
-            await self._operations.unlink(request.nodeid, request.name, tried=not request.resent)
+            await self._operations.unlink(
+                request.nodeid, request.name, request.uid, tried=not request.resent
+            )
         return encode.ok(request.unique)
 
     def _rmdir(self, request: rq.Rmdir) -> Reply:
@@ -157,14 +159,15 @@ class NameRequests:
     async def _rename(self, request: rq.Rename) -> Reply:
         if not (request.resent and is_renamed(self._operations, request)):
             await self._operations.rename(
-                request.nodeid, request.name, request.newdir, request.newname, 0, tried=not request.resent
+                request.nodeid, request.name, request.newdir, request.newname, 0, request.uid,
+                tried=not request.resent,
             )
         return encode.ok(request.unique)
 
     async def _rename2(self, request: rq.Rename2) -> Reply:
         if not (request.resent and is_renamed(self._operations, request)):
             await self._operations.rename(
-                request.nodeid, request.name, request.newdir, request.newname, request.flags,
+                request.nodeid, request.name, request.newdir, request.newname, request.flags, request.uid,
                 tried=not request.resent, unique=request.unique,
             )
         return encode.ok(request.unique)
@@ -175,7 +178,9 @@ class NameRequests:
             linked = self._operations.node(request.oldnodeid)
             found = made(self._operations, request.nodeid, request.name, linked.kind)
         if found is None:
-            found = await self._operations.link(request.oldnodeid, request.nodeid, request.name)
+            found = await self._operations.link(
+                request.oldnodeid, request.nodeid, request.name, request.uid
+            )
         return self._entry(request.unique, found)
 
     # -- attributes -----------------------------------------------------------------------------------
@@ -212,7 +217,7 @@ class NameRequests:
             killer=request if valid & FATTR_KILL_SUIDGID or self._only_kills(request) else None,
         )
         handle = self._operations.files.get(request.fh) if valid & FATTR_FH else None
-        found = await self._operations.setattr(request.nodeid, change, handle)
+        found = await self._operations.setattr(request.nodeid, change, handle, request.uid)
         if self._operations.invalidations.now and found[0].id == request.nodeid:
             self._operations.invalidations.answered(found[0])
         if self.write_back is not None and change.mtime_ns is not None:
@@ -277,7 +282,7 @@ class NameRequests:
 
     async def _setxattr(self, request: rq.Setxattr) -> Reply:
         node = await self._operations.setxattr(
-            request.nodeid, request.name, request.value, request.flags, request.unique
+            request.nodeid, request.name, request.value, request.uid, request.flags, request.unique
         )
         if request.name == CAPABILITY and self.write_back is not None:
             self.write_back.capability_set(node, bytes(request.value))
