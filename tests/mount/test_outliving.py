@@ -310,6 +310,35 @@ def test_upgrade_without_a_holder(place: Place) -> None:
     refused(unionfs("upgrade", place.merged), "cannot be upgraded", "it was not asked for")
 
 
+@pytest.mark.parametrize(("serving", "deaths"), [("direct", 0), ("direct", 1), ("pyfuse3", 0)])
+def test_a_holder_that_is_killed(place: Place, serving: str, deaths: int) -> None:
+    """The mount serves on, `inspect` and the log say that it no longer outlives its daemon, and an upgrade
+    is refused."""
+    mount = Outliving(place, "--session", serving)
+    for _ in range(deaths):
+        mount.kill()
+    pid, holder = mount.processes()
+    os.kill(holder, signal.SIGKILL)
+
+    def said() -> object:
+        answer = json.loads(succeed(unionfs("inspect", "--json", mount.top)))
+        return answer["figures"]["holder"].get("none_because")
+
+    assert wait_for(said)
+    assert said() == "its holder was killed"
+    assert "will not outlive its daemon: its holder was killed" in mount.log()
+    refused(unionfs("upgrade", mount.top), "cannot be upgraded", "its holder was killed")
+    (mount.top / "base").write_text("changed\n")
+    assert place.pid() == pid
+    os.kill(pid, signal.SIGKILL)
+    assert wait_for(lambda: gone(pid))
+    (shown,) = [one for one in listed(unionfs("ls", "--json")) if one["mountpoint"] == str(mount.top)]
+    assert shown["state"] == "dead"
+    again = Outliving(place)
+    assert (again.top / "base").read_text() == "changed\n"
+    again.end()
+
+
 def test_unmounted_while_no_daemon_serves(place: Place) -> None:
     """The holder and its next daemon end."""
     mount = Outliving(place)
