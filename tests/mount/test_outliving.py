@@ -290,6 +290,51 @@ def test_daemons_that_keep_dying(place: Place, deaths: int | None) -> None:
     assert (again.top / "base").read_text() == "base\n"
 
 
+def test_a_mount_without_a_daemon_for_a_while(place: Place) -> None:
+    """`ls` shows it, `inspect` says what it waits for, and a file there can be read afterwards."""
+    mount = Outliving(place)
+    pid, holder = mount.processes()
+    with stopped(holder):
+        os.kill(pid, signal.SIGKILL)
+        assert wait_for(lambda: gone(pid))
+        (shown,) = [one for one in listed(unionfs("ls", "--json")) if one["mountpoint"] == str(mount.top)]
+        assert (shown["state"], shown["pid"]) == ("waiting", holder)
+        refused(unionfs("inspect", mount.top), "has no daemon at the moment", "another one is to take over")
+    assert (mount.top / "base").read_text() == "base\n"
+    mount.end()
+
+
+def test_a_command_that_comes_between_two_daemons(place: Place) -> None:
+    """It waits for the next one."""
+    mount = Outliving(place)
+    pid, holder = mount.processes()
+    with stopped(holder):
+        os.kill(pid, signal.SIGKILL)
+        assert wait_for(lambda: gone(pid))
+        goes_on = threading.Timer(0.5, os.kill, (holder, signal.SIGCONT))
+        goes_on.start()
+        found = json.loads(succeed(unionfs("inspect", "--json", mount.top)))
+        goes_on.join()
+    assert found["pid"] == mount.entry().pid != pid
+    mount.end()
+
+
+def test_unmounted_in_a_pause_after_many_deaths(place: Place) -> None:
+    """The upper can be mounted again at once."""
+    mount = Outliving(place, deaths=None)
+    for _ in range(7):
+        mount.kill()
+    pid, holder = mount.processes()
+    os.kill(pid, signal.SIGKILL)
+    assert wait_for(lambda: gone(pid))
+    succeed(unionfs("umount", mount.top))
+    assert mounts_at(mount.top) == []
+    assert gone(holder)
+    again = Outliving(place)
+    assert (again.top / "base").read_text() == "base\n"
+    again.end()
+
+
 def test_upgrade(place: Place) -> None:
     """The daemon is exchanged under an open file."""
     mount = Outliving(place)
