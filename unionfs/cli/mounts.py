@@ -43,9 +43,9 @@ def ls(quiet: bool, filters: tuple[str, ...], template: str | None, as_json: boo
     The state is active; dead if the daemon has died (`unionfs cleanup` unmounts those); waiting if it
     has, and another one is to take over or to mount the union anew (`unionfs umount` ends that);
     detached if it is unmounted here but still in use (its users are listed) or still mounted elsewhere
-    (`unionfs umount --force` ends those). Root sees the mounts of all users, others see their own. If a user's daemon does
-    not answer root, only the mountpoint is shown. A container with another storage driver than union has
-    no such mount: `unionfs ps` lists it.
+    (`unionfs umount --force` ends those). Root sees the mounts of all users, others see their own. If a
+    user's daemon does not answer root, only the mountpoint is shown. A container with another storage
+    driver than union has no such mount: `unionfs ps` lists it.
 
     A template has the fields .Mountpoint .State .Pid .Layers .Session .Since .HeldBy; the filters layer and
     mountpoint take a path. `--format json` prints one object per line.
