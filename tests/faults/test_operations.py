@@ -87,3 +87,26 @@ def test_an_append_that_is_sent_again(area: Path) -> None:
     done = Deaths(area / "b", "direct-cached", cases, Expected(area)).run()
     assert done.problems == []
     assert done.tried > 0
+
+
+def _link_and_unlink(top: str) -> None:
+    """Of a lower's file with three names."""
+    os.link(f"{top}/one", f"{top}/four")
+    os.unlink(f"{top}/one")
+    if os.stat(f"{top}/two").st_nlink != 3:
+        raise OSError(errno.EIO, f"{os.stat(f'{top}/two').st_nlink} links")
+
+
+@pytest.mark.parametrize("call", ["lsetxattr", "linkat"])
+def test_names_of_a_copy_whose_daemon_dies(area: Path, call: str) -> None:
+    """Their number is right, also while it is stored in another way."""
+    if reason := injecting.reason():
+        pytest.skip(reason)
+    if not resends():
+        pytest.skip("FUSE_NOTIFY_RESEND needs Linux 6.9")
+    (links,) = [one.build for one in OPERATIONS if one.name == "link of linked"]
+    operation = Operation("link and unlink", links, _link_and_unlink)
+    cases = [Case(operation, Fault(number, KILL, on=(call, ""))) for number in range(1, 9)]
+    done = Deaths(area / "b", "direct-hybrid", cases, Expected(area)).run()
+    assert done.problems == []
+    assert done.tried > 0
