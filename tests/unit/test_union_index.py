@@ -17,7 +17,7 @@ __all__ = ["open_union"]
 def test_a_count_that_cannot_be_known(
     tmp_path: Path, open_union: OpenUnion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without privilege the original cannot be asked. The copy stays as long as others may have names of it."""
+    """Without privilege the original cannot be asked: the copy stays, as others may have names of it."""
     (tmp_path / "l0").mkdir()
     (tmp_path / "l0/a").write_text("old")
     os.link(tmp_path / "l0/a", tmp_path / "l0/b")
