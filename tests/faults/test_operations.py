@@ -11,8 +11,10 @@ import pytest
 
 from tests.faults import injecting
 from tests.faults.batch import Case, Errors, Expected
-from tests.faults.injecting import Fault
-from tests.faults.operations import OPERATIONS
+from tests.faults.deaths import Deaths, resends
+from tests.faults.injecting import KILL, Fault
+from tests.faults.operations import OPERATIONS, Operation
+from unionfs.sys import calls
 
 pytestmark = pytest.mark.usefixtures("kernel_overlay")
 
@@ -57,3 +59,54 @@ def test_an_interrupted_write_back(area: Path) -> None:
     assert Errors(area / "b", "direct-cached", [case], Expected(area)).run().problems == []
     assert case.error is not None
     assert case.error.errno == errno.EIO
+
+
+def _append_to_append_only(top: str) -> None:
+    """Two appends, each of which is written back by an fsync(2); then the flag is removed again."""
+    with open(f"{top}/up", "rb") as file:
+        calls.set_flags(file.fileno(), calls.FS_APPEND)
+        try:
+            with open(f"{top}/up", "ab", buffering=0) as appended:
+                for data in (b"one", b"two"):
+                    appended.write(data)
+                    os.fsync(appended)
+        finally:
+            calls.set_flags(file.fileno(), 0)
+
+
+def test_an_append_that_is_sent_again(area: Path) -> None:
+    """A daemon dies after it has written to the end of an append-only file, before its answer."""
+    if reason := injecting.reason():
+        pytest.skip(reason)
+    if not resends():
+        pytest.skip("FUSE_NOTIFY_RESEND needs Linux 6.9")
+    (files,) = [one.build for one in OPERATIONS if one.name == "unlink up"]
+    operation = Operation("append", files, _append_to_append_only)
+    faults = [Fault(number, KILL, on=("writev an answer", "")) for number in range(1, 31)]
+    cases = [Case(operation, fault) for fault in faults]
+    done = Deaths(area / "b", "direct-cached", cases, Expected(area)).run()
+    assert done.problems == []
+    assert done.tried > 0
+
+
+def _link_and_unlink(top: str) -> None:
+    """Of a lower's file with three names."""
+    os.link(f"{top}/one", f"{top}/four")
+    os.unlink(f"{top}/one")
+    if os.stat(f"{top}/two").st_nlink != 3:
+        raise OSError(errno.EIO, f"{os.stat(f'{top}/two').st_nlink} links")
+
+
+@pytest.mark.parametrize("call", ["lsetxattr", "linkat"])
+def test_names_of_a_copy_whose_daemon_dies(area: Path, call: str) -> None:
+    """Their number is right, also while it is stored in another way."""
+    if reason := injecting.reason():
+        pytest.skip(reason)
+    if not resends():
+        pytest.skip("FUSE_NOTIFY_RESEND needs Linux 6.9")
+    (links,) = [one.build for one in OPERATIONS if one.name == "link of linked"]
+    operation = Operation("link and unlink", links, _link_and_unlink)
+    cases = [Case(operation, Fault(number, KILL, on=(call, ""))) for number in range(1, 9)]
+    done = Deaths(area / "b", "direct-hybrid", cases, Expected(area)).run()
+    assert done.problems == []
+    assert done.tried > 0

@@ -271,6 +271,11 @@ def test_upper_that_was_pushed(kernel_overlay: None, area: Path, session: str) -
             assert _shown(ours.root) == _shown(kernel.root)
 
 
+def _renamed_over(path: Path) -> None:
+    path.with_name("other").write_text("other")
+    os.rename(path.with_name("other"), path)
+
+
 WRONG = (None, b"", b"U-5", b"L-9", b"U+0 ", b"U+99999999999", b"L+999999999")
 
 
@@ -298,6 +303,52 @@ def test_a_wrong_count(kernel_overlay: None, area: Path, session: str, value: by
             assert all(path.stat().st_nlink >= 1 for path in mount.mountpoint.iterdir())
             (mount.mountpoint / name).unlink()
         assert os.listdir(mount.mountpoint) == []
+
+
+@pytest.mark.parametrize("first", ["a", "more", "b"])
+@pytest.mark.parametrize("change", [os.unlink, _renamed_over], ids=["unlink", "rename"])
+def test_a_count_against_the_original(
+    kernel_overlay: None, area: Path, session: str, first: str, change: Callable[[Path], object]
+) -> None:
+    """A daemon, or the kernel, that ends while it makes a name of a copy leaves its `nlink` so."""
+    layers = []
+    for side in ("ours", "kernel"):
+        home = area / side
+        at = {"lowers": [home / "lower"], "upper": home / "upper", "work": home / "work"}
+        for path in (home / "lower", home / "upper", home / "work"):
+            path.mkdir(parents=True)
+        (home / "lower/a").write_text("old")
+        for name in ("b", "c"):
+            os.link(home / "lower/a", home / "lower" / name)
+        with kernel_mounted(home, options=("index=on",), **at) as mount:
+            (mount.mountpoint / "a").write_text("new")
+            os.link(mount.mountpoint / "a", mount.mountpoint / "more")
+        (entry,) = (home / "work/index").iterdir()
+        assert os.stat(entry).st_nlink == 3
+        os.setxattr(entry, "trusted.overlay.nlink", b"L+1")
+        layers.append((home, at))
+
+    def steps(root: Path) -> list[object]:
+        found: list[object] = [os.stat(root / first).st_nlink]
+        change(root / first)
+        found.append(_shown(root))
+        os.link(root / "c", root / "another")
+        found.append(_shown(root))
+        for name in ("a", "b", "more"):
+            (root / name).unlink(missing_ok=True)
+        found.append(_shown(root))
+        (root / "c").unlink()
+        return [*found, _shown(root)]
+
+    (ours, at), (kernel, at_kernel) = layers
+    with mounted(ours, session=session, options=("index=on",), **at) as mount:
+        found = steps(mount.mountpoint)
+    with kernel_mounted(kernel, options=("index=on",), **at_kernel) as mount:
+        assert found == steps(mount.mountpoint)
+    with mounted(ours, session=session, options=("index=on",), **at) as mount:
+        assert _shown(mount.mountpoint) == found[-1]
+    with kernel_mounted(ours, options=("index=on",), **at) as mount:
+        assert _shown(mount.mountpoint) == found[-1]
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["known names", "one name"])

@@ -300,6 +300,51 @@ def test_daemons_that_keep_dying(place: Place, deaths: int | None) -> None:
     assert (again.top / "base").read_text() == "base\n"
 
 
+def test_a_mount_without_a_daemon_for_a_while(place: Place) -> None:
+    """`ls` shows it, `inspect` says what it waits for, and a file there can be read afterwards."""
+    mount = Outliving(place)
+    pid, holder = mount.processes()
+    with stopped(holder):
+        os.kill(pid, signal.SIGKILL)
+        assert wait_for(lambda: gone(pid))
+        (shown,) = [one for one in listed(unionfs("ls", "--json")) if one["mountpoint"] == str(mount.top)]
+        assert (shown["state"], shown["pid"]) == ("waiting", holder)
+        refused(unionfs("inspect", mount.top), "has no daemon at the moment", "another one is to take over")
+    assert (mount.top / "base").read_text() == "base\n"
+    mount.end()
+
+
+def test_a_command_that_comes_between_two_daemons(place: Place) -> None:
+    """It waits for the next one."""
+    mount = Outliving(place)
+    pid, holder = mount.processes()
+    with stopped(holder):
+        os.kill(pid, signal.SIGKILL)
+        assert wait_for(lambda: gone(pid))
+        goes_on = threading.Timer(0.5, os.kill, (holder, signal.SIGCONT))
+        goes_on.start()
+        found = json.loads(succeed(unionfs("inspect", "--json", mount.top)))
+        goes_on.join()
+    assert found["pid"] == mount.entry().pid != pid
+    mount.end()
+
+
+def test_unmounted_in_a_pause_after_many_deaths(place: Place) -> None:
+    """The upper can be mounted again at once."""
+    mount = Outliving(place, deaths=None)
+    for _ in range(7):
+        mount.kill()
+    pid, holder = mount.processes()
+    os.kill(pid, signal.SIGKILL)
+    assert wait_for(lambda: gone(pid))
+    succeed(unionfs("umount", mount.top))
+    assert mounts_at(mount.top) == []
+    assert gone(holder)
+    again = Outliving(place)
+    assert (again.top / "base").read_text() == "base\n"
+    again.end()
+
+
 def test_upgrade(place: Place) -> None:
     """The daemon is exchanged under an open file."""
     mount = Outliving(place)
@@ -318,6 +363,35 @@ def test_upgrade(place: Place) -> None:
 def test_upgrade_without_a_holder(place: Place) -> None:
     place.mount()
     refused(unionfs("upgrade", place.merged), "cannot be upgraded", "it was not asked for")
+
+
+@pytest.mark.parametrize(("serving", "deaths"), [("direct", 0), ("direct", 1), ("pyfuse3", 0)])
+def test_a_holder_that_is_killed(place: Place, serving: str, deaths: int) -> None:
+    """The mount serves on, `inspect` and the log say that it no longer outlives its daemon, and an upgrade
+    is refused."""
+    mount = Outliving(place, "--session", serving)
+    for _ in range(deaths):
+        mount.kill()
+    pid, holder = mount.processes()
+    os.kill(holder, signal.SIGKILL)
+
+    def said() -> object:
+        answer = json.loads(succeed(unionfs("inspect", "--json", mount.top)))
+        return answer["figures"]["holder"].get("none_because")
+
+    assert wait_for(said)
+    assert said() == "its holder was killed"
+    assert "will not outlive its daemon: its holder was killed" in mount.log()
+    refused(unionfs("upgrade", mount.top), "cannot be upgraded", "its holder was killed")
+    (mount.top / "base").write_text("changed\n")
+    assert place.pid() == pid
+    os.kill(pid, signal.SIGKILL)
+    assert wait_for(lambda: gone(pid))
+    (shown,) = [one for one in listed(unionfs("ls", "--json")) if one["mountpoint"] == str(mount.top)]
+    assert shown["state"] == "dead"
+    again = Outliving(place)
+    assert (again.top / "base").read_text() == "changed\n"
+    again.end()
 
 
 def test_unmounted_while_no_daemon_serves(place: Place) -> None:

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from tests.support.world import outcome
 
 GETFLAGS, SETFLAGS = 0x80086601, 0x40086602
 FSGETXATTR = 0x801C581F
-SYNC, IMMUTABLE, APPEND, NOATIME = 0x8, 0x10, 0x20, 0x80
+SYNC, IMMUTABLE, APPEND, NODUMP, NOATIME = 0x8, 0x10, 0x20, 0x40, 0x80
 PROTATTR = "trusted.overlay.protattr"
 CAP_LINUX_IMMUTABLE = 9
 
@@ -302,6 +303,37 @@ def test_listing_and_changing_them(both: Both, session: str) -> None:
             assert found == [APPEND, APPEND, 0, IMMUTABLE]
             set_flags(root / "plain", get_flags(root / "plain") & ~APPEND)
             os.unlink(root / "plain")
+
+
+def test_the_ctime_after_a_change_of_them(both: Both, session: str) -> None:
+    """Of lowers, copies, new files and directories; and it is the one on disk."""
+    need_ioctl(session)
+    names = ("plain", "copy", "new", "dplain", "dnew")
+    if session == "direct-cached":  # the kernel keeps the times of files
+        names = ("dplain", "dnew")
+
+    def steps(root: Path) -> list[object]:
+        (root / "new").write_bytes(b"new")
+        (root / "dnew").mkdir()
+        os.rename(root / "other", root / "copy")
+        found = []
+        for flag in (NODUMP, APPEND):
+            for name in names:
+                before = os.stat(root / name).st_ctime_ns
+                time.sleep(0.02)  # until Linux 6.13 a ctime is that of the last tick
+                set_flags(root / name, get_flags(root / name) ^ flag)
+                after = os.stat(root / name).st_ctime_ns
+                found.append((name, flag, after > before))
+        return found
+
+    found = []
+    for side in ("union", "kernel"):
+        with both.mount(side) as mount:
+            found.append(steps(mount.mountpoint))
+            shown = {name: os.stat(mount.mountpoint / name).st_ctime_ns for name in names}
+            stored = {name: os.stat(both.area / side / "upper" / name).st_ctime_ns for name in names}
+        assert shown == stored
+    assert found[0] == found[1]
 
 
 def test_without_privilege(both: Both, session: str) -> None:

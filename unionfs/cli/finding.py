@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from typing import Final
 
 from unionfs.daemon import live
 from unionfs.daemon.dead import dead_mount_at
@@ -11,6 +13,9 @@ from unionfs.daemon.others import FSTYPE, mounts_of_others, owner_of
 from unionfs.daemon.settle import absolute_mountpoint
 from unionfs.errors import UserError, quoted
 from unionfs.sys.mountinfo import MountEntry, mounted_at
+
+_SECONDS: Final = 2.0
+"""How long a command waits for a daemon that takes over."""
 
 
 def find_mount(mountpoint: str) -> LiveMount:
@@ -27,13 +32,15 @@ def find_mount(mountpoint: str) -> LiveMount:
         found = next((mount for mount in reversed(known) if mount.settings.mountpoint == path), None)
     if found is None and (dead := dead_mount_at(path)) is not None:
         whose = "its daemon has" if dead.entry is None else f"its daemon (pid {dead.entry.pid}) has"
-        if dead.entry is not None and dead.entry.is_given_up():
+        if dead.entry is not None and dead.entry.has_only_holder():
             whose = "its daemons have"
         often = " too often within a minute, see the log" if whose == "its daemons have" else ""
         raise UserError(
             f"{quoted(path)} is not an active unionfs mount: {whose} died{often}; run `unionfs cleanup "
             f"{quoted(path)}`, and mount it again."
         )
+    if found is None and mounted is not None:
+        found = _served_soon(mounted)
     if found is None and live.waiting_at(path):
         raise UserError(
             f"{quoted(path)} is not mounted at the moment: its daemon died, and the union could not be "
@@ -43,6 +50,21 @@ def find_mount(mountpoint: str) -> LiveMount:
     if found is None:
         raise UserError(f"{quoted(path)} is not an active unionfs mount{_why_not(path, mounted)}.")
     return found
+
+
+def _served_soon(mounted: MountEntry) -> LiveMount | None:
+    """Return the mount if another daemon takes it over from one that died. Raises UserError if none does
+    within two seconds."""
+    deadline = time.monotonic() + _SECONDS
+    while (entry := live.find_by_device(mounted.device)) is not None and entry.has_only_holder():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{quoted(mounted.mountpoint)} has no daemon at the moment: the last one (pid {entry.pid}) "
+                "died, and another one is to take over, see the log; try again, or end it by "
+                f"`unionfs umount {quoted(mounted.mountpoint)}`."
+            )
+        time.sleep(_SECONDS / 100)
+    return live.find_by_device(mounted.device, live.live_mounts())
 
 
 def _why_not(path: str, mounted: MountEntry | None) -> str:

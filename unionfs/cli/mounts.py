@@ -16,7 +16,7 @@ from unionfs.cli.listing import list_options, print_list
 from unionfs.daemon.dead import dead_mounts, dead_mounts_of_others
 from unionfs.daemon.described import copying_up, io_reasons, setting_rows, shown
 from unionfs.daemon.detached import Detached, detached_mounts
-from unionfs.daemon.live import LiveMount, live_mounts, waiting_mounts
+from unionfs.daemon.live import LiveMount, held_mounts, live_mounts, waiting_mounts
 from unionfs.daemon.others import mounts_of_others
 from unionfs.errors import quoted
 from unionfs.settings.filters import parse_filters
@@ -41,11 +41,11 @@ def ls(quiet: bool, filters: tuple[str, ...], template: str | None, as_json: boo
     """List mounts: mountpoint, state, the daemon's pid, layers, session and start time.
 
     The state is active; dead if the daemon has died (`unionfs cleanup` unmounts those); waiting if it
-    has, and the union is about to be mounted anew (`unionfs umount` ends that); detached if it is
-    unmounted here but still in use (its users are listed) or still mounted elsewhere (`unionfs umount
-    --force` ends those). Root sees the mounts of all users, others see their own. If a user's daemon does
-    not answer root, only the mountpoint is shown. A container with another storage driver than union has
-    no such mount: `unionfs ps` lists it.
+    has, and another one is to take over or to mount the union anew (`unionfs umount` ends that);
+    detached if it is unmounted here but still in use (its users are listed) or still mounted elsewhere
+    (`unionfs umount --force` ends those). Root sees the mounts of all users, others see their own. If a
+    user's daemon does not answer root, only the mountpoint is shown. A container with another storage
+    driver than union has no such mount: `unionfs ps` lists it.
 
     A template has the fields .Mountpoint .State .Pid .Layers .Session .Since .HeldBy; the filters layer and
     mountpoint take a path. `--format json` prints one object per line.
@@ -80,9 +80,12 @@ def _summaries() -> list[dict[str, Any]]:
     others = mounts_of_others()
     dead = [*dead_mounts_of_others(others.silent), *dead_mounts()]
     known = {found.mount.mount_id for found in dead}
+    without = {found.mount.device for found in dead}
+    held = [mount for mount in held_mounts() if mount.device not in without]
     return [
         *(_of_living(mount) for mount in (*live_mounts(), *others.answered)),
         *({**_summary(mount), "state": "waiting"} for mount in waiting_mounts()),
+        *(_held(mount) for mount in held),
         *(_of_detached(found) for found in detached_mounts()),
         *(_unknown(mount, None) for mount in others.silent if mount.mount_id not in known),
         *(_unknown(found.mount, "dead", found.entry) for found in dead),
@@ -176,6 +179,11 @@ def _of_living(mount: LiveMount) -> dict[str, Any]:
     if not places or mount.settings.mountpoint in places:
         return summary
     return {**summary, "state": "detached", "mounted_at": places}
+
+
+def _held(mount: LiveMount) -> dict[str, Any]:
+    """As for a union that is about to be mounted anew, the pid is that of the holder."""
+    return {**_summary(mount), "state": "waiting", "pid": None if mount.holder is None else mount.holder[0]}
 
 
 def _of_detached(found: Detached) -> dict[str, Any]:

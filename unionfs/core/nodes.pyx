@@ -303,10 +303,10 @@ cdef class NodeTable(Recorder):
             elif self.on_known is not None:
                 self.on_known(node)
         else:
-            indexed = node.is_indexed
+            known = node.is_indexed and node.lower_links
             node.may_be_indexed(entry, st.st_nlink)
-            if copy is not None and not indexed:
-                # a name of the copy was found in a directory that is not marked as containing some
+            if copy is not None and not known:
+                # a name of the copy was found first
                 node.is_indexed_copy(index.place, index.more_links(entry, copy, st.st_nlink))
             self.add_name(node, parent, name, place)
         self.linked(node, st)

@@ -87,6 +87,11 @@ def handle_at(int dir_fd, bytes name=b""):
     return handle.kind, (<char *>handle.bytes)[:handle.size]
 
 
+def handle_in(bytes origin not None):
+    """The type and the bytes of the file handle in an origin. Raises IndexError if it is none."""
+    return origin[4], origin[HEAD:origin[2]]
+
+
 cdef uint64_t subvolume_of(int kind, const unsigned char *handle, Py_ssize_t size) noexcept nogil:
     """fs/btrfs/export.h, struct btrfs_fid: objectid, root_objectid, gen."""
     return word(handle + 8, 8) if kind == BTRFS and size >= 16 else 0

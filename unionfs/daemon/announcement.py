@@ -83,10 +83,11 @@ class Announcement:
             with suppress(OSError):
                 self._entry.save()
 
-    def held_by(self, holder: int) -> None:
-        """Enter the pid of the holder of this daemon's files."""
+    def held_by(self, holder: int | None) -> None:
+        """Enter the pid of the holder of this daemon's files, or that there is none any more."""
         if self._entry is not None:
-            self._entry = replace(self._entry, holder=pid_and_start(holder))
+            entered = None if holder is None else pid_and_start(holder)
+            self._entry = replace(self._entry, holder=entered)
             with suppress(OSError):
                 self._entry.save()
 

@@ -83,7 +83,7 @@ def _dead(mount: MountEntry, entries: Sequence[LiveMount]) -> DeadMount | None:
     entry = live.find_by_device(mount.device, entries)
     if mount.fstype != others.FSTYPE if entry is None else entry.is_alive():
         return None
-    given_up = entry is not None and entry.is_given_up()
+    given_up = entry is not None and entry.has_only_holder()
     return DeadMount(mount, entry) if is_dead_mount(mount, given_up=given_up) else None
 
 

@@ -15,11 +15,14 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any, Final
 
+import trio
+
 import unionfs
 from unionfs.core import holder, marks
 from unionfs.core.state import VERSION, State, StateError
 from unionfs.daemon.confine import confine
 from unionfs.settings.mount import MountSettings
+from unionfs.sys.fds import Owned
 from unionfs.sys.mountinfo import mounts_of_device
 from unionfs.sys.process import close_files_but
 
@@ -84,7 +87,7 @@ class Holder:
         """Keep the values that `takeover` reads, and let it take charge. Returns why it cannot, as a clause,
         else an empty text."""
         try:
-            if not self.stays and (self._pid == 0 or os.waitpid(self._pid, os.WNOHANG)[0]):
+            if self._has_ended():
                 return "its holder ended"
             self.keep(values)
         except (OSError, StateError) as error:
@@ -99,6 +102,20 @@ class Holder:
 
     def _command(self) -> list[bytes]:
         return [os.fsencode(word) for word in (sys.executable, "-P", "-m", MODULE, str(self.state.fd))]
+
+    def _has_ended(self) -> bool:
+        if self.stays:
+            return os.getppid() != self._parent
+        if self._pid and os.waitpid(self._pid, os.WNOHANG)[0]:
+            self._pid = 0  # another process may have it from now on
+        return self._pid == 0
+
+    async def ended(self) -> None:
+        """Return when somebody else has ended the holder in charge; then there is none. Raises OSError."""
+        with Owned(os.pidfd_open(self.pid)) as holder:
+            await trio.lowlevel.wait_readable(holder)
+        self._has_ended()
+        self._in_charge = False
 
     @property
     def is_there(self) -> bool:

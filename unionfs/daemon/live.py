@@ -79,9 +79,9 @@ class LiveMount:
             return listens(directory.address(f"{self.name}.sock"))
         return False
 
-    def is_given_up(self) -> bool:
-        """Return whether its daemons died too often, so that its holder answers all requests with EIO;
-        if the mount is dead."""
+    def has_only_holder(self) -> bool:
+        """Return whether the daemon has died and its holder has not: it starts another one; or, if the mount
+        is dead, it answers all requests with EIO, since daemons died too often."""
         return not self.is_alive() and self.holder is not None and is_alive(*self.holder)
 
     def mounts(self) -> list[MountEntry]:
@@ -258,6 +258,14 @@ def live_mounts() -> list[LiveMount]:
 def waiting_mounts() -> list[LiveMount]:
     """Return this user's mounts that are about to be mounted anew, oldest first."""
     return sorted((entry for entry in entries() if entry.waiting), key=lambda entry: entry.since)
+
+
+def held_mounts() -> list[LiveMount]:
+    """Return this user's mounts whose daemon has died and whose holder has not, oldest first: another daemon
+    takes over soon, or they are dead."""
+    alive = {entry.device for entry in live_mounts()}
+    found = (entry for entry in entries() if entry.has_only_holder() and entry.device not in alive)
+    return sorted(found, key=lambda entry: entry.since)
 
 
 def waiting_at(mountpoint: str) -> list[LiveMount]:

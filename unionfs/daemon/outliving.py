@@ -79,6 +79,15 @@ class Outliving:
         if self.why_not:
             log.warning(_ANEW if self._mounts_anew else _NOT, self.why_not)
 
+    async def watch(self, announcement: Announcement) -> None:
+        """Notice when somebody has killed the holder: then the mount ends with its daemon."""
+        if self._holder is None or not self._holder.pid:
+            return
+        await self._holder.ended()
+        self.why_not, self._mounts_anew = "its holder was killed", False
+        announcement.held_by(None)
+        log.warning(_NOT, self.why_not)
+
     def take_charge(self, connection: Connection) -> None:
         """This process is about to answer requests of a former daemon's mount, and its own holder has its
         files."""

@@ -208,6 +208,7 @@ class Service:
             self._storage.keep()
         self._outliving.begin(self._settings(), self._serving.connection, self._announcement)
         self._on_usable()
+        await self._outliving.watch(self._announcement)
 
     async def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
         log.debug("asked: %s", question or "figures")

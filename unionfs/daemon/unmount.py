@@ -27,6 +27,8 @@ from unionfs.sys.unmount import unmount
 _NOTICE_SECONDS = 2.0
 _DEAF_SECONDS = 30.0
 _LAZY_SECONDS = 0.5
+# Longer than a holder pauses before it starts another daemon.
+_HOLDER_SECONDS = 15.0
 _POLL_SECONDS = 0.2
 _STOP_POLL_SECONDS = 0.001
 _COPY_POLL_SECONDS = 0.1
@@ -71,7 +73,8 @@ def umount(
         raise UserError(_why_not_ours(path, mount, entries))
     alive = entry is not None and entry.is_alive()
     further = False
-    if not alive and is_dead(path):
+    held = entry is not None and entry.has_only_holder()
+    if not alive and not held and is_dead(path):  # a request that waits would keep it busy
         take_off(mount)
     else:
         further = _is_further(mount, entry)
@@ -83,6 +86,8 @@ def umount(
     if alive:
         _wait_for_end(entry, path, lazy=lazy)
     else:
+        if held and entry.holder is not None:  # the next daemon sees it, and ends with the holder
+            wait_gone(*entry.holder, _HOLDER_SECONDS)
         forget(entry)
 
 

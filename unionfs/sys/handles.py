@@ -1,12 +1,15 @@
-"""Uuids of filesystems; with a file handle they name an object for good."""
+"""Uuids of filesystems; with a file handle they name an object for good. And objects opened by handles."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
+import struct
 from typing import Final
 
+from unionfs.sys.calls import fail, libc
 from unionfs.sys.fds import Owned, open_for_listing
 
 # include/uapi/linux/fs.h, since Linux 6.9: FS_IOC_GETFSUUID, _IOR(0x15, 0, struct fsuuid2)
@@ -49,6 +52,19 @@ def filesystem_identity(dir_fd: int) -> str:
             return value[1:].hex()
         # Of a btrfs made of uuid and subvolume (fs/btrfs/super.c, btrfs_statfs).
         return f"{os.fstatvfs(fd).f_fsid:x}"
+
+
+def open_handle(dir_fd: int, kind: int, handle: bytes) -> int:
+    """An O_PATH fd of the object with that file handle, on a directory's filesystem; open_by_handle_at(2).
+
+    Raises OSError: ESTALE if there is none, EPERM without CAP_DAC_READ_SEARCH.
+    """
+    given = struct.pack("=Ii", len(handle), kind) + handle  # struct file_handle
+    with Owned(open_for_listing(dir_fd)) as fd:  # O_PATH does not do
+        found = int(libc.open_by_handle_at(fd, ctypes.c_char_p(given), os.O_PATH | os.O_CLOEXEC))
+    if found < 0:
+        raise fail()
+    return found
 
 
 def _ioctl(fd: int, request: int, size: int) -> bytes | None:

@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import stat
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 from unionfs.core.node import Node
@@ -56,7 +57,9 @@ class Unfit(Exception):
 class Index:
     """The index directory of one union."""
 
-    def __init__(self, fd: int, upper: Layer, markers: Markers, origins: Origins) -> None:
+    def __init__(self, fd: int, layers: Sequence[Layer], markers: Markers, origins: Origins) -> None:
+        """``layers``: the upper and the lowers."""
+        upper, *self._lowers = layers
         self.place = Place(upper, None, b"", fd)
         self._fd = fd
         self._nlink = markers.nlink
@@ -92,20 +95,34 @@ class Index:
         """How many names the union has more than the copy, which has the attributes ``st``.
 
         ``lower_links``: ``st_nlink`` of the original, 0 if unknown. Without a valid xattr none but the entry
-        itself, which is not a name (util.c, ovl_get_nlink, trusts ``st_nlink`` there).
+        itself, which is not a name (util.c, ovl_get_nlink, trusts ``st_nlink`` there). What is stored against
+        the original was left by a crash; it is stored against the copy now, since names come and go.
         """
-        value = b""
+        found = _LINKS.fullmatch(self._value(entry))
+        if found is None:
+            return -1
+        base = st.st_nlink if found[1] == b"U" else lower_links or self._links_of_original(entry)
+        if not base or base + int(found[2]) <= 0:
+            return -1
+        more = base + int(found[2]) - st.st_nlink
+        if found[1] == b"L":
+            with contextlib.suppress(OSError):
+                os.setxattr(self._path(entry), self._nlink, b"U%+d" % more, follow_symlinks=False)
+        return more
+
+    def _value(self, entry: bytes) -> bytes:
+        """The xattr ``nlink`` of an entry, empty if it has none."""
         try:
-            value = os.getxattr(self._path(entry), self._nlink, follow_symlinks=False)
+            return os.getxattr(self._path(entry), self._nlink, follow_symlinks=False)
         except OSError as error:
             if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
                 raise
-        found = _LINKS.fullmatch(value)
-        if found is not None:
-            base = st.st_nlink if found[1] == b"U" else lower_links
-            if base and base + int(found[2]) > 0:
-                return base + int(found[2]) - st.st_nlink
-        return -1
+        return b""
+
+    def _links_of_original(self, entry: bytes) -> int:
+        origin = bytes.fromhex(entry.decode())
+        found = (self._origins.links_of(origin, layer.dev, layer.root_fd) for layer in self._lowers)
+        return next(filter(None, found), 0)
 
     def _path(self, entry: bytes) -> bytes:
         return b"/proc/self/fd/%d/%b" % (self._fd, entry)
@@ -157,7 +174,8 @@ class Index:
         assert node.entry is not None
         with contextlib.suppress(OSError):
             st = self.stat(node.entry)
-            if st is not None and st.st_nlink + node.more_links <= 0:
+            known = node.lower_links or not self._value(node.entry).startswith(b"L")
+            if known and st is not None and st.st_nlink + node.more_links <= 0:
                 os.unlink(node.entry, dir_fd=self._fd)
                 node.leaves_index()
 
@@ -227,7 +245,7 @@ def _open(stack: Stack, upper: Layer, origins: Origins, *, asked_for: bool) -> I
             os.setxattr(*entries)
     except OSError as error:
         raise Unfit(f"the upper's filesystem does not store it ({error.strerror})") from error
-    index = Index(fd, upper, markers, origins)
+    index = Index(fd, [upper, *lowers], markers, origins)
     index.clean()
     return index
 

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from unionfs.core import layercalls
 from unionfs.core.nodes import Stored
-from unionfs.core.origins import OriginFormat, handle_at, subvolume
+from unionfs.core.origins import OriginFormat, handle_at, handle_in, subvolume
 from unionfs.core.places import Gate, Layer, Place
 from unionfs.settings.features import Features
-from unionfs.sys.handles import filesystem_uuid
+from unionfs.sys.fds import Owned
+from unionfs.sys.handles import filesystem_uuid, open_handle
 from unionfs.union.markers import Markers
 from unionfs.union.numbers import Numbers
 
@@ -135,6 +136,15 @@ class Origins(OriginFormat):
     def _of_copy(self, source: int) -> bytes:
         return layercalls.call(os.getxattr, b"/proc/self/fd/%d" % source, self._markers.origin)
 
+    def links_of(self, origin: bytes, device: int, root_fd: int) -> int:
+        """``st_nlink`` of the object that an origin names, if it is on the filesystem of the layer with that
+        root and device and can be opened by its handle, which takes privilege; else 0."""
+        kind, handle = handle_in(origin)
+        try:
+            return layercalls.call(_links_by_handle, root_fd, kind, handle, device)
+        except OSError:
+            return 0
+
     def names_objects_of(self, layer: Layer) -> bool:
         """Whether origins name the objects of a layer, with the numbers that they have."""
         try:
@@ -160,6 +170,13 @@ class Origins(OriginFormat):
                 os.setxattr(b"/proc/self/fd/%d" % dir_fd, self._markers.impure, b"y")
                 place.marked(impure=True, copied=place.copied)
         return place.impure
+
+
+def _links_by_handle(root_fd: int, kind: int, handle: bytes, device: int) -> int:
+    """Raises OSError if there is no such object."""
+    with Owned(open_handle(root_fd, kind, handle)) as fd:
+        st = os.fstat(fd)
+    return st.st_nlink if st.st_dev == device else 0
 
 
 def _look_at(root_fd: int) -> tuple[str, int] | None:

@@ -261,6 +261,8 @@ class DataRequests:
         if end > request.offset:
             count = end - request.offset
             if count >= len(request.data):
+                if request.resent and _has(file, request):
+                    return len(request.data)
                 raise os_error(errno.EPERM)
             return count + await self._files.write(file, end, request.data[count:], killer)
         count = await self._files.write(file, request.offset, request.data, killer)
@@ -311,3 +313,8 @@ class DataRequests:
         return await self._files.copy_range(
             source, request.off_in, target, request.off_out, min(request.len, _MAX_COPY)
         )
+
+
+def _has(file: OpenFile, request: rq.Write) -> bool:
+    """Whether a file has the data of a write, which a former daemon has made then."""
+    return os.pread(file.fd, len(request.data), request.offset) == bytes(request.data)

@@ -57,6 +57,7 @@ async def answer(operations: Operations, request: rq.Ioctl) -> Reply:
             result = fcntl.ioctl(fd, request.cmd, value)
         elif command.writes:
             result = _set(operations, node, fd, request.cmd, value)
+            operations.invalidations.of_node(node)  # for its ctime
         else:
             result, value[:] = layercalls.call(_ioctl, fd, request.cmd, bytes(value))
             others = _get(value) & ~(command.immutable | command.append)
