@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from unionfs.sys.process import children_of
+
 _UNIONFS = (sys.executable, "-m", "unionfs")
 _DIRECTORY = 100
 _SECONDS = 60.0
@@ -39,7 +41,7 @@ def _pss(pid: int) -> int:
 
 
 def _holder(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+    return children_of(pid)[0]
 
 
 def _waits(top: Path, kills: int) -> list[float]:

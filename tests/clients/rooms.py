@@ -21,6 +21,7 @@ import pytest
 
 from tests.support.patience import patient
 from tests.support.worker import REPOSITORY
+from unionfs.sys.process import children_of
 
 SECONDS = patient(500.0)
 Done = subprocess.CompletedProcess[str]
@@ -56,8 +57,7 @@ class Room:
         assert self.holder.stdout is not None
         self.holder.stdout.readline()
         self.holder.stdout.close()
-        children = Path(f"/proc/{self.holder.pid}/task/{self.holder.pid}/children").read_text()
-        self.init = int(children.split()[0])
+        self.init = children_of(self.holder.pid)[0]
         try:
             self._furnish(rootless=rootless)
         except BaseException:

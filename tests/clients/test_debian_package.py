@@ -16,6 +16,7 @@ from tests.clients import debian
 from tests.clients.support import run
 from tests.support import areas
 from tests.support.worker import REPOSITORY
+from unionfs.sys.process import children_of
 
 pytestmark = [
     pytest.mark.slow, pytest.mark.usefixtures("root"), pytest.mark.timeout(2400), pytest.mark.watchdog(2300),
@@ -52,8 +53,7 @@ class Machine:
         )  # fmt: skip
         assert self._holder.stdout is not None
         assert self._holder.stdout.readline() == b"\n"
-        children = Path(f"/proc/{self._holder.pid}/task/{self._holder.pid}/children").read_text()
-        self._init = children.split()[0]
+        self._init = str(children_of(self._holder.pid)[0])
 
     def _command(self, script: str) -> list[str]:
         return ["nsenter", "-t", self._init, "-m", "-p", "-r", "-w", "bash", "-ec", f"cd /root; {script}"]

@@ -15,6 +15,7 @@ import pytest
 
 from tests.mount.hung_calls import wait_until
 from tests.support.mounting import is_mounted
+from unionfs.sys.process import children_of
 
 _SSHD = """\
 ListenAddress 127.0.0.1
@@ -95,9 +96,8 @@ def _answers(port: int) -> bool:
 def _below(pid: int) -> Iterator[int]:
     """A process and those that it has started."""
     yield pid
-    with suppress(FileNotFoundError, ProcessLookupError):
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            yield from _below(int(child))
+    for child in children_of(pid):
+        yield from _below(child)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

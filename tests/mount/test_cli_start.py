@@ -16,6 +16,7 @@ from tests.mount.cli_calls import REPOSITORY, UNIONFS, Place, mounts_at, succeed
 from tests.support import tracing
 from tests.support.patience import patient
 from unionfs.daemon import live
+from unionfs.sys.process import children_of
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def _daemon(process: subprocess.Popen[str]) -> int:
     """The pid of the daemon started by a held `unionfs mount`: the child of strace's child."""
     pid = process.pid
     for _ in range(2):
-        pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+        pid = children_of(pid)[0]
     return pid
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import termios
-from pathlib import Path
 
 import pytest
 
 from tests.mount.cli_calls import gone, wait_for
 from tests.mount.run_calls import Containers, Terminal
 from tests.support.patience import patient
+from unionfs.sys.process import children_of
 
 BASH = ("/usr/bin/bash", "--norc", "--noprofile")
 
@@ -60,8 +60,8 @@ def test_settings_are_restored(box: Containers, end: str) -> None:
 
 def child(pid: int) -> int:
     """The only child of a process."""
-    (found,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return int(found)
+    (found,) = children_of(pid)
+    return found
 
 
 def test_job_control(box: Containers) -> None:

@@ -34,6 +34,7 @@ from tests.support.worker import Worker
 from unionfs.daemon import live, others
 from unionfs.sys import unmount as sys_unmount
 from unionfs.sys.mountinfo import MountEntry, mounted_at
+from unionfs.sys.process import pid_and_start
 
 ATTACKER = 1001
 ROUNDS = 1000
@@ -280,7 +281,7 @@ class TestMounts:
         self, host: Host, place: Place, attacker: Worker
     ) -> None:
         pid = host.mount()
-        started = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        pid, started = pid_and_start(pid)
         name = live.abstract_name(live.entry_name(pid, started))
         assert attacker.call(attacks.ask, name) == b""
         assert attacks.ask(name).startswith(b'{"settings"')

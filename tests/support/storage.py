@@ -11,7 +11,7 @@ from typing import Any
 from tests.mount import cli_calls
 from tests.mount.cli_calls import Done, Place, session_words, succeed, wait_for
 from tests.support import areas
-from unionfs.sys.process import start_time
+from unionfs.sys.process import children_of, command_of, start_time
 
 
 class Storage:
@@ -71,11 +71,7 @@ class Storage:
 
     def guardian(self) -> int:
         """The pid of the process that watches the daemon."""
-        daemon = self.place.pid()
-        children = Path(f"/proc/{daemon}/task/{daemon}/children").read_text().split()
-        (found,) = [
-            int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text() == "unionfs-guard\n"
-        ]
+        (found,) = [pid for pid in children_of(self.place.pid()) if command_of(pid) == "unionfs-guard"]
         assert start_time(found) is not None
         return found
 

@@ -28,6 +28,17 @@ def test_the_rows_of_settings() -> None:
     assert (plain["upper_tmpfs"], plain["lowers"]) == ("yes", "/a")
 
 
+def test_the_rows_of_features_and_of_what_is_shown() -> None:
+    """Each has a row of its own, with the name of its option."""
+    options = ["xino=off", "uidmapping=0:1000:1:5:7:2", "squash_to_gid=4", "static_nlink", "noacl"]
+    values = dict(setting_rows(settle("/m", lowers=["/a"], upper="/u", work="/w", options=options).to_json()))
+    assert {"features", "shown"}.isdisjoint(values)
+    assert [values[name] for name in ("redirect_dir", "index", "metacopy", "xino")] == ["-", "-", "-", "off"]
+    assert (values["uidmapping"], values["gidmapping"]) == ("0:1000:1, 5:7:2", "-")
+    assert (values["squash_to_uid"], values["squash_to_gid"]) == ("-", "4")
+    assert (values["static_nlink"], values["acl"], values["xattr_permissions"]) == ("yes", "no", "0")
+
+
 def test_why_data_flows_that_way() -> None:
     """What says nothing is left out; a daemon of another version may answer anything."""
     io = {"io": "x", "why": "because", "why_not": {"a": "not a", "b": ""}, "missing": {"c": "no c"}}

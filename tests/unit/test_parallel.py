@@ -15,6 +15,7 @@ import pytest
 from tests.support import areas, enclosure, turns
 from tests.support.patience import patient
 from tests.support.worker import REPOSITORY
+from unionfs.sys.process import children_of
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_nothing_leaves_an_enclosure(command: list[str], area: Path, how: str) -
 def _descendant(pid: int, depth: int) -> int:
     """The first child's first child, and so on."""
     for _ in range(depth):
-        pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+        pid = children_of(pid)[0]
     return pid
 
 

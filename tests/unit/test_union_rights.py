@@ -30,6 +30,7 @@ from unionfs.sys import calls
 from unionfs.sys.capabilities import keep_capabilities
 from unionfs.sys.namespaces import CLONE_NEWUSER, unshare
 from unionfs.sys.override import Override
+from unionfs.sys.process import children_of
 from unionfs.sys.trees import remove_path
 from unionfs.union.changes import Caller, Changes
 from unionfs.union.copyup import CopyUp
@@ -237,10 +238,6 @@ def test_setgid_that_could_not_be_restored(home: Path) -> None:
 # -- files that are read in spite of their mode -------------------------------------------------------
 
 
-def _children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def _fds(pid: int) -> list[int] | None:
     """The open fds of a child that has answered; it closes those of the answer afterwards."""
     directory = f"/proc/{pid}/fd"
@@ -267,7 +264,7 @@ def read_by_override(home: Path) -> Any:
         error_of(lambda name=name: read(name)) for name in (b"mine", b"group", b"other", b"none", b"closed/f")
     ]
     results += [error_of(lambda: xattr(b"mine")), error_of(lambda: xattr(b"other"))]
-    for child in _children(os.getpid()):
+    for child in children_of(os.getpid()):
         results.append(_fds(child))
         os.kill(child, signal.SIGKILL)
     results.append(read(b"mine"))
@@ -307,7 +304,7 @@ def test_the_child_ends_with_its_daemon(home: Path) -> None:
 
     def start() -> Any:
         fd = Override().open(os.open(home, os.O_PATH), b"mine", os.O_RDONLY)
-        return [fd is not None, _children(os.getpid())]
+        return [fd is not None, children_of(os.getpid())]
 
     possible, children = as_user(start)  # which ends without closing it
     if not possible:

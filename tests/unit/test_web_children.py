@@ -6,11 +6,12 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+
+from unionfs.sys.process import children_of
 
 pytest.importorskip("hypercorn", reason="the extra `web` is not installed")
 
@@ -39,11 +40,6 @@ def refusing(error: BaseException) -> Callable[[], Any]:
         raise error
 
     return refuse
-
-
-def children_of_this() -> list[int]:
-    text = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
-    return [int(word) for word in text.split()]
 
 
 async def test_answers() -> None:
@@ -79,7 +75,7 @@ async def test_an_end_without_an_answer(capfd: pytest.CaptureFixture[str]) -> No
 async def test_those_that_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are killed, and as many as there may be delay, but do not stop, the next ones."""
     monkeypatch.setattr(children, "_SECONDS", 0.2)
-    others = children_of_this()
+    others = children_of(os.getpid())
     async with trio.open_nursery() as nursery:
         asked = Children(nursery)
         pids = []
@@ -92,10 +88,10 @@ async def test_those_that_hang(monkeypatch: pytest.MonkeyPatch) -> None:
             for _ in range(20):
                 several.start_soon(hang)
             await trio.sleep(0.1)
-            pids = children_of_this()
+            pids = children_of(os.getpid())
         assert await asked.ask(lambda: 1) == 1
     assert len(set(pids) - set(others)) >= children._MOST_CHILDREN
-    assert set(children_of_this()) <= set(others)
+    assert set(children_of(os.getpid())) <= set(others)
 
 
 async def test_places_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import httpx
 
 from tests.mount.cli_calls import REPOSITORY, wait_for
 from tests.support.patience import patient
+from unionfs.sys.process import children_of
 
 WEB = (sys.executable, "-m", "unionfs", "web")
 
@@ -55,8 +56,7 @@ class Server:
         return self.process.returncode, told
 
     def children(self) -> list[int]:
-        pid = self.process.pid
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return children_of(self.process.pid)
 
 
 class Client:

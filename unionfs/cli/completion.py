@@ -88,7 +88,7 @@ Examples:
 @click.pass_context
 @click.argument("shell", type=click.Choice(_SHELLS))
 def completion(context: click.Context, shell: str) -> None:
-    """Print the completion script for SHELL: subcommands, options, paths, and names of what exists."""
+    """Print the completion script for a shell: subcommands, options, paths, and names of what exists."""
     found = get_completion_class(shell)
     assert found is not None
     source = found(context.find_root().command, {}, "unionfs", "_UNIONFS_COMPLETE")

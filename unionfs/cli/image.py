@@ -12,7 +12,7 @@ from unionfs.cli.lazy import LazyGroup
 from unionfs.cli.progress import progress_option, shown_progress
 from unionfs.cli.rules import complete_images, rules_options
 from unionfs.settings.sizes import shown_size
-from unionfs.settings.words import moment
+from unionfs.settings.words import in_table, moment
 
 if TYPE_CHECKING:
     from unionfs.images.rules import Rules
@@ -109,10 +109,13 @@ def ls(quiet: bool, as_json: bool, root: str | None) -> None:
             print(one.id)
     else:
         rows = [
-            (name, one.id[:12], str(len(one.layers)), shown_size(_size(store, one)), moment(one.added))
+            (
+                name, one.id[:12], str(len(one.layers)), shown_size(_size(store, one)),
+                in_table(moment(one.added)),
+            )
             for one in found
             for name in (one.names or ("<none>",))
-        ]
+        ]  # fmt: skip
         print_table(("NAME", "ID", "LAYERS", "SIZE", "ADDED"), rows)
 
 

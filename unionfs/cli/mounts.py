@@ -20,7 +20,7 @@ from unionfs.daemon.live import LiveMount, held_mounts, live_mounts, waiting_mou
 from unionfs.daemon.others import mounts_of_others
 from unionfs.errors import quoted
 from unionfs.settings.filters import parse_filters
-from unionfs.settings.words import moment
+from unionfs.settings.words import in_table, moment
 from unionfs.sys.mountinfo import MountEntry
 
 _KEYS = ("mountpoint", "state", "session", "layer")
@@ -62,7 +62,7 @@ def ls(quiet: bool, filters: tuple[str, ...], template: str | None, as_json: boo
             str(summary["pid"] or "-"),
             "-" if summary["layers"] is None else str(len(summary["layers"])),
             summary["session"] or "-",
-            (summary["since"] or "-").replace("T", " ")[:19],
+            in_table(summary["since"]),
         )
         for summary in summaries
     ]

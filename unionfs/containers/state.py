@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from unionfs.containers.store import Container, names
 from unionfs.errors import UserError, on_failure, quoted
-from unionfs.settings.words import moment
+from unionfs.settings.words import in_table, moment
 from unionfs.storage import jsonfiles
 from unionfs.sys.fds import Owned
 from unionfs.sys.process import is_alive, wait_gone
@@ -243,7 +243,7 @@ def shown_fields(one: Mapping[str, Any]) -> dict[str, str]:
         "ID": one["name"],
         "Image": one["image"][:12] if one["image"] else (one["lowers"] or ["-"])[0],
         "Command": shlex.join(one["command"])[:40] or "-",
-        "CreatedAt": moment(one["since"])[:19].replace("T", " ") if one["since"] else "-",
+        "CreatedAt": in_table(moment(one["since"]) if one["since"] else None),
         "Status": status,
         "State": one["state"],
         "Ports": ", ".join(one["ports"]),

@@ -11,6 +11,7 @@ _T = TypeVar("_T")
 NOT_THERE: Final[tuple[int, ...]]
 NO_KEY: Final[int]
 SHARED: Final[dict[int, str]]
+SHARED_TYPES: Final[tuple[str, ...]]
 
 def look_at_root(fd: int) -> tuple[int, int, int, bool, bool]: ...
 

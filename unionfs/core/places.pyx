@@ -47,16 +47,33 @@ cdef object KEEP_NUMBERS = frozenset({
 
 cdef object MEMORY = frozenset({TMPFS, <unsigned long>RAMFS})
 
-#: The filesystems that other hosts may change, or another kernel through the server, by their magic numbers: the kernel's
-#: include/uapi/linux/magic.h, fs/gfs2, fs/ocfs2, fs/vboxsf; those of Lustre, GPFS, BeeGFS, PanFS, StorNext, VxFS and
-#: VMware from coreutils, src/stat.c. FUSE is also sshfs, rclone, glusterfs, and virtiofs.
-SHARED = {
-    NFS: "NFS", FUSE: "FUSE", 0x517B: "SMB", 0xFE534D42: "SMB", 0xFF534D42: "SMB", 0x00C36400: "Ceph", 0x6B414653: "AFS",
-    0x0BD00BD0: "Lustre", 0x01021997: "9p", 0x5346414F: "AFS", 0x73757245: "Coda", 0x01161970: "GFS2",
-    0x7461636F: "OCFS2", 0x786F4256: "a VirtualBox share", 0x47504653: "GPFS", 0x19830326: "BeeGFS",
-    0xAAD7AAEA: "PanFS", 0xBEEFDEAD: "StorNext", 0xA501FCF5: "VxFS", 0xBACBACBC: "a VMware share",
-    0x20030528: "OrangeFS",
-}
+#: The filesystems that other hosts may change, or another kernel through the server: name, types in mount tables, magic
+#: numbers. Sources: the kernel's include/uapi/linux/magic.h, fs/gfs2, fs/ocfs2, fs/vboxsf, fs/orangefs; for Lustre, GPFS,
+#: BeeGFS, PanFS, StorNext, VxFS and VMware coreutils, src/stat.c. FUSE is also sshfs, rclone and glusterfs.
+cdef object _SHARED = (
+    ("NFS", ("nfs", "nfs4"), (NFS,)),
+    ("FUSE", ("fuse", "virtiofs"), (FUSE,)),
+    ("SMB", ("cifs", "smb3", "smbfs"), (0x517B, 0xFE534D42, 0xFF534D42)),
+    ("Ceph", ("ceph",), (0x00C36400,)),
+    ("AFS", ("afs",), (0x6B414653, 0x5346414F)),
+    ("Lustre", ("lustre",), (0x0BD00BD0,)),
+    ("9p", ("9p",), (0x01021997,)),
+    ("Coda", ("coda",), (0x73757245,)),
+    ("GFS2", ("gfs2",), (0x01161970,)),
+    ("OCFS2", ("ocfs2",), (0x7461636F,)),
+    ("a VirtualBox share", ("vboxsf",), (0x786F4256,)),
+    ("GPFS", ("gpfs",), (0x47504653,)),
+    ("BeeGFS", ("beegfs",), (0x19830326,)),
+    ("PanFS", ("panfs",), (0xAAD7AAEA,)),
+    ("StorNext", ("cvfs",), (0xBEEFDEAD,)),
+    ("VxFS", ("vxfs",), (0xA501FCF5,)),
+    ("a VMware share", ("vmhgfs",), (0xBACBACBC,)),
+    ("OrangeFS", ("pvfs2",), (0x20030528,)),
+)
+#: Their names by their magic numbers.
+SHARED = {magic: name for name, _, magics in _SHARED for magic in magics}
+#: Their types in mount tables, but for subtypes of FUSE (proc_pid_mountinfo(5)).
+SHARED_TYPES = tuple(fstype for _, types, _ in _SHARED for fstype in types)
 
 #: Those of them whose calls wait for a server and which answer statx(2) with AT_STATX_DONT_SYNC without it, which `marks`
 #: needs: so not 9p, Coda and OpenAFS, cluster filesystems on shared disks, and others whose sources are not in the

@@ -26,8 +26,7 @@ from unionfs.daemon.service import Service
 from unionfs.errors import UserError
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.specs import BindSpec, VolumeSpec
-from unionfs.storage.model import VolumeUser
-from unionfs.storage.users import hold, release
+from unionfs.storage.users import hold, release, user_of
 from unionfs.sys.liveness import is_dead
 from unionfs.sys.mountinfo import mounted_at
 from unionfs.sys.process import pid_and_start, pid_namespace, wait_gone
@@ -90,7 +89,7 @@ def mount_anew(state: State, dead: DeadDaemon) -> int:
         log.warning(text, entry.pid, deaths, dead.why)
         try:
             settings = _settings(entry, state.restrictions)
-            user = VolumeUser.of_process("mount", waiting.pid, waiting.started, settings.mountpoint)
+            user = user_of(settings, *waiting.volume_user)
             hold(settings, user)
             refuse_others(dead.layers, settings.mountpoint)
 

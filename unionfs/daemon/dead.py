@@ -189,11 +189,9 @@ def forget(entry: LiveMount) -> None:
     """Release the volumes of a daemon that was killed together with its guardian, and remove its entry."""
     if entry.settings.storage:
         # For start-up time: most unions have no storage.
-        from unionfs.storage.model import VolumeUser
-        from unionfs.storage.users import release
+        from unionfs.storage.users import release, user_of
 
-        pid, started = entry.guardian or (entry.pid, entry.started)
-        release(entry.settings, VolumeUser.of_process("mount", pid, started, entry.settings.mountpoint))
+        release(entry.settings, user_of(entry.settings, *entry.volume_user))
     entry.remove()
 
 

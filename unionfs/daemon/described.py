@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from unionfs.errors import quoted
 from unionfs.settings.words import shown_bytes, shown_clock
 
+_OPTIONS: Final = {
+    "uids": "uidmapping",
+    "gids": "gidmapping",
+    "uid": "squash_to_uid",
+    "gid": "squash_to_gid",
+    "permissions": "xattr_permissions",
+}
+"""The options of those parts of `Shown` that have other names."""
+
 
 def setting_rows(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return name and value of each setting, from `MountSettings.to_json`."""
-    rows = [(name, shown(value)) for name, value in settings.items() if name != "storage"]
+    rows = []
+    for name, value in settings.items():
+        match name:
+            case "storage":
+                continue
+            case "features" | "shown":
+                rows += [(_OPTIONS.get(part, part), _shown_part(item)) for part, item in value.items()]
+            case _:
+                rows.append((name, shown(value)))
     return rows + [("storage", _shown_storage(spec)) for spec in settings["storage"]]
+
+
+def _shown_part(value: object) -> str:
+    if isinstance(value, list | tuple):  # ranges of ids
+        value = [":".join(map(str, item)) for item in value]
+    return shown(value)
 
 
 def io_reasons(io: object) -> list[str]:

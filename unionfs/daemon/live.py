@@ -65,6 +65,11 @@ class LiveMount:
         """The name of the entry's files, without suffix."""
         return entry_name(self.pid, self.started)
 
+    @property
+    def volume_user(self) -> tuple[int, int]:
+        """The process (pid, start time) that is the user of its volumes."""
+        return self.guardian or (self.pid, self.started)
+
     def is_alive(self) -> bool:
         return is_alive(self.pid, self.started)
 

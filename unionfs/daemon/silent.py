@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final
 
+from unionfs.core.places import SHARED_TYPES
 from unionfs.daemon.caller import CALLER
 from unionfs.errors import UserError, quoted
 from unionfs.sys.calls import PR_SET_PDEATHSIG, prctl
@@ -28,9 +29,7 @@ Layers = Iterable[tuple[str, str]]
 
 _TELL_SECONDS: Final = 5.0
 _REMOTE: Final = re.compile(
-    rb"^\S+ \S+ \S+ \S+ (\S+) .* - (?:9p|afs|beegfs|ceph|cifs|coda|fuse|gfs2|gpfs|lustre|nfs4?|ocfs2|"
-    rb"orangefs|smb3|smbfs|vboxsf|virtiofs)[. ]",
-    re.MULTILINE,
+    rb"^\S+ \S+ \S+ \S+ (\S+) .* - (?:%b)[. ]" % "|".join(SHARED_TYPES).encode(), re.MULTILINE
 )
 """A line of a mount table (proc_pid_mountinfo(5)) whose filesystem has a server, with the mount point. Few
 have one, and to parse all lines takes longer."""
@@ -122,7 +121,12 @@ def _ask(paths: Sequence[str], writer: int, parent: int) -> None:
 
 def _remote_mountpoints() -> set[str]:
     with open("/proc/self/mountinfo", "rb") as file:
-        return {unescape(path) for path in _REMOTE.findall(file.read())}
+        return remote_in(file.read())
+
+
+def remote_in(table: bytes) -> set[str]:
+    """The mount points in a mount table whose filesystems have a server."""
+    return {unescape(path) for path in _REMOTE.findall(table)}
 
 
 def _lies_below(path: str, mountpoints: set[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,15 +14,15 @@ from unionfs.settings.mount import MountSettings
 from unionfs.settings.specs import Spec
 from unionfs.storage import served
 from unionfs.storage.attach import attach, attach_below
-from unionfs.storage.model import VolumeUser
 from unionfs.storage.populate import Layered
 from unionfs.storage.sources import Sources
-from unionfs.storage.users import release, with_names
+from unionfs.storage.users import release, user_of, with_names
 from unionfs.storage.volumes import Volumes
 from unionfs.sys import guardian
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 from unionfs.sys.guardian import Guardian
 from unionfs.sys.mountinfo import MountEntry, mounted_at
+from unionfs.sys.process import pid_and_start
 from unionfs.union.layers import LayerStack
 from unionfs.union.tree import Union
 
@@ -42,7 +43,7 @@ class Storage:
         """
         self._state = state
         self.settings = replace(settings, storage=with_names(settings.storage))
-        self._user = VolumeUser.of_this_process("mount", settings.mountpoint)
+        self._user = user_of(settings, *pid_and_start(os.getpid()))
         self._kernel_mounts = has_capability(CAP_SYS_ADMIN)
         self._kept = former is not None
         self._sources: Sources | None = None
@@ -52,7 +53,7 @@ class Storage:
         else:
             self._guardian = former
         if settings.outlive:  # the daemon may be replaced, but not the guardian
-            self._user = VolumeUser.of_pid("mount", self._guardian.pid, settings.mountpoint)
+            self._user = user_of(settings, *pid_and_start(self._guardian.pid))
         if former is None:
             self._open()
 
@@ -76,7 +77,7 @@ class Storage:
             clear_dead_mounts(device)
         user = self._user
         if self.settings.outlive:
-            user = VolumeUser.of_this_process("mount", self.settings.mountpoint)
+            user = user_of(self.settings, *pid_and_start(os.getpid()))
         release(self.settings, user)
         live.entries()
 

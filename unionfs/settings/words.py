@@ -44,6 +44,11 @@ def moment(seconds: float, timespec: str = "seconds") -> str:
     return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec=timespec)
 
 
+def in_table(moment: str | None) -> str:
+    """Shorten what :func:`moment` returned for a table: local time, without its offset."""
+    return "-" if not moment else moment[:19].replace("T", " ")
+
+
 def shown_duration(ns: float | None) -> str:
     """Format a duration with three digits, the accuracy of the measurement."""
     if ns is None:

@@ -30,6 +30,7 @@ from unionfs.storage.archive.walk import Walker
 from unionfs.storage.archive.write import ArchiveWriter, Pass
 from unionfs.storage.drivers import find_driver
 from unionfs.storage.volumes import Volume, Volumes
+from unionfs.sys.fds import replacing
 
 MANIFEST = "manifest"
 """The manifest of the last backup or restore, stored beside the volume's data for `verify`."""
@@ -246,16 +247,8 @@ def explained(source: str, *, nothing: str = "") -> Iterator[None]:
 
 def keep_manifest(volume: Volume, copy: Callable[[IO[bytes]], None]) -> None:
     """Store a manifest beside the volume's data."""
-    path = f"{volume.directory}/{MANIFEST}"
-    fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        with open(fd, "wb") as out:
-            copy(out)
-        os.replace(f"{path}.new", path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(f"{path}.new")
-        raise
+    with replacing(f"{volume.directory}/{MANIFEST}", sync=False) as out:
+        copy(out)
 
 
 def backed_up(volume: Volume) -> float | None:

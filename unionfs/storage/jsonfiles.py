@@ -24,24 +24,10 @@ def read(path: str, at: int | None = None) -> Any:
 
 
 def write(path: str, values: object, *, sync: bool = True) -> None:
-    """Replace a file atomically. Allows one writer at a time. Raises OSError.
-
-    With `sync`, a power cut leaves either the old or the new content, never an empty file.
-    """
-    new = f"{path}.new"
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        with open(fd, "w", encoding="ascii") as out:
-            # Not `dump`, which is not the compiled encoder.
-            out.write(json.dumps(values))
-            if sync:
-                out.flush()
-                os.fsync(fd)
-        os.rename(new, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(new)
-        raise
+    """Replace a file atomically; see `fds.replacing`. Raises OSError."""
+    with fds.replacing(path, sync=sync) as out:
+        # Not `dump`, which is not the compiled encoder.
+        out.write(json.dumps(values).encode("ascii"))
 
 
 def write_into(spare: str, path: str, values: object) -> bool:

@@ -69,12 +69,7 @@ class VolumeUser:
     @classmethod
     def of_this_process(cls, kind: str, what: str = "") -> str:
         """Returns the text for this process."""
-        return cls.of_pid(kind, os.getpid(), what)
-
-    @classmethod
-    def of_pid(cls, kind: str, pid: int, what: str) -> str:
-        """Returns the text for the process that has this pid now."""
-        return cls.of_process(kind, *pid_and_start(pid), what)
+        return cls.of_process(kind, *pid_and_start(os.getpid()), what)
 
     @classmethod
     def of_process(cls, kind: str, pid: int, started: int, what: str) -> str:

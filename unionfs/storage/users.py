@@ -10,6 +10,7 @@ from unionfs.errors import UserError, quoted
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.names import anonymous_name
 from unionfs.settings.specs import Spec, VolumeSpec
+from unionfs.storage.model import VolumeUser
 from unionfs.storage.volumes import Volumes
 
 log = logging.getLogger(__name__)
@@ -21,6 +22,11 @@ def with_names(specs: Sequence[Spec]) -> tuple[Spec, ...]:
         replace(spec, name=anonymous_name()) if isinstance(spec, VolumeSpec) and spec.name is None else spec
         for spec in specs
     )
+
+
+def user_of(settings: MountSettings, pid: int, started: int) -> str:
+    """The text of a mount as a user of its volumes until a process ends: its daemon, or one that stays."""
+    return VolumeUser.of_process("mount", pid, started, settings.mountpoint)
 
 
 def hold(settings: MountSettings, user: str) -> None:

@@ -6,9 +6,10 @@ import errno
 import os
 import resource
 import stat
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
-from typing import Final
+from typing import IO, Final
 
 from unionfs.core import layercalls, marks
 
@@ -123,6 +124,28 @@ def sync_directory(path: str) -> None:
     """fsync(2) a directory, so that its entries are durable. Raises OSError."""
     with directory(path) as fd:
         os.fsync(fd)
+
+
+@contextmanager
+def replacing(path: str, *, sync: bool) -> Iterator[IO[bytes]]:
+    """A file of mode 0600 that takes the place of another one at the end of the block, if that succeeds.
+
+    Until then its name has the suffix `.new`, so there may be one writer at a time. With `sync`, a power cut
+    leaves either the old or the new content, never an empty file. Raises OSError.
+    """
+    new = f"{path}.new"
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with open(fd, "wb") as out:
+            yield out
+            if sync:
+                out.flush()
+                os.fsync(fd)
+        os.rename(new, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(new)
+        raise
 
 
 def open_for_listing(fd: int) -> int:

@@ -17,7 +17,7 @@ from starlette.routing import Mount, Route
 
 from unionfs import __version__
 from unionfs.errors import UserError
-from unionfs.settings.words import moment, shown_bytes
+from unionfs.settings.words import in_table, moment, shown_bytes
 from unionfs.web import facts
 from unionfs.web.children import Children
 from unionfs.web.history import Followed, History
@@ -43,7 +43,7 @@ def templates() -> Environment:
         "rate": _known(rate),
         "seconds": _known(seconds),
         "count": _known(lambda value: f"{value:.0f}"),
-        "moment": _known(lambda value: moment(value)[:19].replace("T", " ")),
+        "moment": _known(lambda value: in_table(moment(value))),
         "spark": sparkline,
     }
     return found

@@ -11,7 +11,7 @@ from unionfs.cli.branch.common import json_option
 from unionfs.cli.common import complain, print_json, print_table, root_option
 from unionfs.cli.terminal import shell_word
 from unionfs.errors import quoted
-from unionfs.settings.words import moment
+from unionfs.settings.words import in_table, moment
 
 
 @click.command(epilog="Example: unionfs branch ls --json")
@@ -45,7 +45,7 @@ def _row(values: dict[str, Any]) -> tuple[str, ...]:
     return (
         values["name"] + (" (frozen)" if values["frozen"] else ""),
         over,
-        values["created"].replace("T", " ")[:19],
+        in_table(values["created"]),
         quoted(values["mountpoint"]) if values["mountpoint"] else "-",
         words if len(words) < 40 else words[:37] + "...",
         "-" if values["exit_code"] is None else str(values["exit_code"]),

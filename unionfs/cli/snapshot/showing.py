@@ -11,7 +11,7 @@ from unionfs.cli.completing import complete_mountpoints
 from unionfs.cli.finding import find_mount
 from unionfs.cli.snapshot.common import complete_snapshots
 from unionfs.errors import quoted
-from unionfs.settings.words import moment
+from unionfs.settings.words import in_table, moment
 
 
 @click.command(epilog="Example: unionfs snapshot ls --json /mnt")
@@ -32,7 +32,7 @@ def ls(as_json: bool, mountpoint: str) -> None:
     elif found:
         rows = [
             (
-                one["name"] + (" *" if one["current"] else ""), one["created"].replace("T", " ")[:19],
+                one["name"] + (" *" if one["current"] else ""), in_table(one["created"]),
                 one["parent"] or "-", quoted(one["layer"]),
             )
             for one in found
