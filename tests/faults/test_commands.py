@@ -107,6 +107,31 @@ def test_a_backup(area: Path) -> None:
     assert not any(point.startswith("renameat ") for point in reference.points)
 
 
+def test_a_backup_over_its_base(area: Path) -> None:
+    """An archive that others need is not replaced because it could not be looked at."""
+    place = area / "place"
+    place.mkdir()
+    commands.CHANGED.prepare(place)
+    archive = place / "vol.tar"
+    before = archive.read_bytes()
+    fault = Fault(1, errno.EIO, on=("newfstatat", "/vol.tar"))
+    words = ["volume", "backup", "vol", "--since", str(archive), "-o", str(archive)]
+    outcome, _ = commands.run(place, words, fault)
+    assert fault.hit
+    assert commands.message(outcome, fault) == []
+    assert archive.read_bytes() == before
+
+
+def test_a_mount_of_snapshots(area: Path) -> None:
+    """They are not left out because they cannot be looked for."""
+    (scenario,) = [one for one in commands.SCENARIOS if one.name == "mount of snapshots"]
+    reference = commands.reference(area / "reference", scenario)
+    for number in range(1, sum(one.endswith("/upper.snapshots") for one in reference.points) + 1):
+        fault = Fault(number, errno.EIO, on=("", "/upper.snapshots"))
+        assert commands.tried(area / "place", scenario, fault, reference) == []
+        assert fault.hit
+
+
 def test_a_restore(area: Path) -> None:
     """The old content is back if the new one's name cannot be made durable; the archive was only read."""
     reference = commands.reference(area / "reference", commands.CHANGED)
