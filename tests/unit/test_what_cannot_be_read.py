@@ -1,4 +1,4 @@
-"""Storage drivers of containers and volumes: what cannot be looked at is not missing."""
+"""Containers, images and volumes on disk: what cannot be looked at is not missing."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from unionfs.containers.store import Container
 from unionfs.errors import UserError
 from unionfs.images.drivers.base import Writable
 from unionfs.images.drivers.btrfs import Btrfs
 from unionfs.images.drivers.devicemapper import DeviceMapper
 from unionfs.images.drivers.snapshots import Snapshots
+from unionfs.images.store import Store
 from unionfs.storage.drivers import image
 from unionfs.storage.model import Volume
 from unionfs.sys.fds import exists
@@ -50,6 +52,26 @@ def test_a_volume_whose_image_cannot_be_looked_at(tmp_path: Path) -> None:
     volume = Volume("v", "local", "", anonymous=False, directory=f"{tmp_path}/loop/v")
     with pytest.raises(UserError, match="cannot be used"):
         image.exists(volume)
+
+
+def test_a_container_whose_record_cannot_be_read(tmp_path: Path) -> None:
+    """It keeps its image, and nobody is told to remove it."""
+    container = Container(str(tmp_path), "one")
+    assert container.image() is None
+    assert container.lowers() == ()
+    Path(container.path).mkdir(parents=True)
+    Path(container.path, "container.json").symlink_to("container.json")
+    for call in (container.image, container.lowers):
+        with pytest.raises(UserError, match=r"cannot be read: too many levels.*; check the storage root"):
+            call()
+
+
+def test_an_image_whose_record_cannot_be_read(tmp_path: Path) -> None:
+    records = tmp_path / "images/records"
+    records.mkdir(parents=True)
+    (records / "r.json").symlink_to("r.json")
+    with pytest.raises(UserError, match=r"cannot be read: too many levels.*; try again"):
+        Store(str(tmp_path)).images()
 
 
 def test_a_name_that_is_too_long(tmp_path: Path) -> None:
