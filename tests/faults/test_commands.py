@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 
 import pytest
@@ -71,18 +72,64 @@ def test_a_layer(area: Path, name: str, call: str, end: str, error: int) -> None
     assert fault.hit
 
 
+def test_a_commit_to_an_image(area: Path) -> None:
+    """A list of mounts that cannot be read is reported so, not as a mount that is missing; an error of
+    closing what was only read is none; an archive whose name cannot be made durable is there."""
+    (scenario,) = [one for one in images.SCENARIOS if one.name == "commit to an image"]
+    reference = commands.reference(area / "place", scenario)
+    for fault in (
+        *(Fault(1, errno.EIO, on=(call, "/run/unionfs")) for call in ("openat", "newfstatat", "close")),
+        *(Fault(1, errno.EIO, on=(call, ".json")) for call in ("openat", "read", "close")),
+        _last(reference.points, "openat", "/run/unionfs"),
+        _last(reference.points, "close", " (deleted)"),
+        _last(reference.points, "fsync", "/place"),
+    ):
+        assert commands.tried(area / "place", scenario, fault, reference) == []
+        assert fault.hit
+
+
 def test_a_backup(area: Path) -> None:
     """Another one removes the user that a killed one has begun to record, and keeps space for one again. An
-    archive gets its name at once, and is a success although its user cannot be removed."""
-    reference = commands.reference(area / "reference", commands.BACKUP)
+    archive gets its name at once, and is a success although its user cannot be removed; one whose name
+    cannot be made durable is there, as the command says."""
+    reference = commands.reference(area / "place", commands.BACKUP)
+    stats = sum(re.fullmatch("newfstatat .*/volumes/vol", one) is not None for one in reference.points)
     for fault in (
         Fault(1, KILL, on=("rename", ".new")),
         Fault(1, errno.EIO, on=("rename", ".new")),
         _last(reference.points, "getdents64", "/volumes/vol"),
+        *(Fault(number, errno.EIO, on=("newfstatat", "/volumes/vol")) for number in range(1, stats + 1)),
+        _last(reference.points, "openat", "/place/."),
+        _last(reference.points, "fsync", "/place"),
     ):
         assert commands.tried(area / "place", commands.BACKUP, fault, reference) == []
         assert fault.hit
     assert not any(point.startswith("renameat ") for point in reference.points)
+
+
+def test_a_backup_over_its_base(area: Path) -> None:
+    """An archive that others need is not replaced because it could not be looked at."""
+    place = area / "place"
+    place.mkdir()
+    commands.CHANGED.prepare(place)
+    archive = place / "vol.tar"
+    before = archive.read_bytes()
+    fault = Fault(1, errno.EIO, on=("newfstatat", "/vol.tar"))
+    words = ["volume", "backup", "vol", "--since", str(archive), "-o", str(archive)]
+    outcome, _ = commands.run(place, words, fault)
+    assert fault.hit
+    assert commands.message(outcome, fault) == []
+    assert archive.read_bytes() == before
+
+
+def test_a_mount_of_snapshots(area: Path) -> None:
+    """They are not left out because they cannot be looked for."""
+    (scenario,) = [one for one in commands.SCENARIOS if one.name == "mount of snapshots"]
+    reference = commands.reference(area / "reference", scenario)
+    for number in range(1, sum(one.endswith("/upper.snapshots") for one in reference.points) + 1):
+        fault = Fault(number, errno.EIO, on=("", "/upper.snapshots"))
+        assert commands.tried(area / "place", scenario, fault, reference) == []
+        assert fault.hit
 
 
 def test_a_restore(area: Path) -> None:

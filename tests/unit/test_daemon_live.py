@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import stat
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,32 @@ def test_entries_of_dead_daemons_are_removed(registry: Path, settings: MountSett
     assert live.abandoned() == [dead]
     assert live.entries() == [entry]
     assert sorted(os.listdir(registry)) == [f"{entry.name}.json"]
+
+
+@pytest.mark.parametrize("free", [0, 1])
+def test_what_cannot_be_read_is_not_missing(registry: Path, settings: MountSettings, free: int) -> None:
+    """Neither the directory (no fd is free) nor an entry (one is): what is in use would count as unused."""
+    entry = _announce(settings)
+    (registry / "1-1.json").touch()  # damaged
+    taken: list[int] = []
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limits[1]))
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.open("/", os.O_RDONLY))
+        for _ in range(free):
+            os.close(taken.pop())
+        with pytest.raises(UserError, match="too many open files"):
+            live.entries()
+        with pytest.raises(UserError, match="too many open files"):
+            live.remaining()
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert live.entries() == [entry]
+    assert not (registry / "1-1.json").exists()
 
 
 @pytest.fixture

@@ -142,12 +142,15 @@ class Container:
     def lowers(self) -> tuple[str, ...]:
         """Return the lowers that it was created with; none for a new container."""
         try:
-            return tuple(jsonfiles.read(f"{self.path}/{_FACTS}")["lowers"])
-        except FileNotFoundError:
+            with (
+                on_failure(f"container {quoted(self.name)} cannot be read", "check the storage root"),
+                suppress(FileNotFoundError),
+            ):
+                return tuple(jsonfiles.read(f"{self.path}/{_FACTS}")["lowers"])
             return ()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"container {quoted(self.name)} cannot be used: {quoted(self.path)}/{_FACTS} cannot be read; "
+                f"container {quoted(self.name)} cannot be used: {quoted(self.path)}/{_FACTS} is damaged; "
                 f"remove it by `unionfs rm {quoted(self.name)}`."
             ) from error
 
@@ -214,11 +217,13 @@ class Container:
         return Writable(self.path, self.root, self.lowers())
 
     def image(self) -> str | None:
-        """Return the id of the image that it was created from, if any."""
-        try:
+        """Return the id of the image that it was created from, if any. Raises UserError."""
+        found = None
+        with (
+            on_failure(f"container {quoted(self.name)} cannot be read", "check the storage root"),
+            suppress(ValueError, AttributeError, FileNotFoundError),
+        ):
             found = jsonfiles.read(f"{self.path}/{_FACTS}").get("image")
-        except (OSError, ValueError, AttributeError):
-            return None
         return found if isinstance(found, str) else None
 
     def make(self, layer: Writable, driver: Driver | None, *, image: str | None = None) -> None:

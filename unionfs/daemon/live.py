@@ -11,14 +11,14 @@ import json
 import os
 import time
 from collections.abc import Container, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from unionfs.daemon.claiming import clear_orphans
 from unionfs.daemon.control import ANSWER_SECONDS, ask, listens
-from unionfs.daemon.runtime import RuntimeDirectory, runtime_directories
-from unionfs.errors import quoted
+from unionfs.daemon.runtime import RuntimeDirectory, is_nothing, runtime_directories
+from unionfs.errors import on_failure, quoted
 from unionfs.settings.mount import MountSettings
 from unionfs.sys.mountinfo import MountEntry, mounts_of_device, read_mountinfo
 from unionfs.sys.process import is_alive, pid_namespace, start_time, wait_gone
@@ -103,13 +103,22 @@ class LiveMount:
 
         The daemon ignores unknown parts of a question.
         """
+        try:
+            return self.asked(question, timeout=timeout)
+        except OSError:
+            return None
+
+    def asked(self, question: dict[str, Any] | None, *, timeout: float) -> dict[str, Any] | None:
+        """Like `ask`, but raises OSError if it is not known whether the daemon can be asked."""
         if self.uid is not None:
             return ask("\0" + abstract_name(self.name), timeout, question=question, pid=self.pid)
         try:
             with RuntimeDirectory(self.directory) as directory:
                 return ask(directory.address(f"{self.name}.sock"), timeout, question=question)
-        except OSError:
-            return None
+        except OSError as error:
+            if is_nothing(error):
+                return None
+            raise
 
     def to_json(self) -> dict[str, Any]:
         names = (
@@ -166,14 +175,27 @@ def abstract_name(name: str) -> str:
 
 
 def _stored(directory: RuntimeDirectory) -> Iterator[tuple[str, LiveMount | None]]:
-    """Yield the name (without suffix) and entry of each file; None for an unreadable entry."""
+    """Yield the name (without suffix) and entry of each file; None for a damaged entry. Raises OSError."""
     for file in directory.names():
         if file.endswith(".json"):
+            entry = None
             try:
                 entry = LiveMount.from_json(json.loads(directory.read(file)), directory.path)
-            except (OSError, ValueError, KeyError, TypeError, RecursionError):
-                entry = None
+            except OSError as error:
+                if not is_nothing(error):
+                    raise
+            except (ValueError, KeyError, TypeError, RecursionError):
+                pass
             yield file.removesuffix(".json"), entry
+
+
+@contextmanager
+def _opened_directories() -> Iterator[list[RuntimeDirectory]]:
+    """The runtime directories. Raises UserError, also for an OSError of the block, which reads them."""
+    with ExitStack() as opened:
+        found = [opened.enter_context(directory) for directory in runtime_directories()]
+        with on_failure("the list of mounts cannot be read", "try again"):
+            yield found
 
 
 def _is_abandoned(entry: LiveMount) -> bool:
@@ -195,25 +217,25 @@ def remaining() -> list[LiveMount]:
 
 def _all() -> list[LiveMount]:
     found: list[LiveMount] = []
-    for directory in runtime_directories():
-        with directory:
+    with _opened_directories() as directories:
+        for directory in directories:
             stored = (entry for _, entry in _stored(directory))
             found += (entry for entry in stored if entry is not None and not entry.is_elsewhere())
     return found
 
 
 def entries() -> list[LiveMount]:
-    """Return this user's entries with a live daemon or a dead mount; remove all others.
+    """Return this user's entries with a live daemon or a dead mount; remove all others. Raises UserError.
 
     Those of live daemons in other PID namespaces stay, but are not returned.
     """
     found: list[LiveMount] = []
     others: set[str] = set()
-    for directory in runtime_directories():
-        with directory:
+    with _opened_directories() as directories:
+        for directory in directories:
             for name, entry in _stored(directory):
                 if entry is None:
-                    _remove_unreadable(directory, name)
+                    _remove_damaged(directory, name)
                 elif entry.is_elsewhere():
                     others.add(name)
                 elif _is_abandoned(entry):
@@ -248,8 +270,8 @@ def _is_of_dead(directory: RuntimeDirectory, name: str) -> bool:
     return not is_alive(int(pid), int(started)) and not listens(directory.address(f"{name}.sock"))
 
 
-def _remove_unreadable(directory: RuntimeDirectory, name: str) -> None:
-    """Remove an unreadable entry, unless the daemon whose pid is in the name is alive."""
+def _remove_damaged(directory: RuntimeDirectory, name: str) -> None:
+    """Remove a damaged entry, unless the daemon whose pid is in the name is alive."""
     if not _is_entry_name(name) or _is_of_dead(directory, name):
         directory.remove(f"{name}.json", f"{name}.sock")
 

@@ -10,7 +10,7 @@ import time
 from typing import Any, Final
 
 from unionfs.daemon.live import LiveMount, live_mounts
-from unionfs.errors import UserError, quoted, with_cure
+from unionfs.errors import UserError, on_failure, quoted, with_cure
 
 END: Final = "end"
 """The order to end, and to cut off who uses the mount."""
@@ -42,7 +42,8 @@ def give(mount: LiveMount, order: str, what: str, cure: str) -> None:
     Raises UserError: "MOUNTPOINT cannot be `what`: the reason; `cure`."
     """
     place = quoted(mount.settings.mountpoint)
-    answer = mount.ask({_ORDER: order}, timeout=_SECONDS)
+    with on_failure(f"{place} cannot be {what}", "try again"):
+        answer = mount.asked({_ORDER: order}, timeout=_SECONDS)
     if answer is None:
         raise UserError(
             f"{place} cannot be {what}: its daemon (pid {mount.pid}) ended or does not answer; `unionfs ls` "
@@ -62,7 +63,8 @@ def ask_for(mount: LiveMount, question: dict[str, Any]) -> dict[str, Any]:
     """Give the daemon an order with more keys; returns its answer. Raises UserError, with the daemon's
     sentence."""
     place = quoted(mount.settings.mountpoint)
-    answer = mount.ask(question, timeout=_SECONDS)
+    with on_failure(f"{place} cannot be asked", "try again"):
+        answer = mount.asked(question, timeout=_SECONDS)
     if answer is None:
         raise UserError(
             f"{place}: its daemon (pid {mount.pid}) ended or does not answer; `unionfs ls` lists active "

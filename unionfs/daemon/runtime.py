@@ -6,17 +6,19 @@ this user: nothing that another user has planted is followed, waited for or trus
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Final
 
-from unionfs.errors import UserError
+from unionfs.errors import UserError, quoted, reason
 from unionfs.sys.capabilities import in_initial_user_namespace, is_host_root, uid_outside
-from unionfs.sys.fds import Returned
+from unionfs.sys.fds import Owned, Returned, close_quietly
 
 _SYSTEM: Final = "/run/unionfs"
 _LARGEST: Final = 4 << 20
+_NOTHING: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EPERM, errno.EACCES)
 _FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -34,7 +36,7 @@ class RuntimeDirectory:
 
     def close(self) -> None:
         if self.fd >= 0:
-            os.close(self.fd)
+            close_quietly(self.fd)
             self.fd = -1
 
     def __enter__(self) -> RuntimeDirectory:
@@ -57,7 +59,7 @@ class RuntimeDirectory:
 
     def read(self, name: str) -> bytes:
         """Return the content of a file. Raises OSError, and ValueError if it is larger than 4 MiB."""
-        with open(self.open(name, os.O_RDONLY), "rb", buffering=0) as source:
+        with Owned(self.open(name, os.O_RDONLY)) as fd, open(fd, "rb", buffering=0, closefd=False) as source:
             content = source.read(_LARGEST + 1)
         if len(content) > _LARGEST:
             raise ValueError(f"{name} is larger than {_LARGEST} bytes")
@@ -79,6 +81,15 @@ class RuntimeDirectory:
     def address(self, name: str) -> str:
         """Return a path for a socket in it that fits into the 108 bytes of unix(7)."""
         return f"/proc/self/fd/{self.fd}/{name}"
+
+
+def is_nothing(error: OSError) -> bool:
+    """Return whether what could not be opened is missing, or nothing of this user's.
+
+    After other errors, such as EMFILE, it is not known what is there: a mount that nobody sees counts as
+    unused layers.
+    """
+    return error.errno in _NOTHING
 
 
 def candidates() -> list[str]:
@@ -124,10 +135,15 @@ def runtime_directory() -> RuntimeDirectory:
 
 def runtime_directories() -> list[RuntimeDirectory]:
     """Return all existing directories of this user; the caller closes them. Raises UserError."""
-    found = []
-    for path in candidates():
-        with suppress(OSError):
-            found.append(_opened(path))
+    with ExitStack() as opened:
+        found = []
+        for path in candidates():
+            try:
+                found.append(opened.enter_context(_opened(path)))
+            except OSError as error:
+                if not is_nothing(error):
+                    raise UserError(f"{quoted(path)} cannot be read: {reason(error)}; try again.") from error
+        opened.pop_all()
     return found
 
 

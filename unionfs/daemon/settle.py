@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from unionfs.daemon.silent import await_layers, layers_of
-from unionfs.errors import UserError, quoted
+from unionfs.errors import UserError, on_failure, quoted
 from unionfs.settings.configuration import Configuration
 from unionfs.settings.features import Features
 from unionfs.settings.mount import IO_MODES, SESSIONS, MountSettings
@@ -16,6 +16,7 @@ from unionfs.settings.options import Options, parse_options
 from unionfs.storage.configured import configuration
 from unionfs.storage.root import storage_root as find_storage_root
 from unionfs.sys.capabilities import may_use_trusted_xattrs
+from unionfs.sys.fds import exists
 from unionfs.sys.mountinfo import read_mountinfo
 
 if TYPE_CHECKING:
@@ -89,8 +90,11 @@ def settle(
 
 def _with_snapshots(upper: str | None, lowers: tuple[str, ...]) -> tuple[str, ...]:
     """The lowers, and above them the snapshots that the upper lies on. Raises UserError."""
-    if upper is None or not os.path.lexists(upper + ".snapshots"):
+    if upper is None:
         return lowers
+    with on_failure(f"upper {quoted(upper)}: its snapshots cannot be looked for", "check its disk"):
+        if not exists(upper + ".snapshots"):
+            return lowers
     # For start-up time: most uppers have no snapshots.
     from unionfs.storage.snapshots import with_snapshots
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from unionfs.daemon import live
 from unionfs.daemon.caller import CALLER
 from unionfs.daemon.clearing import clear_dead_mounts
-from unionfs.errors import on_failure
+from unionfs.errors import UserError, on_failure
 from unionfs.settings.mount import MountSettings
 from unionfs.settings.specs import Spec
 from unionfs.storage import served
@@ -79,7 +80,8 @@ class Storage:
         if self.settings.outlive:
             user = user_of(self.settings, *pid_and_start(os.getpid()))
         release(self.settings, user)
-        live.entries()
+        with suppress(UserError):  # who reads it next removes the entry
+            live.entries()
 
     @property
     def guardian(self) -> Guardian:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -38,8 +38,11 @@ def scratch(path: str) -> Iterator[IO[bytes]]:
     above = os.path.dirname(os.path.abspath(path))
     with on_failure(f"there is no space for layers in {quoted(above)}", "check that directory"):
         file = tempfile.TemporaryFile(dir=above, buffering=0)  # noqa: SIM115
-    with file:
+    try:
         yield file
+    finally:
+        with suppress(OSError):  # its content has been read
+            file.close()
 
 
 def write_archive(path: str, layers: Sequence[LayerFile], config: dict[str, Any], *, name: str) -> str:

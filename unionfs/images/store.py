@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from unionfs.errors import UserError, on_failure, quoted
+from unionfs.errors import UserError, on_failure, quoted, reason
 from unionfs.images import documents
 from unionfs.images.blobs import Blob, unpack_blob
 from unionfs.images.locks import hold, try_alone
@@ -263,9 +263,13 @@ class Store:
                     found.append(_from_json(jsonfiles.read(path)))
                 except FileNotFoundError:
                     continue
-                except (OSError, ValueError, KeyError, TypeError) as error:
+                except OSError as error:
                     raise UserError(
-                        f"the image record {quoted(path)} cannot be read ({error}); remove it."
+                        f"the image record {quoted(path)} cannot be read: {reason(error)}; try again."
+                    ) from error
+                except (ValueError, KeyError, TypeError) as error:
+                    raise UserError(
+                        f"the image record {quoted(path)} is damaged ({error}); remove it."
                     ) from error
         return sorted(found, key=lambda image: (image.added, image.id))
 

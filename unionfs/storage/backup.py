@@ -186,8 +186,12 @@ def _base(
 def _keep_bases(since: str, target: str) -> None:
     """Refuse to overwrite an archive that the incremental backup depends on."""
     seen: set[str] = set()
-    while since not in seen and os.path.exists(since) and os.path.exists(target):
-        if os.path.samefile(since, target):
+    while since not in seen:
+        try:
+            same = os.path.samefile(since, target)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        if same:
             raise UserError(
                 f"{quoted(target)} is needed to restore the incremental backups based on it "
                 "(--since), so it cannot be replaced; give the new backup another name."

@@ -52,23 +52,31 @@ def find(directory: str) -> Volume | None:
         raise _unreadable(directory, error) from error
     # Through its fd: a new volume of that name is another directory, whose record was never missing.
     with fds.Owned(at):
-        if os.fstat(at).st_uid != os.geteuid():
-            return None
-        if (volume := _recorded(directory, at)) is not None:
-            return volume
         try:
-            status = os.stat("_data", dir_fd=at, follow_symlinks=False)
-        except OSError:
-            with suppress(FileNotFoundError):
-                os.stat(_RECORD, dir_fd=at, follow_symlinks=False)
-                raise UnreadableRecordError(
-                    f"the record {quoted(f'{directory}/{_RECORD}')} is damaged; correct it, or remove the "
-                    "volume with --force."
-                ) from None
-            return None
-        # A new volume gets its record first, which may have been just before its `_data`.
-        if (volume := _recorded(directory, at)) is not None:
-            return volume
+            return _found(directory, at)
+        except OSError as error:
+            raise _unreadable(directory, error) from error
+
+
+def _found(directory: str, at: int) -> Volume | None:
+    """The volume of the directory, open as `at`. Raises also OSError."""
+    if os.fstat(at).st_uid != os.geteuid():
+        return None
+    if (volume := _recorded(directory, at)) is not None:
+        return volume
+    try:
+        status = os.stat("_data", dir_fd=at, follow_symlinks=False)
+    except FileNotFoundError:
+        with suppress(FileNotFoundError):
+            os.stat(_RECORD, dir_fd=at, follow_symlinks=False)
+            raise UnreadableRecordError(
+                f"the record {quoted(f'{directory}/{_RECORD}')} is damaged; correct it, or remove the "
+                "volume with --force."
+            ) from None
+        return None
+    # A new volume gets its record first, which may have been just before its `_data`.
+    if (volume := _recorded(directory, at)) is not None:
+        return volume
     name = os.path.basename(directory)
     # As in Docker, the names of anonymous volumes are 64 hexadecimal digits.
     anonymous = len(name) == 64 and set(name) <= set("0123456789abcdef")

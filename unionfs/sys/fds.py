@@ -110,8 +110,10 @@ def exists(path: str) -> bool:
     """Whether there is anything, also a symlink. Unlike os.path.lexists raises OSError if that is unknown."""
     try:
         os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return False
+        raise
     return True
 
 

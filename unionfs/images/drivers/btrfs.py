@@ -17,7 +17,7 @@ from unionfs.images.drivers.snapshots import Snapshots
 from unionfs.storage.usage import size_of_tree
 from unionfs.sys import btrfs
 from unionfs.sys.calls import filesystem_magic
-from unionfs.sys.fds import directory
+from unionfs.sys.fds import directory, is_directory
 
 
 class Btrfs(Snapshots):
@@ -46,7 +46,7 @@ class Btrfs(Snapshots):
         _destroy(self._base(key))
 
     def _has(self, layer: Writable) -> bool:
-        return os.path.isdir(_tree(layer))
+        return is_directory(_tree(layer))
 
     def _snapshot(self, key: str, layer: Writable) -> None:
         btrfs.snapshot(self._base(key), _tree(layer))

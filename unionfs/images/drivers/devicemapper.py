@@ -26,7 +26,7 @@ from unionfs.images.drivers.snapshots import Snapshots
 from unionfs.storage.mounts import need_program, run_program
 from unionfs.storage.usage import size_of_tree
 from unionfs.sys import loop
-from unionfs.sys.fds import Owned
+from unionfs.sys.fds import Owned, exists
 
 _SECTOR = 512
 _DATA = 100 << 30
@@ -88,7 +88,7 @@ class DeviceMapper(Snapshots):
             self._delete_device(int(self._record(key)["number"]))
 
     def _has(self, layer: Writable) -> bool:
-        return os.path.exists(f"{layer.path}/device")
+        return exists(f"{layer.path}/device")
 
     def _snapshot(self, key: str, layer: Writable) -> None:
         number = self._next()

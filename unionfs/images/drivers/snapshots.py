@@ -26,7 +26,7 @@ from unionfs.storage.measuring import Use
 from unionfs.storage.root import make_directory
 from unionfs.sys.calls import syncfs
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability, is_host_root
-from unionfs.sys.fds import directory
+from unionfs.sys.fds import directory, exists, is_directory
 from unionfs.sys.trees import remove_path
 
 _RECORD = "record.json"
@@ -47,7 +47,7 @@ class Snapshots(Driver):
 
     @abstractmethod
     def _has(self, layer: Writable) -> bool:
-        """Whether the layer is complete."""
+        """Whether the layer is complete. Raises OSError: one that is not is made anew."""
 
     @abstractmethod
     def _snapshot(self, key: str, layer: Writable) -> None:
@@ -115,7 +115,7 @@ class Snapshots(Driver):
         return [Use(f"{self.name}/{key}", self._base_size(key), key in used) for key in self._bases()]
 
     def prune(self) -> list[str]:
-        if not os.path.isdir(self._home()):
+        if not is_directory(self._home()):
             return []
         with self._locked():
             return self._remove_unused(lambda record: True)
@@ -141,23 +141,23 @@ class Snapshots(Driver):
     def _all(self) -> list[str]:
         """All bases, also those that are half-done."""
         try:
-            return sorted(name for name in os.listdir(self._home()) if os.path.isdir(self._home(name)))
+            return sorted(name for name in os.listdir(self._home()) if is_directory(self._home(name)))
         except FileNotFoundError:
             return []
 
     def _bases(self) -> list[str]:
-        return [key for key in self._all() if os.path.exists(f"{self._home(key)}/{_RECORD}")]
+        return [key for key in self._all() if exists(f"{self._home(key)}/{_RECORD}")]
 
     def _key(self, layer: Writable) -> str:
         with open(f"{layer.path}/base", encoding="ascii") as file:
             return file.read()
 
     def _used(self) -> set[str]:
-        """The bases of all containers."""
+        """The bases of all containers. Raises OSError."""
         found = set()
         with suppress(FileNotFoundError):
             for name in os.listdir(f"{self.root}/containers"):
-                with suppress(OSError, ValueError):
+                with suppress(FileNotFoundError, NotADirectoryError, ValueError):
                     found.add(self._key(Writable(f"{self.root}/containers/{name}", self.root)))
         return found
 

@@ -80,7 +80,11 @@ def whole_file(path: str, what: str = "backup") -> Iterator[IO[bytes]]:
                 if temporary is not None:
                     os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
                     temporary = None
-                _fsync(directory)
+                with on_failure(
+                    f"the {what} {quoted(path)} is in place, but may not be after a power cut",
+                    "check its disk, and write it again",
+                ):
+                    _fsync(directory)
         finally:
             if temporary is not None:
                 with suppress(OSError):

@@ -13,7 +13,7 @@ from unionfs.settings.sizes import shown_size, volume_size
 from unionfs.storage.drivers.base import Prepared, Replacement
 from unionfs.storage.model import Volume
 from unionfs.storage.mounts import mount_at, need_program, run_program, run_umount
-from unionfs.sys import detached, loop
+from unionfs.sys import detached, fds, loop
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, CAP_SYS_RESOURCE, has_capability
 from unionfs.sys.fds import Owned, sync_directory
 from unionfs.sys.images import mount_image
@@ -54,7 +54,9 @@ def path_of(volume: Volume) -> str:
 
 
 def exists(volume: Volume) -> bool:
-    return os.path.lexists(path_of(volume))
+    """Raises UserError if that is not known."""
+    with on_failure(f"volume {quoted(volume.name)} cannot be used", f"check {quoted(volume.directory)}"):
+        return fds.exists(path_of(volume))
 
 
 def create(volume: Volume, size: int) -> None:
