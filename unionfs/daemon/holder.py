@@ -112,7 +112,7 @@ class Holder:
 
     async def ended(self) -> None:
         """Return when somebody else has ended the holder in charge; then there is none. Raises OSError."""
-        with Owned(os.pidfd_open(self.pid)) as holder:
+        with suppress(ProcessLookupError), Owned(os.pidfd_open(self.pid)) as holder:
             await trio.lowlevel.wait_readable(holder)
         self._has_ended()
         self._in_charge = False

@@ -6,6 +6,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any, Final
 
+from unionfs.errors import reason
 from unionfs.settings.mount import MountSettings
 from unionfs.sys.capabilities import CAP_SYS_ADMIN, has_capability
 
@@ -83,7 +84,11 @@ class Outliving:
         """Notice when somebody has killed the holder: then the mount ends with its daemon."""
         if self._holder is None or not self._holder.pid:
             return
-        await self._holder.ended()
+        try:
+            await self._holder.ended()
+        except OSError as error:
+            log.warning("the holder of the open files cannot be watched: %s", reason(error))
+            return
         self.why_not, self._mounts_anew = "its holder was killed", False
         announcement.held_by(None)
         log.warning(_NOT, self.why_not)
