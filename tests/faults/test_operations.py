@@ -97,8 +97,9 @@ def _link_and_unlink(top: str) -> None:
         raise OSError(errno.EIO, f"{os.stat(f'{top}/two').st_nlink} links")
 
 
+@pytest.mark.parametrize("io", ["hybrid", "hybrid-plain"])
 @pytest.mark.parametrize("call", ["lsetxattr", "linkat"])
-def test_names_of_a_copy_whose_daemon_dies(area: Path, call: str) -> None:
+def test_names_of_a_copy_whose_daemon_dies(area: Path, call: str, io: str) -> None:
     """Their number is right, also while it is stored in another way."""
     if reason := injecting.reason():
         pytest.skip(reason)
@@ -107,6 +108,6 @@ def test_names_of_a_copy_whose_daemon_dies(area: Path, call: str) -> None:
     (links,) = [one.build for one in OPERATIONS if one.name == "link of linked"]
     operation = Operation("link and unlink", links, _link_and_unlink)
     cases = [Case(operation, Fault(number, KILL, on=(call, ""))) for number in range(1, 9)]
-    done = Deaths(area / "b", "direct-hybrid", cases, Expected(area)).run()
+    done = Deaths(area / "b", f"direct-{io}", cases, Expected(area)).run()
     assert done.problems == []
     assert done.tried > 0

@@ -116,3 +116,25 @@ def test_shares_of_users_who_change_what_they_read(root: None, area: Path, sessi
             assert other.call(actions.open_new, merged, "b", 50) == 50
             os.chmod(found.merged / f"f{FDS - 1:04d}", 0o640)
             assert (found.upper / f"f{FDS - 1:04d}").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "temporary"])
+def test_removed_ones_that_are_open(root: None, area: Path, session: str, kind: str) -> None:
+    """A user's leave some fds to others, to names and to copy-ups, and all can be used again afterwards."""
+    if session == "pyfuse3" and kind == "temporary":
+        pytest.skip("libfuse lacks O_TMPFILE")
+    with limited(area, session, "-o", "allow_other", files=1) as found:
+        merged = found.merged
+        os.chmod(merged, 0o777)
+        with Worker(1000, 1000, []) as one, Worker(1001, 1001, []) as other:
+            taken = one.call(actions.open_removed, str(merged), kind, FDS)
+            assert FDS // 8 < taken < FDS
+            assert other.call(actions.open_new, str(merged), "b", 10) == 10
+            os.chmod(merged / "deep", 0o600)  # a copy-up
+            os.mkdir(merged / "made")
+            os.rename(merged / "made", merged / "moved")
+            assert "moved" in os.listdir(merged)
+            assert (merged / "f0000").read_bytes()[:4] == b"text"
+            assert json.loads(succeed(command("inspect", "--json", merged)))["figures"]["nodes"] > 0
+        with Worker(1000, 1000, []) as one:
+            assert one.call(actions.open_removed, str(merged), kind, FDS // 8) == FDS // 8

@@ -40,6 +40,28 @@ def open_new(top: str, name: str, count: int) -> int:
     return count
 
 
+def open_removed(top: str, kind: str, count: int) -> int:
+    """Create files or directories, open and remove them, until there are no more fds. Returns how many."""
+    for index in range(count):
+        path = f"{top}/{kind}{index}"
+        try:
+            match kind:
+                case "file":
+                    os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR)
+                    os.unlink(path)
+                case "directory":
+                    os.mkdir(path)
+                    os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+                    os.rmdir(path)
+                case "temporary":
+                    os.open(top, os.O_TMPFILE | os.O_RDWR)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            return index
+    return count
+
+
 def open_all(top: str, count: int) -> int:
     """Open files to read, and keep them open. Returns how many."""
     for index in range(count):

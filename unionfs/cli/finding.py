@@ -39,7 +39,7 @@ def find_mount(mountpoint: str) -> LiveMount:
             f"{quoted(path)} is not an active unionfs mount: {whose} died{often}; run `unionfs cleanup "
             f"{quoted(path)}`, and mount it again."
         )
-    if found is None and mounted is not None:
+    if found is None and mounted is not None and mounted.fstype == FSTYPE:
         found = _served_soon(mounted)
     if found is None and live.waiting_at(path):
         raise UserError(
@@ -55,16 +55,23 @@ def find_mount(mountpoint: str) -> LiveMount:
 def _served_soon(mounted: MountEntry) -> LiveMount | None:
     """Return the mount if another daemon takes it over from one that died. Raises UserError if none does
     within two seconds."""
-    deadline = time.monotonic() + _SECONDS
-    while (entry := live.find_by_device(mounted.device)) is not None and entry.has_only_holder():
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"{quoted(mounted.mountpoint)} has no daemon at the moment: the last one (pid {entry.pid}) "
-                "died, and another one is to take over, see the log; try again, or end it by "
-                f"`unionfs umount {quoted(mounted.mountpoint)}`."
-            )
-        time.sleep(_SECONDS / 100)
-    return live.find_by_device(mounted.device, live.live_mounts())
+    deadline, last = time.monotonic() + _SECONDS, None
+    while True:
+        entry = live.find_by_device(mounted.device)
+        if entry is not None and entry.has_only_holder():
+            last = entry
+        elif found := live.find_by_device(mounted.device, live.live_mounts()):
+            return found
+        elif last is None and time.monotonic() > deadline - _SECONDS / 2:
+            return None
+        if last is not None and time.monotonic() > deadline:
+            break
+        time.sleep(_SECONDS / 100)  # the next one enters itself before the entry of the last one is removed
+    raise UserError(
+        f"{quoted(mounted.mountpoint)} has no daemon at the moment: the last one (pid {last.pid}) died, and "
+        "another one is to take over, see the log; try again, or end it by "
+        f"`unionfs umount {quoted(mounted.mountpoint)}`."
+    )
 
 
 def _why_not(path: str, mounted: MountEntry | None) -> str:

@@ -337,6 +337,7 @@ cdef class EntryChanges:
             step.held = open_in_layer(self.gate.fd(node.place), node.name, O_PATH | O_NOFOLLOW | O_CLOEXEC)
         if step.held < 0:
             raise NotPlain
+        self.gate.keeps(step.held)
         step.links = 1
         if node.kind != S_IFDIR:
             if fstat_in_layer(step.held, &st) != 0:

@@ -242,10 +242,11 @@ cdef class NodeTable(Recorder):
     cdef Node enter(
         self, Node parent, bytes name, const stat_t *st, list places, uint64_t number, bint from_origin, entry
     ):
-        """A new node with that number."""
+        """A new node with that number; before that, calls into slow layers."""
         cdef Place place = places[0]
         cdef uint32_t kind = st.st_mode & S_IFMT
         cdef bint linked = st.st_nlink > 1 and self.is_linkable(st, place)
+        more = self.index.more_links(entry, result_of(st), 0) if linked and entry and self.index else None
         cdef uint64_t id_ = self.id_for(number, parent, name, kind, linked)
         cdef int64_t key = 0 if kind == S_IFDIR else place.layer.key_of(st)
         cdef uint64_t ino = number if id_ == number or self.may_share(st, place) else id_
@@ -261,9 +262,9 @@ cdef class NodeTable(Recorder):
             self.on_known(node)
         if linked:
             self.linked(node, result_of(st))
-            if entry is not None and self.index is not None:
+            if more is not None:
                 node.may_be_indexed(entry, 0)
-                node.is_indexed_copy(self.index.place, self.index.more_links(entry, result_of(st), 0))
+                node.is_indexed_copy(self.index.place, more)
         return node
 
     def add_linked(self, Node parent not None, bytes name not None, st, Place place not None):

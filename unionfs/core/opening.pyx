@@ -4,6 +4,7 @@ import logging
 import os
 
 from libc.errno cimport EMFILE
+from libc.errno cimport errno as c_errno
 from libc.string cimport strcmp, strlen
 from posix.fcntl cimport O_NONBLOCK
 
@@ -18,9 +19,14 @@ from unionfs.core.stats cimport O_CLOEXEC, O_NOFOLLOW, O_RDONLY, S_IFMT, S_IFREG
 
 log = logging.getLogger(__name__)
 
+cdef extern from "Python.h":
+    Py_ssize_t PY_SSIZE_T_MAX
+
 cdef extern from "<fcntl.h>" nogil:
     int O_NOCTTY
     int O_RDWR
+    int F_DUPFD_CLOEXEC
+    int fcntl(int fd, int command, ...)
 
 cdef enum:
     NAMES_SIZE = 4096
@@ -31,17 +37,18 @@ cdef const char *CAPABILITY = b"security.capability"
 cdef class Handles:
     """The open files of one mount, by number (file handle).
 
-    Those of the upper hold an fd each. Names and copy-ups need some, too: so open files get three quarters of what
-    the process may have, and beyond the half a user only what the others do not have.
+    Those of the upper hold an fd each, and removed ones another. Names and copy-ups need some, too: so open files get
+    three quarters of what the process may have, and beyond the half a user only what the others do not have.
     """
 
     # bytes_read: from them for answers, excluding the page cache and passthrough.
     # fds, fds_of_users: how many fds they hold, together and by the uid of who opened them.
 
-    def __init__(self, NodeTable nodes not None, Py_ssize_t limit=0):
-        """``limit``: the number of fds that this process may have; 0: any."""
+    def __init__(self, NodeTable nodes not None, Py_ssize_t limit=0, *, bint counts_all=False):
+        """``limit``: the number of fds that this process may have; 0: any. ``counts_all``: whether fds count that are
+        no open file's, such as those of removed files."""
         self.nodes, self.by_number, self.fds_of_users = nodes, {}, {}
-        self.shared, self.most = limit // 2, limit * 3 // 4
+        self.shared, self.most, self.counts_all = limit // 2, limit * 3 // 4, counts_all
 
     def __len__(self):
         return len(self.by_number)
@@ -83,12 +90,17 @@ cdef class Handles:
 
     cpdef int may_hold(self, uint32_t uid) except -1:
         """Raise EMFILE if a user must not open one more file that holds an fd."""
-        if not self.most or self.fds < self.shared:
+        cdef Py_ssize_t used = self.fds, of_user, users
+        if self.counts_all and self.latest >= self.shared:
+            used = max(used, lowest_free())
+            self.latest = used
+        if not self.most or used < self.shared:
             return 0
         of_user = self.fds_of_users.get(uid, 0)
         # a user without any counts, too
         users = len(self.fds_of_users) + (not of_user)
-        if self.fds >= self.most or of_user * users >= self.fds:
+        # the others may be of removed files, which are no user's
+        if self.fds >= self.most or of_user * users >= max(self.fds, self.shared // 2) or used >= self.most * 13 // 12:
             raise failure(EMFILE)
         return 0
 
@@ -106,6 +118,7 @@ cdef class Handles:
 
     cdef int take_in(self, Handle handle, uint64_t number, uint32_t uid) except -1:
         self.by_number[number] = handle
+        self.latest = max(self.latest, handle.file.number)
         handle.table, handle.uid = self, uid
         return self.hold(handle)
 
@@ -116,6 +129,7 @@ cdef class Handles:
             return 0
         handle.holds = handle.file.counted = True
         self.fds += 1
+        self.nodes.gate.open_files = self.fds
         self.fds_of_users[handle.uid] = self.fds_of_users.get(handle.uid, 0) + 1
         return 0
 
@@ -125,6 +139,7 @@ cdef class Handles:
             return 0
         handle.holds = handle.file.counted = False
         self.fds -= 1
+        self.nodes.gate.open_files = self.fds
         self.fds_of_users[handle.uid] -= 1
         if not self.fds_of_users[handle.uid]:
             del self.fds_of_users[handle.uid]
@@ -179,6 +194,15 @@ cpdef int may_copy_up(Node node, uint32_t uid) except -1:
     if handle.table is not None and not handle.file.counted:
         (<Handles>handle.table).may_hold(uid)
     return 0
+
+
+cdef Py_ssize_t lowest_free() noexcept:
+    """The lowest number that no fd has: there are at least as many."""
+    cdef int fd = fcntl(0, F_DUPFD_CLOEXEC, 0)
+    if fd < 0:
+        return PY_SSIZE_T_MAX if c_errno == EMFILE else 0
+    close(fd)
+    return fd
 
 
 cpdef take_back(Node node, OpenFile file):

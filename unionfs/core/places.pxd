@@ -37,10 +37,12 @@ cdef class Place:
 cdef class Gate:
     cdef readonly Py_ssize_t capacity
     cdef readonly object rights
+    cdef Py_ssize_t limit, open_files  # of fds, and those of open files
     cdef Place newest, oldest
     cdef Py_ssize_t count
 
     cpdef int fd(self, Place place) except -1
+    cpdef int keeps(self, int fd) except -1
     cpdef int open_for_listing(self, Place place) except -1
     cdef int walk(self, Place place) except -1
     cdef object refused(self, Place place, bytes name, int code)

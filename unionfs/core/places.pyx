@@ -8,7 +8,7 @@ trees deeper than PATH_MAX work, and renaming a directory changes one object for
 import errno
 import os
 
-from libc.errno cimport EACCES, EPERM, ESTALE
+from libc.errno cimport EACCES, EMFILE, EPERM, ESTALE
 from libc.errno cimport errno as c_errno
 from unionfs.core.layercalls cimport fstat, openat
 from unionfs.core.marks cimport close, mark_root
@@ -336,9 +336,11 @@ cdef class Gate:
     duplicate it for another thread.
     """
 
-    def __init__(self, capacity=1024, rights=None):
-        """``rights``: for accesses that permission bits deny to their owner."""
+    def __init__(self, capacity=1024, rights=None, limit=0):
+        """``rights``: for accesses that permission bits deny to their owner. ``limit``: how many fds this process
+        may have; 0: any."""
         self.capacity = max(capacity, 64)
+        self.limit, self.open_files = limit, 0
         self.rights = rights
 
     def __len__(self):
@@ -355,6 +357,14 @@ cdef class Gate:
             self.remove(place)
             self.add(place)
         return place.fd
+
+    cpdef int keeps(self, int fd) except -1:
+        """An fd is about to be kept as long as the kernel knows an object. Raises EMFILE if few are left then, which
+        names and copy-ups need."""
+        # all below it are in use
+        if self.limit and (fd >= self.limit * 13 // 16 or fd - self.open_files >= self.limit * 5 // 8):
+            raise failure(EMFILE)
+        return 0
 
     cdef int walk(self, Place place) except -1:
         cdef list chain = []

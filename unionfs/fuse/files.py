@@ -61,7 +61,7 @@ class Files:
         self._union = union
         self._open_files = union.files
         self._copy_ups = copy_ups
-        self.handles = Handles(union.nodes, limit=fd_limit())
+        self.handles = Handles(union.nodes, limit=fd_limit(), counts_all=True)
         #: Bytes written by the daemon, excluding the page cache and passthrough.
         self.bytes_written = 0
 

@@ -97,6 +97,7 @@ class Changes:
                 permissions.write(fd, self._of_new(permissions, parent, stat.S_IFREG | mode, 0, caller))
             held = os.open(b"/proc/self/fd/%d" % fd, os.O_PATH | os.O_CLOEXEC)
             try:
+                union.gate.keeps(held)
                 node = parent.territory.unnamed(parent, held)
             except BaseException:
                 close_quietly(held)

@@ -19,7 +19,7 @@ from unionfs.core.directories import Listing
 from unionfs.core.lowernames import LowerNames
 from unionfs.core.places import Gate, Layer, Place
 from unionfs.core.search import PREFIX, Search
-from unionfs.sys.fds import Owned, close_quietly
+from unionfs.sys.fds import Owned, close_quietly, fd_limit
 from unionfs.union.listing import NFS_REMOVED
 from unionfs.union.lowerdata import LowerData
 from unionfs.union.markers import Markers
@@ -49,7 +49,7 @@ class Merge(Search):
         directory_fds: int = 1024,
         rights: Rights | None = None,
     ) -> None:
-        gate = Gate(directory_fds, rights or Rights())
+        gate = Gate(directory_fds, rights or Rights(), fd_limit())
         named = NamedWhiteouts(gate)
         #: The parts of the root. Overlayfs ignores `opaque` on them (super.c, ovl_get_root).
         self.roots = named.roots(layers)

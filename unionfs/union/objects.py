@@ -106,6 +106,8 @@ class Objects(core.Objects):
         """
         fd = self.open_path(node)
         try:
+            if node.held < 0:
+                self.gate.keeps(fd)
             yield fd
             if node.unlinked and node.held < 0:
                 node.hold(fd)

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 #: Which part of the fds that this process may have are of lower files.
 _OF_LOWERS: Final = 8
+#: How many files stay open for requests without a file handle, at most.
+_MOST_KEPT: Final = 512
 
 
 class OpenFiles:
@@ -52,7 +54,7 @@ class OpenFiles:
             unread=shortcuts.unread_files,
         )  # fmt: skip
         #: The files that stay open for requests without a file handle.
-        self.kept = KeptFiles()
+        self.kept = KeptFiles(min(_MOST_KEPT, fd_limit() // _OF_LOWERS))
         self._defers = False
         #: Lent files for :meth:`close_deferred` to take back.
         self.deferred: list[tuple[Node, OpenFile]] = []
