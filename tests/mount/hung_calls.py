@@ -248,21 +248,30 @@ def hangs_and_goes_on(place: Place) -> None:
     wait_until(lambda: not place.mount.inspect()["figures"]["hung_layers"], "a layer is still named")
 
 
-def ends_while_it_hangs(place: Place) -> None:
-    """`umount --force` with callers; then the upper can be mounted again."""
+def ends_while_it_hangs(place: Place, how: str = "--force") -> None:
+    """`umount --force` (or ``how``) with callers; then the upper can be mounted again."""
     stopped(place)
     callers = [place.call(CALLS[call]) for call in ("look a name up", "read", "chmod")]
     for caller in callers:
         place.waits(caller)
     place.let_go()
-    done = unionfs("umount", "--force", place.top)
+    done = unionfs("umount", how, place.top)
     assert done.returncode == 0, done.stderr
     assert not is_mounted(place.top)
+    if how == "--lazy":  # it ends with its users
+        for caller in callers:
+            caller.kill()
     for caller in callers:
         assert caller.wait(patient(20)) != 0
+    usable_again(place)
+
+
+def usable_again(place: Place) -> None:
+    """Nobody has the upper any more, whatever the layer does."""
     area = place.area
     with mounted(
         area, lowers=[area / "lower"], upper=area / "upper", work=area / "work",
         session=place.mount.session, name="again",
     ) as mount:  # fmt: skip
         others_go_on(mount.mountpoint)
+    place.server.go_on()

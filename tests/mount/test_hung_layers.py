@@ -24,11 +24,13 @@ from tests.mount.hung_calls import (
     CALLS,
     Place,
     Server,
+    ends_while_it_hangs,
     is_named,
     others_go_on,
     standing,
     stopped,
     tree,
+    usable_again,
 )  # fmt: skip
 from tests.support.mounting import command, is_mounted, mounted
 from tests.support.patience import patient
@@ -426,20 +428,7 @@ def test_commands_answer(place: Place) -> None:
 
 @pytest.mark.parametrize("how", ["--force", "--lazy"])
 def test_umount_with_callers(place: Place, how: str) -> None:
-    stopped(place)
-    callers = [place.call(CALLS[call]) for call in ("look a name up", "read", "chmod")]
-    for caller in callers:
-        place.waits(caller)
-    place.let_go()
-    done = unionfs("umount", how, place.top)
-    assert done.returncode == 0, done.stderr
-    assert not is_mounted(place.top)
-    if how == "--lazy":  # it ends with its users
-        for caller in callers:
-            caller.kill()
-    for caller in callers:
-        assert caller.wait(patient(20)) != 0
-    _usable_again(place)
+    ends_while_it_hangs(place, how)
 
 
 def test_umount(place: Place) -> None:
@@ -448,18 +437,7 @@ def test_umount(place: Place) -> None:
     done = unionfs("umount", place.top)
     assert done.returncode == 0, done.stderr
     assert not is_mounted(place.top)
-    _usable_again(place)
-
-
-def _usable_again(place: Place) -> None:
-    """Nobody has the upper any more, whatever the layer does."""
-    area = place.area
-    with mounted(
-        area, lowers=[area / "lower"], upper=area / "upper", work=area / "work",
-        session=place.mount.session, name="again",
-    ) as mount:  # fmt: skip
-        others_go_on(mount.mountpoint)
-    place.server.go_on()
+    usable_again(place)
 
 
 def test_stopped_at_any_moment(place: Place) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.security.failing_lower import ERRORS, KINDS
+from tests.security.serving import serving
 from tests.support.mounting import kernel_mounted, mounted
-from tests.support.syscalls import umount
 from unionfs.union.diff import diff
 
 SERVER = Path(__file__).with_name("failing_lower.py")
@@ -25,16 +23,8 @@ SERVER = Path(__file__).with_name("failing_lower.py")
 def failing(area: Path, root: None) -> Iterator[Path]:
     """The lower, mounted."""
     place = area / "failing"
-    place.mkdir()
-    child = subprocess.Popen([sys.executable, SERVER, place], stdout=subprocess.PIPE, text=True)
-    try:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "up\n"
+    with serving(SERVER, place):
         yield place
-    finally:
-        umount(place, 2)  # MNT_DETACH
-        child.kill()
-        child.wait()
 
 
 def _tried(call: Any, *arguments: Any) -> Any:

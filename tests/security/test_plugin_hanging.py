@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.mount.cli_calls import refused
+from tests.security.serving import serving
 from tests.security.test_plugin_answers import Hostile, says
 from tests.security.test_plugin_answers import hostile as hostile
-from tests.support.syscalls import umount
 from tests.volumes.conftest import Store
 from unionfs.errors import UserError
 from unionfs.storage.drivers import looking, plugin, plugin_search
@@ -26,30 +24,18 @@ SERVER = Path(__file__).with_name("hanging.py")
 def hanging(root: None, area: Path) -> Iterator[Path]:
     """The filesystem, mounted."""
     place = area / "hanging"
-    place.mkdir()
-    child = subprocess.Popen([sys.executable, SERVER, place], stdout=subprocess.PIPE, text=True)
-    try:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "up\n"
+    with serving(SERVER, place):
         yield place
-    finally:
-        umount(place, 2)  # MNT_DETACH
-        child.kill()
-        child.communicate()
 
 
 @pytest.fixture
 def dead(root: None, area: Path) -> Iterator[Path]:
     """A mount whose server has ended."""
     place = area / "dead"
-    place.mkdir()
-    child = subprocess.Popen([sys.executable, SERVER, place], stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    assert child.stdout.readline() == "up\n"
-    child.kill()
-    child.communicate()
-    yield place
-    umount(place, 2)
+    with serving(SERVER, place) as child:
+        child.kill()
+        child.wait()
+        yield place
 
 
 @pytest.mark.parametrize("below", ["", "/below"])

@@ -200,7 +200,7 @@ def test_branches(browser: Client, tmp_path: Path, root: None) -> None:
     assert "No branches" in browser.text("branches")
     base = tmp_path / "base <i>"
     base.mkdir()
-    done = unionfs("branch", "create", "--root", tmp_path / "root", "--base", base, "topic")
+    done = unionfs("branch", "create", "--no-mount", "--root", tmp_path / "root", "--base", base, "topic")
     assert done.returncode == 0, done.stderr
     text = browser.text("branches")
     assert "topic" in text
