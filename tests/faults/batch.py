@@ -183,7 +183,7 @@ class Batch:
         if not case.fault.hit:
             return
         others = [case.fault.error, *case.operation.others]
-        if self._keeps and (case.operation.writes or case.fault.hit.startswith("utimensat")):
+        if self._keeps and (case.operation.writes or case.operation.late):
             others.append(errno.EIO)  # as which the kernel remembers those of writing what it has cached
         if case.error is not None and case.error.errno not in others and not _is_repeated(case):
             case.blame(f"the caller got {_error(case.error)}")
