@@ -176,18 +176,19 @@ class Batch:
     def _fail(self, case: Case, mount: Mount, injector: Injector) -> None:
         top = f"{mount.mountpoint}/{case.directory}"
         settle(mount)
-        opened = _open_files(mount.pid)
+        opened, earlier = _open_files(mount.pid), self._in_work()
         self._act(case, top, mount, injector)
         if not os.path.exists(f"/proc/{mount.pid}/exe"):
             raise mounting.MountFailed(f"it ended: {mount.log_text()[-2000:]}")
         if not case.fault.hit:
             return
         others = [case.fault.error, *case.operation.others]
-        if self._keeps and case.operation.writes:
+        if self._keeps and (case.operation.writes or case.operation.late):
             others.append(errno.EIO)  # as which the kernel remembers those of writing what it has cached
         if case.error is not None and case.error.errno not in others and not _is_repeated(case):
             case.blame(f"the caller got {_error(case.error)}")
-        if (left := self._in_work()) and not _is_removal(case):
+        left = [name for name in self._in_work() if name not in earlier]
+        if left and not _is_removal(case):
             case.blame(f"left in work: {left}")
         for _ in range(_FORGETS):
             if not (more := _open_files(mount.pid) - opened):

@@ -40,6 +40,8 @@ _BELOW: Final = "sed -i 's/^1/one/' text"
 _BETWEEN: Final = "cannot be taken back"
 _DONE: Final = "are in place|is undone"
 """What a command says that could not put everything back, and one that fails after its change."""
+_NOTHING_LEFT: Final = "has no changes in|there is no branch|was undone already"
+"""What the same command says after a killed one that had done all, and keeps no record for an undo of all."""
 _MODULES: Final = (
     "unionfs.cli.branch.committing", "unionfs.branches.commit", "unionfs.branches.undo",
     "unionfs.branches.merging", "unionfs.daemon.service",
@@ -199,10 +201,14 @@ class Stage:
             yield from self._judge(outcome, fault, before, after, self.below())
         if outcome.code != 0:
             again, _ = self.run(self.scenario.words)
-            if again.code != 0:
+            is_done = fault.error == KILL and re.search(_NOTHING_LEFT, again.text) is not None
+            if again.code != 0 and not is_done:
                 yield f"again: {again.text} (first: {outcome.text})"
                 return
-        if difference := differing(after, self.below()):
+        difference = differing(after, self.below())
+        if fault.error == KILL and self.scenario.apart:  # before it restored the time of the base
+            difference.pop(b".", None)
+        if difference:
             yield f"at the end: {_short(difference)} ({outcome.text})"
         yield from self._end(fault)
 
@@ -234,8 +240,8 @@ class Stage:
                 yield f"undo: {error}"
                 return
         difference = differing(self.old, self.below())
-        if fault.hit.startswith("utimensat"):  # the time of the directory that has the commit's own is lost
-            difference.pop(b".", None)
+        if fault.hit.startswith("utimensat") or (fault.error == KILL and self.scenario.nested):
+            difference.pop(b".", None)  # the time of the directory that has the commit's own is lost
         if difference:
             yield f"undone: {_short(difference)}"
         if not self.scenario.apart and (difference := differing(self.layer, self._layer())):

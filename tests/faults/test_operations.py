@@ -111,3 +111,24 @@ def test_names_of_a_copy_whose_daemon_dies(area: Path, call: str, io: str) -> No
     done = Deaths(area / "b", f"direct-{io}", cases, Expected(area)).run()
     assert done.problems == []
     assert done.tried > 0
+
+
+def test_times_of_an_interrupted_write_back(area: Path) -> None:
+    """The same of the times that the kernel has kept."""
+    if reason := injecting.reason():
+        pytest.skip(reason)
+    (operation,) = [one for one in OPERATIONS if one.name == "write linked"]
+    faults = [Fault(number, errno.EINTR, on=(call, "/two"))
+              for call in ("newfstatat", "utimensat") for number in range(1, _MOST + 1)]  # fmt: skip
+    cases = [Case(operation, fault) for fault in faults]
+    assert Errors(area / "b", "direct-cached", cases, Expected(area)).run().problems == []
+    assert errno.EIO in [case.error.errno for case in cases if case.error is not None]
+
+
+def test_a_rename_over_an_emptied_directory(area: Path) -> None:
+    """Nothing stays in the work directory if it fails."""
+    if reason := injecting.reason():
+        pytest.skip(reason)
+    (operation,) = [one for one in OPERATIONS if one.name == "rename directory over emptied"]
+    cases = [Case(operation, Fault(number, errno.ENOSPC, on=("renameat2", ""))) for number in range(1, 6)]
+    assert Errors(area / "b", "direct-cached", cases, Expected(area)).run().problems == []

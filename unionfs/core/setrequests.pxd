@@ -15,6 +15,9 @@ cdef class SetRequests:
     cdef dict running
     cdef Change change
 
+    cdef size_t plain_answer(
+        self, const fuse_in_header *header, const char *body, size_t size, void *out
+    ) except? 0
     cdef size_t answer(self, const fuse_in_header *header, const char *body, size_t size, void *out) except? 0
     cdef void answered(self) noexcept
     cdef void take(self, const fuse_setattr_in *given) noexcept

@@ -3,6 +3,7 @@
 What else a SETATTR asks for, such as clearing set-id bits for a process, is left to Python, with nothing changed.
 """
 
+from libc.errno cimport EINTR, EIO
 from libc.stdint cimport uint32_t
 
 from unionfs.core.node cimport Attributes, Node
@@ -10,7 +11,7 @@ from unionfs.core.opening cimport may_copy_up
 from unionfs.core.setting cimport (
     ATIME, CTIME, FH, GID, KILL_SET_IDS, LOCKOWNER, MODE, MTIME, NOW, SIZE, UID, set_attributes,
 )
-from unionfs.core.stats cimport nanoseconds_of
+from unionfs.core.stats cimport failure, nanoseconds_of
 from unionfs.core.validity cimport fill_answer
 from unionfs.core.wire cimport attr_answer, fuse_setattr_in
 
@@ -18,6 +19,8 @@ cdef enum:
     CHANGED = MODE | UID | GID | SIZE | ATIME | MTIME
     # A time that is to be the present one is sent too.
     PLAIN = CHANGED | FH | LOCKOWNER | CTIME | NOW
+    # Times that the kernel has kept and writes later (fs/fuse/inode.c, fuse_flush_times).
+    KEPT = MTIME | CTIME
 
 
 cdef bint is_plain(uint32_t valid, bint by_root) noexcept:
@@ -40,6 +43,17 @@ cdef class SetRequests:
 
     cdef size_t answer(self, const fuse_in_header *header, const char *body, size_t size, void *out) except? 0:
         """The size of the answer, or 0 if Python must answer. Raises ``OSError``."""
+        try:
+            return self.plain_answer(header, body, size, out)
+        except OSError as error:
+            if error.errno == EINTR and (<const fuse_setattr_in *>body).valid & ~(FH | LOCKOWNER) == KEPT:
+                # fsync(2) would report it once, and succeed when its caller repeats it
+                raise failure(EIO) from error
+            raise
+
+    cdef size_t plain_answer(
+        self, const fuse_in_header *header, const char *body, size_t size, void *out
+    ) except? 0:
         cdef const fuse_setattr_in *given = <const fuse_setattr_in *>body
         cdef Node node
         cdef Attributes found = None

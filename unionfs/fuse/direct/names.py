@@ -217,7 +217,13 @@ class NameRequests:
             killer=request if valid & FATTR_KILL_SUIDGID or self._only_kills(request) else None,
         )
         handle = self._operations.files.get(request.fh) if valid & FATTR_FH else None
-        found = await self._operations.setattr(request.nodeid, change, handle, request.uid)
+        try:
+            found = await self._operations.setattr(request.nodeid, change, handle, request.uid)
+        except OSError as error:
+            if error.errno == errno.EINTR and _are_kept_times(valid):
+                # fsync(2) would report it once, and succeed when its caller repeats it
+                raise os_error(errno.EIO) from error
+            raise
         if self._operations.invalidations.now and found[0].id == request.nodeid:
             self._operations.invalidations.answered(found[0])
         if self.write_back is not None and change.mtime_ns is not None:
@@ -227,10 +233,9 @@ class NameRequests:
     def _is_mtime_of_removed(self, request: rq.Setattr) -> bool:
         """Whether the request changes only the ctime of a lower file, because its name was removed.
 
-        With writeback the kernel keeps the times and sends them when it forgets the file (fs/fuse/inode.c,
-        fuse_flush_times). A copy-up for that would be useless.
+        With writeback the kernel sends them when it forgets the file. A copy-up for that would be useless.
         """
-        if request.valid & ~(FATTR_FH | FATTR_LOCKOWNER) != FATTR_MTIME | FATTR_CTIME:
+        if not _are_kept_times(request.valid):
             return False
         node = self._operations.node(request.nodeid)
         if node.in_place or not node.unlinked:
@@ -311,6 +316,12 @@ class NameRequests:
 
 def _statx(path: bytes, mask: int) -> bytes:
     return calls.statx(calls.AT_FDCWD, path, 0, mask)
+
+
+def _are_kept_times(valid: int) -> bool:
+    """Whether a SETATTR has times that the kernel has kept and writes later (fs/fuse/inode.c,
+    fuse_flush_times)."""
+    return valid & ~(FATTR_FH | FATTR_LOCKOWNER) == FATTR_MTIME | FATTR_CTIME
 
 
 def _sized(unique: int, value: bytes, size: int) -> Reply:
