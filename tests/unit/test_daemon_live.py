@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -20,11 +21,13 @@ from typing import Any
 import pytest
 import trio
 
+from tests.support import syscalls
 from unionfs.daemon import answering, control, live, logs, runtime
 from unionfs.daemon.claiming import Claim
 from unionfs.daemon.settle import settle
 from unionfs.errors import UserError
 from unionfs.settings.mount import MountSettings
+from unionfs.sys.mountinfo import mounted_at
 from unionfs.sys.process import is_alive, start_time, wait_gone
 
 
@@ -43,8 +46,6 @@ def settings() -> MountSettings:
 
 
 def _proc_device() -> str:
-    from unionfs.sys.mountinfo import mounted_at
-
     entry = mounted_at("/proc")
     assert entry is not None
     return entry.device
@@ -139,6 +140,59 @@ def test_a_claim_waits_for_another_process_that_clears_them(registry: Path) -> N
             Claim("/here", directory)
         threading.Timer(0.03, held.release).start()
         Claim("/here", directory).release()
+
+
+def test_a_claim_of_what_is_mounted_by_now(root: None, registry: Path, area: Path) -> None:
+    """Since the check, somebody has mounted there; only the dead mount that is to go may be there."""
+    with runtime.runtime_directory() as directory, open("/dev/fuse", "r+b", buffering=0) as device:
+        data = f"fd={device.fileno()},rootmode=40000,user_id=0,group_id=0"
+        syscalls.mount("src", area, "fuse.x", 0, data)
+        try:
+            with pytest.raises(UserError, match=f"{area} is busy: a fuse.x mount of src has just been made"):
+                Claim(str(area), directory)
+            assert directory.names() == []
+            Claim(str(area), directory, dead=mounted_at(str(area))).release()
+            with pytest.raises(UserError, match="has just been made there"):
+                Claim(str(area), directory, dead=mounted_at("/proc"))
+        finally:
+            syscalls.umount(area, syscalls.MNT_DETACH)
+        syscalls.mount("t", area, "tmpfs", 0, "size=64k")  # that may be covered
+        try:
+            Claim(str(area), directory).release()
+        finally:
+            syscalls.umount(area)
+        assert directory.names() == []
+
+
+def test_a_claim_without_room(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk prevents no mount; only one at a time is the weaker promise."""
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with runtime.runtime_directory() as directory:
+        fds = len(os.listdir("/proc/self/fd"))
+        monkeypatch.setattr(runtime.RuntimeDirectory, "open", full)
+        claim = Claim("/here", directory)
+        claim.release()
+        claim.release()
+        assert len(os.listdir("/proc/self/fd")) == fds
+
+
+def test_a_claim_is_given_up_once(registry: Path) -> None:
+    """Another process may have the next one by then."""
+    with runtime.runtime_directory() as directory:
+        fds = len(os.listdir("/proc/self/fd"))
+        first = Claim("/here", directory)
+        first.release()
+        second = Claim("/here", directory)
+        first.release()
+        with pytest.raises(UserError, match="just mounting"):
+            Claim("/here", directory)
+        other = Claim("/other", directory)
+        other.release()
+        second.release()
+        assert directory.names() == []
+        assert len(os.listdir("/proc/self/fd")) == fds
 
 
 def test_entry_of_a_dead_mount_that_remains_is_kept(registry: Path, settings: MountSettings) -> None:
