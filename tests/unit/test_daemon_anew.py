@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from unionfs.core.state import StateError
+from unionfs.core.state import State, StateError
 from unionfs.daemon import anew, holder
 from unionfs.daemon.identities import identities, refuse_others
 from unionfs.daemon.live import LiveMount
@@ -163,3 +164,81 @@ def test_open_files_on_devices(tmp_path: Path) -> None:
         assert other.fileno() not in found
         assert not found & {0, 1, 2}
         assert holder.open_on(set()) == set()
+
+
+class RecordedState(State):
+    """One that tells whether it has been ended."""
+
+    has_ended = False
+
+    def end(self) -> None:
+        self.has_ended = True
+        super().end()
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_holder_without_a_mount(stays: bool) -> None:
+    """It is not in charge. One that stays, the parent of this process, may try again."""
+    state = RecordedState()
+    one = holder.Holder(state, stays=stays)
+    assert (one.pid, one.is_there, state.holder) == (0, False, 0)
+    assert one.exchange() == "it has no holder"
+    one.end()
+    assert state.has_ended is not stays
+    state.close()
+
+
+def test_a_holder_that_stays() -> None:
+    """It is in charge once there is a mount, and until that is ended on purpose."""
+    state = RecordedState()
+    one = holder.Holder(state, stays=True)
+    assert one.start({"some": "value"}, -1) == ""
+    assert (one.pid, one.is_there, state.holder) == (os.getppid(), True, os.getppid())
+    assert json.loads(state.text) == {"some": "value"}
+    one.end()
+    assert state.has_ended
+    state.close()
+
+
+def test_a_holder_that_has_ended() -> None:
+    """Nobody would start another daemon: the mount says so."""
+    state = RecordedState()
+    one = holder.Holder(state)
+    assert one.start({}, -1) == "its holder ended"
+    assert (one.pid, one.is_there, state.holder) == (0, False, 0)
+    with subprocess.Popen(["true"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        one._pid = process.pid
+        assert one.start({}, -1) == "its holder ended"
+        assert (one.pid, state.holder) == (0, 0)
+        process.returncode = 0  # it has been waited for
+    state.close()
+
+
+def test_the_holder_of_the_daemon_before() -> None:
+    """It starts others until this one's is in charge; then it ends."""
+    state = RecordedState()
+    with subprocess.Popen(["sleep", "60"]) as former:
+        one = holder.Holder(state, former.pid)
+        assert one.is_there
+        assert former.poll() is None
+        one.take_charge(-1)
+        assert former.wait() == -signal.SIGKILL
+        assert one.is_there
+    state.close()
+
+
+def test_a_holder_that_is_forked_ends_with_the_mount() -> None:
+    """It is killed and waited for, so that nobody else has the files open."""
+    state = RecordedState()
+    with subprocess.Popen(["sleep", "60"]) as process:
+        one = holder.Holder(state)
+        one._pid = process.pid
+        assert one.start({}, -1) == ""
+        assert (one.pid, state.holder) == (process.pid, process.pid)
+        one.end()
+        assert state.has_ended
+        assert (one.pid, one.is_there) == (0, False)
+        assert not os.path.exists(f"/proc/{process.pid}")
+        process.returncode = -signal.SIGKILL  # it has been waited for
+    state.close()
