@@ -131,6 +131,24 @@ def test_the_layer_that_does_not_answer_is_named(
     assert capfd.readouterr().err.startswith(f"unionfs: the {role} {path} has not answered for 0 seconds; ")
 
 
+def test_the_first_that_does_not_answer_is_named(
+    served: Server, area: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those before it, which another server has shown."""
+    monkeypatch.setattr(silent, "_TELL_SECONDS", patient(0.5))
+    (area / "other").mkdir()
+    other = Server(area / "source", area / "other")
+    try:
+        served.stop()
+        threading.Timer(patient(2), served.go_on).start()
+        layers = [("lower", str(area / "other")), ("lower", "/usr"), ("lower", str(area / "other/only"))]
+        silent.await_layers([*layers, ("upper", str(area / "served")), ("work", str(area / "other"))])
+        lines = capfd.readouterr().err.splitlines()
+        assert [line.partition(" has not")[0] for line in lines] == [f"unionfs: the upper {area}/served"]
+    finally:
+        other.end()
+
+
 def test_a_launcher_that_ends(served: Server, area: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its call is not waited for."""
     here, there = socket.socketpair()
