@@ -149,6 +149,19 @@ def test_the_first_that_does_not_answer_is_named(
         other.end()
 
 
+def test_a_child_that_is_killed(served: Server, area: Path) -> None:
+    """It is not waited for any more: whatever is wrong, the caller finds out."""
+    children = _children()
+
+    def kill() -> None:
+        for child in _children() - children:
+            os.kill(int(child), signal.SIGKILL)
+
+    served.stop()
+    threading.Timer(patient(0.5), kill).start()
+    silent.await_layers([("lower", str(area / "served"))])
+
+
 def test_a_launcher_that_ends(served: Server, area: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its call is not waited for."""
     here, there = socket.socketpair()
