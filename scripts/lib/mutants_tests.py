@@ -93,7 +93,7 @@ class Record:
             copy_repository(copy)
             Path(place).chmod(0o755)
             notes.mkdir()
-            notes.chmod(0o1777)
+            notes.chmod(0o777)  # in a sticky one nobody may append to another user's file (proc_sys_fs(5))
             found = mutants_blocks.instrument(copy / "unionfs")
             block_names = {
                 number: f"{module}:{name}" for module, blocks in found.items() for name, number in blocks

@@ -13,6 +13,8 @@ from unionfs.daemon.inside import TakenOff, mounted_inside, reachable, storage_m
 from unionfs.settings.specs import BindSpec
 from unionfs.sys.mountinfo import MountEntry, mounted_at
 
+MS_SHARED = 1 << 20  # include/uapi/linux/mount.h
+
 
 def _entry(path: Path) -> MountEntry:
     entry = mounted_at(str(path))
@@ -106,3 +108,45 @@ def test_one_in_use_restores_the_others(top: Path) -> None:
     assert sorted(_paths(mounted_inside(union), top)) == ["a", "b", "c"]
     assert all((top / name / name).exists() for name in ("a", "b", "c"))
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_mounts_of_other_users_are_left_alone(top: Path) -> None:
+    """Their daemons may never answer; what is mounted on them, or below, is as far away."""
+    for name in ("theirs", "ours"):
+        (top / name).mkdir()
+    _mount(top / "ours/in")
+    with open("/dev/fuse", "r+b", buffering=0) as device:
+        data = f"fd={device.fileno()},rootmode=40000,user_id=1001,group_id=1001"
+        syscalls.mount("x", top / "theirs", "fuse.x", 0, data)
+        theirs = _entry(top / "theirs")
+        syscalls.mount("t", top / "theirs", "tmpfs", 0, "size=64k")
+        union = _entry(top)
+        assert _paths(mounted_inside(union), top) == ["ours/in", "theirs", "theirs"]
+        assert _paths(reachable(union), top) == ["ours/in"]
+        unmount_inside(union)
+        assert _paths(mounted_inside(union), top) == ["theirs", "theirs"]
+        syscalls.umount(top / "theirs")
+        assert _entry(top / "theirs").mount_id == theirs.mount_id
+        syscalls.umount(top / "theirs", syscalls.MNT_DETACH)
+
+
+def test_mounts_of_the_host_stay(top: Path) -> None:
+    """A bind mount with shared propagation has peers below its source."""
+    volume = top.parent / "volume"
+    syscalls.mount("none", volume, "", syscalls.MS_REC | MS_SHARED)
+    _bind(volume, top / "data")
+    assert _paths(mounted_inside(_entry(top)), top) == ["data", "data/sub", "data/sub/deep"]
+    unmount_inside(_entry(top))
+    assert mounted_inside(_entry(top)) == []
+    assert (volume / "sub").is_mount()
+    assert (volume / "sub/deep").is_mount()
+
+
+def test_storage_at_the_root_of_the_host(root: None) -> None:
+    """Its mountpoint ends with the slash that others begin with."""
+    entry = mounted_at("/proc")
+    assert entry is not None
+    top = mounted_at("/")
+    assert top is not None
+    found = storage_mounts(top, [BindSpec(target="/proc", path="/x")])
+    assert entry.mount_id in {one.mount_id for one in found}

@@ -6,12 +6,14 @@ import contextlib
 import json
 import os
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unionfs.daemon.settle import settle
+from unionfs.daemon.settle import absolute_mountpoint, settle
 from unionfs.errors import UserError
 from unionfs.settings.features import VALUES, Features
 from unionfs.settings.mount import MountSettings
@@ -223,6 +225,159 @@ def test_who_may_use_the_mount() -> None:
     assert allowed("") == (os.geteuid() == 0, False)
     with pytest.raises(UserError, match="exclude each other"):
         allowed("allow_other,allow_root")
+
+
+@pytest.mark.parametrize(
+    ("uid", "words", "others", "flags"),
+    [
+        (1000, "", (False, False), {"nodev", "nosuid"}),
+        (1000, "allow_other", (True, False), {"nodev", "nosuid"}),
+        (1000, "allow_root", (False, True), {"nodev", "nosuid"}),
+        (1000, "suid,dev,noexec", (False, False), {"nodev", "nosuid", "noexec"}),
+        (0, "", (True, False), {"dev", "suid"}),
+        (0, "allow_root", (False, True), {"dev", "suid"}),
+        (0, "nosuid", (True, False), {"dev", "nosuid"}),
+    ],
+)
+def test_of_root_and_of_others(
+    monkeypatch: pytest.MonkeyPatch, uid: int, words: str, others: tuple[bool, bool], flags: set[str]
+) -> None:
+    """Who may use the mount, and the flags that fusermount3 insists on."""
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    settings = settle("/m", options=[f"lowerdir=/l,{words}"], trusted_xattrs=uid == 0)
+    assert (settings.allow_other, settings.allow_root) == others
+    assert set(settings.flags) == flags
+    assert settings.userxattr == (uid != 0)
+
+
+def test_the_layers() -> None:
+    """By letter or by option, the same twice; absolute; without an upper read-only."""
+    layers: dict[str, Any] = {"lowers": ["/l", "/l2"], "upper": "/u", "work": "/w"}
+    options = ["lowerdir=/l:/l2,upperdir=/u,workdir=/w"]
+    given = settle("/m", options=options)
+    assert (given.lowers, given.upper, given.work) == (("/l", "/l2"), "/u", "/w")
+    assert settle("/m", **layers) == settle("/m", options=options, **layers) == given
+    assert (given.read_only, given.upper_tmpfs) == (False, None)
+    assert (given.subtype, given.fsname) == ("unionfs", "unionfs")
+    assert settle("/m", lowers=["/l"]).read_only
+    assert settle("/m", options=["ro"], **layers).read_only
+    tmpfs = settle("/m", lowers=["/l"], upper="tmpfs:size=1m")
+    assert (tmpfs.read_only, tmpfs.upper, tmpfs.work) == (False, None, None)
+    assert settle("m", lowers=["l"]).lowers == (f"{os.getcwd()}/l",)
+    assert settle("m", lowers=["l"]).mountpoint == f"{os.getcwd()}/m"
+    assert (given.mounted_by, given.storage, given.storage_root) == (os.getuid(), (), "")
+    for more, text in (
+        ({"upper": "/other"}, r"the upper is given both by -u and by -o upperdir=; "),
+        ({"work": "/other"}, r"the work is given both by -w and by -o workdir=; "),
+        ({"lowers": ["/l"]}, r"the lower is given both by -l and by -o lowerdir=; "),
+    ):
+        with pytest.raises(UserError, match=f"^{text}"):
+            settle("/m", options=options, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({}, "no lower is given"),
+        ({"lowers": ["/l", ""]}, "an empty path is given"),
+        ({"lowers": ["/l"], "upper": "", "work": "/w"}, "an empty path is given"),
+        ({"lowers": ["/l"], "upper": "/u", "work": ""}, "an empty path is given"),
+        ({"lowers": ["/l"], "upper": ""}, "an empty path is given"),
+        ({"lowers": ["/l"], "work": ""}, "an empty path is given"),
+        ({"options": ["lowerdir=/l,upperdir=/u,workdir=/w"], "upper": ""}, "the upper is given both by -u"),
+        ({"lowers": ["/l"], "upper": "/u"}, "upper /u is given without a work directory"),
+        ({"lowers": ["/l"], "work": "/w"}, "work /w is given without an upper"),
+        ({"lowers": ["/l"], "upper": "tmpfs:size=1m", "work": "/w"}, "work /w is given, but with upper"),
+        ({"lowers": ["/l"], "upper": "tmpfs.d"}, "upper tmpfs.d is given without a work directory"),
+        ({"lowers": ["/l\0"]}, r"'/l.x00' contains a zero byte"),
+    ],
+)
+def test_layers_that_are_refused(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(UserError, match=f"^{text}"):
+        settle("/m", **arguments)
+
+
+def test_an_empty_mountpoint() -> None:
+    with pytest.raises(UserError, match="an empty path"):
+        settle("", lowers=["/l"])
+
+
+def test_the_words_of_a_mount() -> None:
+    """What is given by letter and by option, and what the configuration has no say in."""
+    def settled(*options: str, **more: Any) -> MountSettings:
+        return settle("/m", lowers=["/l"], options=options, trusted_xattrs=True, **more)
+
+    assert settled("debug", log_level="error").log_level == "debug"
+    assert settled(log_level="error").log_level == "error"
+    assert settled("fsname=x", source="src").fsname == "x"
+    assert settled("subtype=").subtype == ""
+    assert settled("volatile").volatile
+    assert settled("userxattr").userxattr
+    assert not settled().userxattr
+    assert settle("/m", lowers=["/l"], trusted_xattrs=False).userxattr
+    assert [settled(watch_lower=True).watch_lower, settled("watch_lower").watch_lower] == [True, True]
+    assert not settled().watch_lower
+    assert settled("outlive").outlive
+    assert settled("max_nodes=9").max_nodes == 9
+    assert settled("session=direct", session="auto").session == "direct"
+    assert settled("io=cached", io="cached").io == "cached"
+    assert settled("session=pyfuse3").io == "auto"
+    for options, more, text in (
+        (["session=direct"], {"session": "pyfuse3"}, "--session pyfuse3 and -o session=direct differ"),
+        (["io=cached"], {"io": "hybrid"}, "--io hybrid and -o io=cached differ"),
+        (["session=other"], {}, "option session=other: write one of auto, "),
+        (["io=other"], {}, "option io=other: write one of auto, "),
+        (["io=cached"], {"session": "pyfuse3"}, "--io cached needs --session direct"),
+        (["session=pyfuse3"], {"io": "cached"}, "--io cached needs --session direct"),
+    ):
+        with pytest.raises(UserError, match=f"^{text}"):
+            settled(*options, **more)
+
+
+def test_features_that_exclude_each_other() -> None:
+    """metacopy=on needs redirects, and markers that only root can make."""
+    def features(words: str, *, trusted: bool = True) -> Features:
+        return settle("/m", lowers=["/l"], options=[words], trusted_xattrs=trusted).features
+
+    for words in ("metacopy=on", "metacopy=on,redirect_dir=on"):
+        assert features(words).metacopy == "on"
+    for words in ("metacopy=on,redirect_dir=off", "metacopy=on,redirect_dir=follow"):
+        with pytest.raises(UserError, match="metacopy=on needs redirects"):
+            features(words)
+    with pytest.raises(UserError, match=r"metacopy=on conflicts with markers in user\.\* xattrs"):
+        features("metacopy=on", trusted=False)
+    shown = features("xattr_permissions=2")
+    assert (shown.metacopy, shown.index, shown.redirect_dir) == ("off", "off", "follow")
+    assert features("xattr_permissions=2,redirect_dir=on").redirect_dir == "on"
+    assert features("xattr_permissions=2,userxattr").redirect_dir is None
+
+
+def test_permissions_in_xattrs_of_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a mount that others reach, too, no redirect is read."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+
+    def redirects(words: str) -> str | None:
+        settings = settle("/m", lowers=["/l"], options=[words], trusted_xattrs=False)
+        return settings.features.redirect_dir
+
+    assert redirects("xattr_permissions=2") == "follow"
+    assert redirects("xattr_permissions=2,allow_other") is None
+    assert redirects("xattr_permissions=2,allow_root") is None
+
+
+def test_a_mountpoint_behind_links(tmp_path: Path) -> None:
+    """It is found without a request to what is mounted there; a link that leads nowhere stays a name."""
+    for name, target in (("a", "/proc"), ("b", "a"), ("c", tmp_path / "b"), ("loop", "loop"), ("gone", "x")):
+        (tmp_path / name).symlink_to(target)
+    place = str(tmp_path)
+    for name in ("a", "b", "c", "c/", "../" + tmp_path.name + "/c"):
+        assert absolute_mountpoint(f"{place}/{name}") == "/proc"
+    assert absolute_mountpoint("/proc") == absolute_mountpoint("/proc/.") == "/proc"
+    assert absolute_mountpoint("/proc/sys/..") == "/proc"
+    assert absolute_mountpoint(f"{place}/gone") == f"{place}/x"
+    assert absolute_mountpoint(f"{place}/none") == f"{place}/none"
+    assert absolute_mountpoint(f"{place}/loop") == f"{place}/loop"
+    assert absolute_mountpoint("/") == "/"
 
 
 def test_storage() -> None:

@@ -93,6 +93,7 @@ def test_mounts(files: Files, tmp_path: Path) -> None:
     assert mounted() == ("direct", "passthrough", "error")
     assert mounted(io="auto", session="auto", log_level="info") == ("auto", "auto", "info")
     assert mounted(options=["io=cached"]) == ("direct", "cached", "error")  # type: ignore[arg-type]
+    assert mounted(options=["io=cached,session=direct"], io="auto") == ("direct", "cached", "error")  # type: ignore[arg-type]
     # The configured mode is for the session that has modes.
     assert mounted(session="pyfuse3") == ("pyfuse3", "auto", "error")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import platform
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unionfs.errors import on_failure, quoted
+from unionfs.sys.kernel import kernel_version
 
 ALLOW = 0x7FFF0000
 LOG = 0x7FFC0000
@@ -195,10 +195,5 @@ def _holds(
         found = re.fullmatch(r"(\d{1,3})\.(\d{1,3})", _check(minimum, str, "minKernel"))
         if found is None:
             raise _Bad(f"minKernel {minimum!r} is not of the form 4.8")
-        held.append(_kernel() >= (int(found[1]), int(found[2])))
+        held.append(kernel_version() >= (int(found[1]), int(found[2])))
     return combine(held)
-
-
-def _kernel() -> tuple[int, int]:
-    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
-    return (int(found[1]), int(found[2])) if found else (0, 0)

@@ -35,6 +35,7 @@ from unionfs.sys.capabilities import (
 from unionfs.sys.fds import Owned
 from unionfs.sys.fuseprobe import init_offer, offers_passthrough
 from unionfs.sys.fusermount import find_fusermount
+from unionfs.sys.kernel import kernel_version
 from unionfs.sys.mountinfo import mount_id_of_path, mount_of_id
 
 State = Literal["ok", "limited", "missing"]
@@ -105,14 +106,9 @@ def _device() -> Finding:
     return Finding("/dev/fuse", "ok", "opens for reading and writing")
 
 
-def _kernel_version() -> tuple[int, int]:
-    major, minor = os.uname().release.split(".")[:2]
-    return int(major), int("".join(char for char in minor if char.isdigit()) or 0)
-
-
 def _kernel() -> Finding:
     release = os.uname().release
-    if _kernel_version() < _OLDEST_KERNEL:
+    if kernel_version() < _OLDEST_KERNEL:
         detail = f"{release}, too old to protect lowers by read-only mounts"
         return Finding("kernel", "limited", detail, f"Linux {'.'.join(map(str, _OLDEST_KERNEL))}")
     return Finding("kernel", "ok", release)
@@ -249,7 +245,7 @@ def _overlayfs() -> Finding:
 
 def _passthrough() -> Finding:
     name = "passthrough"
-    if _kernel_version() < (6, 9):
+    if kernel_version() < (6, 9):
         detail = f"not in Linux {os.uname().release}: data goes through the daemon"
         return Finding(name, "limited", detail, "Linux 6.9")
     answer, how = offers_passthrough(), "as the kernel's FUSE_INIT says"

@@ -165,9 +165,10 @@ def _features(parsed: Options, userxattr: bool, is_root: bool) -> Features:
 
 
 def _either(thing: str, letter: str, option: str, by_letter: _T, by_option: _T) -> _T:
-    if by_letter and by_option and by_letter != by_option:
+    given = [value for value in (by_letter, by_option) if value is not None and value != ()]
+    if len(given) == 2 and given[0] != given[1]:
         raise UserError(f"the {thing} is given both by {letter} and by -o {option}; use one of the two.")
-    return by_letter or by_option
+    return given[0] if given else by_letter  # also an empty path, which is refused
 
 
 def _writable_layer(upper: str | None, work: str | None) -> tuple[str | None, TmpfsOptions | None]:

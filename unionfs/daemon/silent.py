@@ -148,7 +148,7 @@ def _lies_below(path: str, mountpoints: set[str]) -> bool:
             return True
         try:
             target = os.readlink(below)
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a zero byte, which the caller refuses
             place = below
             continue
         links += 1

@@ -11,6 +11,7 @@ from typing import Final
 
 from unionfs.sys.calls import fail, libc
 from unionfs.sys.fds import Owned, open_for_listing
+from unionfs.sys.kernel import kernel_version
 
 # include/uapi/linux/fs.h, since Linux 6.9: FS_IOC_GETFSUUID, _IOR(0x15, 0, struct fsuuid2)
 _GETFSUUID: Final = 0x80111500
@@ -80,5 +81,4 @@ def _ioctl(fd: int, request: int, size: int) -> bytes | None:
 
 
 def _reads_uuids() -> bool:
-    major, minor = os.uname().release.split(".")[:2]
-    return (int(major), int("".join(filter(str.isdigit, minor[:2])) or 0)) >= (6, 9)
+    return kernel_version() >= (6, 9)
