@@ -433,18 +433,18 @@ def other() -> Iterator[tuple[int, int]]:
         process.kill()
 
 
-def test_a_mount_that_was_given_up(settings: MountSettings, other: tuple[int, int]) -> None:
+def test_a_mount_with_only_a_holder(settings: MountSettings, other: tuple[int, int]) -> None:
     """Its daemon is dead, but not its holder."""
     mine = (os.getpid(), start_time(os.getpid()) or 0)
     dead = (mine[0], mine[1] + 1)
 
-    def is_given_up(daemon: tuple[int, int], holder: tuple[int, int] | None) -> bool:
-        return live.LiveMount(settings, *daemon, "0:0", 1.0, (), holder=holder).is_given_up()
+    def has_only_holder(daemon: tuple[int, int], holder: tuple[int, int] | None) -> bool:
+        return live.LiveMount(settings, *daemon, "0:0", 1.0, (), holder=holder).has_only_holder()
 
-    assert is_given_up(dead, other)
-    assert not is_given_up(mine, other)
-    assert not is_given_up(dead, None)
-    assert not is_given_up(dead, dead)
+    assert has_only_holder(dead, other)
+    assert not has_only_holder(mine, other)
+    assert not has_only_holder(dead, None)
+    assert not has_only_holder(dead, dead)
 
 
 def test_daemons_of_other_pid_namespaces(registry: Path, settings: MountSettings) -> None:
