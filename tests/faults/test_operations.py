@@ -118,8 +118,11 @@ def test_times_of_an_interrupted_write_back(area: Path) -> None:
     if reason := injecting.reason():
         pytest.skip(reason)
     (operation,) = [one for one in OPERATIONS if one.name == "write linked"]
-    faults = [Fault(number, errno.EINTR, on=(call, "/two"))
-              for call in ("newfstatat", "utimensat") for number in range(1, _MOST + 1)]  # fmt: skip
+    faults = [
+        Fault(number, errno.EINTR, on=on)
+        for on in (("newfstatat", "/two"), ("utimensat", ""))
+        for number in range(1, _MOST + 1)
+    ]
     cases = [Case(operation, fault) for fault in faults]
     assert Errors(area / "b", "direct-cached", cases, Expected(area)).run().problems == []
     assert errno.EIO in [case.error.errno for case in cases if case.error is not None]

@@ -224,6 +224,18 @@ class TestErrors:
         assert store.volumes().users("data") == []
         assert store.ok("ls", "-q") == "data\n"
 
+    def test_a_restore_that_cannot_be_unmounted(self, store: Store, area: Path, plugins: Plugins) -> None:
+        """What was restored is there, so it is no error."""
+        home = plugins.socket("p", "refuse=VolumeDriver.Unmount")
+        store.ok("create", "source")
+        (store.root / "volumes/source/_data/file").write_text("x")
+        store.ok("backup", "source", "-o", area / "b.tar")
+        store.ok("create", "-d", "p", "data")
+        done = store("restore", "data", "-i", area / "b.tar")
+        assert done.returncode == 0, done.stderr
+        assert "refuses VolumeDriver.Unmount" in done.stderr
+        assert (home / "volumes/data/file").read_text() == "x"
+
     def test_options_are_its_own_affair(self, store: Store, plugins: Plugins) -> None:
         plugins.socket("p")
         refused(

@@ -12,6 +12,7 @@ from typing import Final
 from unionfs.daemon.runtime import RuntimeDirectory
 from unionfs.errors import UserError, quoted
 from unionfs.sys import filelocks
+from unionfs.sys.fds import close_quietly
 from unionfs.sys.mountinfo import MountEntry, mounted_at
 
 _PREFIX: Final = "mounting-"
@@ -63,7 +64,7 @@ class Claim:
     def release(self) -> None:
         if self._fd >= 0:
             self._directory.remove(self._name)
-            os.close(self._fd)
+            close_quietly(self._fd)
             self._fd = -1
 
 
@@ -76,4 +77,4 @@ def clear_orphans(directory: RuntimeDirectory) -> None:
             fd = filelocks.take(partial(directory.open, name, os.O_RDWR), name, directory.fd)
             if fd is not None:
                 directory.remove(name)
-                os.close(fd)
+                close_quietly(fd)

@@ -119,7 +119,7 @@ def fill(
     mounted = driver.restores_mounted(volume)
     if mounted:
         volumes.attach(volume.name, user)
-        stack.callback(volumes.detach, volume.name, user)
+        stack.callback(_detach, volumes, volume, user, report)
     with on_failure(
         f"volume {quoted(volume.name)} cannot be {what}",
         "its content is as it was. Free space, or check its storage",
@@ -132,6 +132,14 @@ def fill(
         # Another process may have started to use the volume.
         with volumes.still(volume.name, what, besides=user if mounted else ""):
             place.commit()
+
+
+def _detach(volumes: Volumes, volume: Volume, user: str, report: Report) -> None:
+    """Whether it can or not, the content is what it is now; the volume's next use tries again."""
+    try:
+        volumes.detach(volume.name, user)
+    except UserError as error:
+        report.note(f"volume {quoted(volume.name)} stays in use: {error}")
 
 
 def open_chain(
