@@ -192,15 +192,19 @@ def test_killed_many_times_under_load(place: Place, io: str) -> None:
 @pytest.mark.parametrize("dies", [False, True])
 @pytest.mark.parametrize("io", MODES)
 def test_many_programs(place: Place, io: str, dies: bool) -> None:
-    """64 programs at once, for half a minute, or UNIONFS_LOAD_SECONDS."""
+    """64 programs at once, for half a minute, or UNIONFS_LOAD_SECONDS. Ten minutes need about 10 GB, so
+    TMPDIR=/var/tmp."""
     fill(place, 64, io)
     mount = Outliving(place, "--session", "direct", "--io", io)
     end = time.monotonic() + float(os.environ.get("UNIONFS_LOAD_SECONDS", "30"))
+    deaths = 0
     with load(place, 64, 1) as results:
         while time.monotonic() < end:
             if dies:
                 storm(mount, 1, 1)
+                deaths += 1
             time.sleep(2)
+    print(io, deaths, "deaths", sum(int(str(one["count"])) for one in results), "operations")
     assert [one["differences"] for one in results] == [[]] * 64
     assert tree(mount.top / "w0") == tree(place.root / "native/w0")
     succeed(unionfs("umount", "--lazy", mount.top))
