@@ -64,14 +64,15 @@ def test_an_interrupted_write_back(area: Path) -> None:
 def _append_to_append_only(top: str) -> None:
     """Two appends, each of which is written back by an fsync(2); then the flag is removed again."""
     with open(f"{top}/up", "rb") as file:
-        calls.set_flags(file.fileno(), calls.FS_APPEND)
+        before = calls.get_flags(file.fileno())
+        calls.set_flags(file.fileno(), before | calls.FS_APPEND)
         try:
             with open(f"{top}/up", "ab", buffering=0) as appended:
                 for data in (b"one", b"two"):
                     appended.write(data)
                     os.fsync(appended)
         finally:
-            calls.set_flags(file.fileno(), 0)
+            calls.set_flags(file.fileno(), before)
 
 
 def test_an_append_that_is_sent_again(area: Path) -> None:

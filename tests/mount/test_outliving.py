@@ -424,6 +424,20 @@ def test_the_upper_stays_locked(place: Place, deaths: int) -> None:
     mount.end()
 
 
+def test_a_file_that_its_owner_must_not_read(host: Host) -> None:
+    """Its inode number stays, after a mount, too; and who has it open goes on writing."""
+    pid = host.mount("-o", "outlive")
+    path = host.place.merged / "base"
+    succeed(host.run("chmod", "0200", path))
+    number = succeed(host.run("stat", "-c", "%i", path))
+    script = f"exec 7>>{path}; kill -9 {pid}; echo more >&7 && sync -d /dev/fd/7 && stat -L -c %i /dev/fd/7"
+    assert succeed(host.run("sh", "-c", script)) == number
+    assert (host.place.upper / "base").read_text() == "base\nmore\n"
+    succeed(host.unionfs("umount", host.place.merged))
+    host.mount()
+    assert succeed(host.run("stat", "-c", "%i", path)) == number
+
+
 def test_an_ordinary_user(host: Host) -> None:
     """Mounted by fusermount3."""
     pid = host.mount("-o", "outlive")
