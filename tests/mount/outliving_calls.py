@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.cli_calls import Place, gone, succeed, unionfs, wait_for
+from tests.mount.cli_calls import Place, gone, stopped, succeed, unionfs, wait_for
 from tests.support.patience import patient
 from unionfs.daemon import live
 from unionfs.sys.process import children_of
@@ -63,6 +63,15 @@ class Outliving:
         self.last = self.entry()
         assert self.last.pid != before.pid
         return self.last
+
+    @contextmanager
+    def without_daemon(self) -> Iterator[int]:
+        """Kill the daemon; its holder starts no other one within the block. Yields the holder's pid."""
+        pid, holder = self.processes()
+        with stopped(holder):
+            os.kill(pid, signal.SIGKILL)
+            assert wait_for(lambda: gone(pid))
+            yield holder
 
     def log(self) -> str:
         """The last lines of the daemons' log."""

@@ -25,7 +25,6 @@ from tests.mount.cli_calls import (
     listed,
     mounts_at,
     refused,
-    stopped,
     succeed,
     unionfs,
     wait_for,
@@ -307,10 +306,7 @@ def test_daemons_that_keep_dying(place: Place, deaths: int | None) -> None:
 def test_a_mount_without_a_daemon_for_a_while(place: Place) -> None:
     """`ls` shows it, `inspect` says what it waits for, and a file there can be read afterwards."""
     mount = Outliving(place)
-    pid, holder = mount.processes()
-    with stopped(holder):
-        os.kill(pid, signal.SIGKILL)
-        assert wait_for(lambda: gone(pid))
+    with mount.without_daemon() as holder:
         (shown,) = [one for one in listed(unionfs("ls", "--json")) if one["mountpoint"] == str(mount.top)]
         assert (shown["state"], shown["pid"]) == ("waiting", holder)
         refused(unionfs("inspect", mount.top), "has no daemon at the moment", "another one is to take over")
@@ -321,10 +317,8 @@ def test_a_mount_without_a_daemon_for_a_while(place: Place) -> None:
 def test_a_command_that_comes_between_two_daemons(place: Place) -> None:
     """It waits for the next one."""
     mount = Outliving(place)
-    pid, holder = mount.processes()
-    with stopped(holder):
-        os.kill(pid, signal.SIGKILL)
-        assert wait_for(lambda: gone(pid))
+    pid = mount.last.pid
+    with mount.without_daemon() as holder:
         goes_on = threading.Timer(0.5, os.kill, (holder, signal.SIGCONT))
         goes_on.start()
         found = json.loads(succeed(unionfs("inspect", "--json", mount.top)))
@@ -413,19 +407,17 @@ def test_the_upper_stays_locked(place: Place, deaths: int) -> None:
     mount = Outliving(place)
     for _ in range(deaths):
         mount.kill()
-    pid, holder = mount.processes()
+    pid = mount.last.pid
     other = place.root / "other"
     other.mkdir()
-    with stopped(holder):
-        os.kill(pid, signal.SIGKILL)
-        assert wait_for(lambda: gone(pid))
+    with mount.without_daemon():
         refused(unionfs("mount", *place.layers, other), "already in use by another mount")
     assert mount.entry().pid != pid
     mount.end()
 
 
 def test_a_file_that_its_owner_must_not_read(host: Host) -> None:
-    """Its inode number stays, after a mount, too; and who has it open goes on writing."""
+    """Its inode number stays the same, also after the next mount, and open files go on."""
     pid = host.mount("-o", "outlive")
     path = host.place.merged / "base"
     succeed(host.run("chmod", "0200", path))

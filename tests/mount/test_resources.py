@@ -93,8 +93,8 @@ def test_shares_of_users(root: None, area: Path, session: str) -> None:
 
 
 def test_shares_of_users_who_change_what_they_read(root: None, area: Path, session: str) -> None:
-    """A file of a lower needs no fd while it is open, but its copy does. So who changes files that are open
-    gets no more than who opens files of the upper, whatever the change is; and others can change them."""
+    """A file of a lower needs no fd while it is open, but its copy does. A user who changes open files
+    gets no more fds than one who opens files of the upper, whatever the change is; others can change them."""
     if session == "direct-cached":
         pytest.skip("it sends no OPEN: a limited number of files stays open")
     with limited(area, session, "-o", "allow_other", files=FDS) as found:

@@ -164,7 +164,7 @@ def test_a_call_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_lines_of_stderr_are_written_at_once(tmp_path: Path) -> None:
-    """The caller waits; bytes that are no text are shown."""
+    """The caller waits, and sees bytes that are not valid text."""
 
     def run(*_: object) -> int:
         print("f\udcff", file=sys.stderr)

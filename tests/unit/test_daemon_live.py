@@ -485,7 +485,7 @@ def test_which_mounts_are_live(registry: Path, settings: MountSettings, other: t
 
 
 def test_the_entry_of_a_device(settings: MountSettings, other: tuple[int, int]) -> None:
-    """Of two, that with a live daemon: the kernel gives the number of a mount to the next one."""
+    """The entry with a live daemon is found, since the kernel reuses device numbers."""
     dead = live.LiveMount(settings, *other, "0:9", 1.0, ())
     dead = replace(dead, started=dead.started + 1)
     alive = live.LiveMount(settings, *other, "0:9", 2.0, ())

@@ -368,7 +368,7 @@ except UserError as error:
 
 
 def _as_user(layers: Layers, settings: MountSettings, *, device: bool = True) -> str:
-    """What an ordinary user is told who may open /dev/fuse, or not."""
+    """The message for an ordinary user depends on whether that user can open /dev/fuse."""
     node = layers.root / "fuse"
     if not node.exists():
         os.mknod(node, stat.S_IFCHR, os.makedev(10, 229))

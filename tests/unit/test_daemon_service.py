@@ -115,7 +115,7 @@ def _fails(*_: object, **__: object) -> NoReturn:
 def test_an_upper_that_cannot_be_written(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, volatile: bool
 ) -> None:
-    """Whoever waits for the end gets to know it; a volatile one is not written at all."""
+    """The caller that waits for the end gets the error; a volatile upper is not synced at all."""
     service = make(volatile=volatile)
     monkeypatch.setattr(subject.LayerStack, "sync_upper", _fails)
     assert service._finish() is volatile

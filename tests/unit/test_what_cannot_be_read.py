@@ -55,7 +55,7 @@ def test_a_volume_whose_image_cannot_be_looked_at(tmp_path: Path) -> None:
 
 
 def test_a_container_whose_record_cannot_be_read(tmp_path: Path) -> None:
-    """It keeps its image, and nobody is told to remove it."""
+    """It keeps its image, and no message advises removing it."""
     container = Container(str(tmp_path), "one")
     assert container.image() is None
     assert container.lowers() == ()

@@ -123,7 +123,8 @@ class LayerStack:
                 layers.append(Layer(len(layers), path, fd, is_upper=False, quiet=True))
             if not layers:
                 raise LayerError("a union needs at least one layer; give one with --lower.")
-            markers, chosen = _choose(features, privileged and not userxattr, layers[0], work_fd)
+            prefix = _prefix(trusted=privileged and not userxattr)
+            markers, chosen = _choose(features, prefix, layers[0], work_fd)
             if shown.uids or shown.gids:
                 _find_idmapped(layers)
             if shown.permissions:
@@ -166,7 +167,7 @@ class LayerStack:
                 quiet = not is_upper or (upper is not None and "noatime" in atime)
                 layers.append(Layer(len(layers), path, fd, is_upper=is_upper, quiet=quiet, known=known))
             chosen = Features.from_json(kept["features"])
-            markers = _markers(privileged and not userxattr, chosen.redirect_dir)
+            markers = _markers(_prefix(trusted=privileged and not userxattr), chosen.redirect_dir)
             if shown.permissions:
                 permissions.find(layers, shown.permissions)
             for layer, mapped in zip(layers, kept["mapped"], strict=True):
@@ -278,22 +279,22 @@ def slow_devices(known: Iterable[Mapping[str, Any] | None]) -> set[int]:
     return {one["root"][0] for one in known if one is not None and one.get("bare") is not None}
 
 
-def _choose(features: Features, trusted: bool, top: Layer, work_fd: int) -> tuple[Markers, Features]:
+def _choose(features: Features, prefix: bytes, top: Layer, work_fd: int) -> tuple[Markers, Features]:
     """The markers, and the features with their defaults; ``top``: the topmost layer. Raises LayerError."""
     upper = top if top.is_upper else None
     wanted = features.redirect_dir or ("on" if features.metacopy == "on" else None)
-    redirects = mode(wanted, _prefix(trusted), upper)
-    markers = _markers(trusted, redirects)
+    redirects = mode(wanted, prefix, upper)
+    markers = _markers(prefix, redirects)
     metacopy = "off" if upper is None else _metacopy(features.metacopy, redirects, upper, markers, work_fd)
     return markers, replace(features, redirect_dir=redirects, metacopy=metacopy)
 
 
-def _prefix(trusted: bool) -> bytes:
+def _prefix(*, trusted: bool) -> bytes:
     return b"trusted.overlay." if trusted else b"user.overlay."
 
 
-def _markers(trusted: bool, redirects: str | None) -> Markers:
-    return Markers(_prefix(trusted), follows_redirects=redirects != "nofollow")
+def _markers(prefix: bytes, redirects: str | None) -> Markers:
+    return Markers(prefix, follows_redirects=redirects != "nofollow")
 
 
 def _metacopy(wanted: str | None, redirects: str, upper: Layer, markers: Markers, work_fd: int) -> str:

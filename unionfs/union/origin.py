@@ -183,7 +183,7 @@ class Origins(OriginFormat):
 
 
 def _links_by_handle(root_fd: int, kind: int, handle: bytes, device: int) -> int:
-    """Raises OSError if there is no such object."""
+    """``st_nlink`` of the object; 0 if it is on another device. Raises OSError if there is none."""
     with Owned(open_handle(root_fd, kind, handle)) as fd:
         st = os.fstat(fd)
     return st.st_nlink if st.st_dev == device else 0
