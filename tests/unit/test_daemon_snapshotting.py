@@ -1,8 +1,9 @@
-"""What a daemon does with snapshots by itself."""
+"""What a daemon does with snapshots by itself, and in which order it changes what lies on disk."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from unionfs.daemon import snapshotting
 from unionfs.daemon.settle import settle
 from unionfs.daemon.snapshotting import Snapshotting, _why_not
+from unionfs.errors import UserError
 from unionfs.settings.specs import TmpfsOptions, TmpfsSpec
+from unionfs.storage.snapshots import Store, opened
 from unionfs.sys.fds import Owned
 
 
@@ -64,3 +68,159 @@ def test_mounts_that_have_no_snapshots(tmp_path: Path, changes: dict[str, Any], 
             (tmp_path / name).unlink()
         stack.upper = None
         assert _why_not(settings, stack, possible=True).startswith("it has no upper")
+
+
+class _Killed(BaseException):
+    """The end of the daemon at a step."""
+
+
+class _Union:
+    """Stands for the union and its layers: only the steps on disk happen. `ends_at` is one of them."""
+
+    def __init__(self, root: Path) -> None:
+        for name in ("lower", "upper", "work"):
+            (root / name).mkdir()
+        self.steps: list[str] = []
+        self.ends_at = ""
+        self.upper = root / "upper"
+        self.root_fd = os.open(self.upper, os.O_RDONLY)
+        self.settings = replace(
+            settle(
+                "/m", lowers=[str(root / "lower")], upper=str(self.upper), work=str(root / "work"),
+                trusted_xattrs=True,
+            ),
+            read_only=False,
+        )  # fmt: skip
+        self.possible, self.union = True, self
+        self.snapshots: Any = self
+        self.keeps_permissions, self.owners, self.durable = False, None, True
+        lower = str(root / "lower")
+        self.layers = [SimpleNamespace(path=lower, is_upper=one) for one in (True, False)]
+        self.replaced_by: list[Any] = []
+        own: Any = self
+        serving = SimpleNamespace(settings=self.settings, locate=lambda: None, changed=self._changed)
+        self.serving: Any = serving
+        stack: Any = SimpleNamespace(
+            upper=self, layers=self.layers, keeps_permissions=False, owners=None, durable=True,
+            claim=self._claim,
+            protect=lambda fd: self.step(f"protect {fd == self.root_fd}"), own_lower=self._own,
+            sync_upper=lambda: self.step("sync"),
+        )  # fmt: skip
+        self.daemon = Snapshotting(own, stack, serving, lambda: self.step("published"))
+
+    def step(self, name: str) -> None:
+        self.steps.append(name)
+        if name == self.ends_at:
+            raise _Killed
+
+    def _claim(self, _: int, upper: str) -> None:
+        assert upper == str(self.upper)
+        self.step("claimed")
+
+    def _changed(self, settings: Any) -> None:
+        self.serving.settings = settings
+
+    @staticmethod
+    def _own(fd: int) -> int:
+        """As `LayerStack` does: takes the fd, and returns it."""
+        os.close(fd)
+        return fd
+
+    def is_moved_to(self, layer: str) -> None:
+        self.step(f"moved to {os.path.basename(layer)}")
+
+    async def take(self, fd: int, upper: str, exchange: Callable[[], None]) -> tuple[list[Any], float]:
+        await self.replace(fd, upper, [], exchange)
+        return [], 0.5
+
+    async def replace(self, fd: int, upper: str, lowers: list[Any], exchange: Callable[[], None]) -> None:
+        """As `fuse.snapshots` does: the fd is its own from then on."""
+        assert upper == str(self.upper)
+        self.replaced_by = lowers
+        self.step("before")
+        exchange()
+        os.close(self.root_fd)
+        self.root_fd = fd
+        self.step("exchanged")
+
+    def store(self) -> Store:
+        return opened(str(self.upper))
+
+    def shown(self) -> list[str]:
+        with self.store() as store, store.locked():
+            return [one.name for one in store.record().shown()]
+
+    def is_recorded(self) -> bool:
+        """Whether nothing is left to be completed by the next daemon."""
+        return not (self.upper.parent / "upper.snapshots/pending.json").exists()
+
+    def head(self) -> str | None:
+        with self.store() as store, store.locked():
+            return store.record().head
+
+
+@pytest.fixture
+def union(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Union]:
+    async def nothing(_: object) -> None:
+        pass
+
+    monkeypatch.setattr(snapshotting, "write_back", nothing)
+    monkeypatch.setattr(snapshotting, "lacking_names", lambda _: False)
+    made = _Union(tmp_path)
+    yield made
+    os.close(made.root_fd)
+
+
+async def test_the_steps_of_a_snapshot(union: _Union) -> None:
+    """What the mount answers and records, and that it is on disk before that counts as done."""
+    done = await union.daemon.obey("snapshot", {"name": "first"})
+    layer = f"{union.upper}.snapshots/0001"
+    assert done == {
+        "done": True, "name": "first", "layer": layer, "created": done["created"], "seconds": 0.5,
+        "open_files": 0, "files": [],
+    }  # fmt: skip
+    assert union.steps == [
+        "claimed", "before", "exchanged", "moved to 0001", "protect True", "published", "sync",
+    ]  # fmt: skip
+    assert union.serving.settings.lowers == (layer, *union.settings.lowers)
+    assert union.is_recorded()
+    assert union.shown() == ["first"]
+
+
+@pytest.mark.parametrize("order", ["snapshot", "restore"])
+@pytest.mark.parametrize(("step", "is_done"), [("before", False), ("exchanged", True), ("published", True)])
+async def test_an_end_at_a_step(union: _Union, order: str, step: str, is_done: bool) -> None:
+    """The record that counts afterwards is that of the stack on disk."""
+    await union.daemon.obey("snapshot", {"name": "first"})
+    (union.upper / "later").touch()
+    await union.daemon.obey("snapshot", {"name": "second"})
+    (union.upper / "last").touch()
+    union.steps.clear()
+    union.ends_at = step
+    with pytest.raises(_Killed):
+        await union.daemon.obey(order, {"name": "third" if order == "snapshot" else "first"})
+    assert union.steps[-1] == step
+    assert (union.upper / "last").exists() is not is_done
+    if order == "snapshot":
+        assert union.shown() == ["first", "second", *(["third"] if is_done else [])]
+    else:
+        assert union.shown() == ["first", "second"]
+        assert union.head() == ("0001" if is_done else "0002")
+
+
+async def test_the_steps_of_a_restore(union: _Union) -> None:
+    await union.daemon.obey("snapshot", {"name": "first"})
+    first = union.serving.settings.lowers
+    await union.daemon.obey("snapshot", {"name": "second"})
+    union.steps.clear()
+    done = await union.daemon.obey("restore", {"name": "first"})
+    assert done == {"done": True, "name": "first", "lowers": list(first)}
+    assert union.serving.settings.lowers == first
+    assert union.steps == ["claimed", "before", "exchanged", "published"]
+    assert union.is_recorded()
+    assert union.replaced_by[0][0] == first[0]  # opened anew
+    assert union.replaced_by[1:] == [union.layers[1]]  # the lower of the mount
+    with pytest.raises(UserError, match="no snapshot is named"):
+        await union.daemon.obey("restore", {})
+    with pytest.raises(UserError, match="must be text"):
+        await union.daemon.obey("restore", {"name": 1})
