@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from unionfs.storage.archive import acl
+from unionfs.sys.attributes import ACL_ACCESS
 
 TEXTS = [
     "user::rwx\nuser:7:r--\ngroup::r-x\nmask::r-x\nother::---\n",
@@ -24,7 +25,7 @@ def test_as_the_tools_have_it(area: Path, text: str) -> None:
     file.touch()
     subprocess.run(["setfacl", "--set-file=-", file], input=text, text=True, check=True)
     shown = subprocess.run(["getfacl", "-ncpE", file], capture_output=True, text=True, check=True).stdout
-    value = os.getxattr(file, acl.ACCESS)
+    value = os.getxattr(file, ACL_ACCESS)
     assert acl.to_text(value).decode() == shown.rstrip("\n") + "\n" == text
     assert acl.from_text(text.encode()) == value
     assert acl.from_text(text.replace("\n", ",").encode()) == value

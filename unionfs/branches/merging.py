@@ -24,11 +24,10 @@ from unionfs.branches.seen import Conflict, State, is_same, state, without_ctime
 from unionfs.branches.store import Branch, may_own
 from unionfs.branches.view import View
 from unionfs.errors import UserError, on_failure
-from unionfs.sys.attributes import FileAttributes
+from unionfs.sys.attributes import ACL_ACCESS, FileAttributes
 
 _FILE = "originals.zip"
 _MOST_BYTES = 64 << 20
-_ACL = b"system.posix_acl_access"
 _T = TypeVar("_T")
 
 
@@ -108,9 +107,9 @@ def _merge_attributes(
     else:
         uid, gid = ours.uid, ours.gid
     # An access ACL has the mode in it, and the mode a part of the ACL.
-    mode, acl = _merge_values("mode", *((side.mode, side.xattrs.get(_ACL)) for side in sides))
-    xattrs = {_ACL: acl}
-    for name in {name for side in sides for name in side.xattrs} - {_ACL}:
+    mode, acl = _merge_values("mode", *((side.mode, side.xattrs.get(ACL_ACCESS)) for side in sides))
+    xattrs = {ACL_ACCESS: acl}
+    for name in {name for side in sides for name in side.xattrs} - {ACL_ACCESS}:
         label = f"xattr {os.fsdecode(name)}"
         xattrs[name] = _merge_values(label, *(side.xattrs.get(name) for side in sides))
     times = max(ours.atime_ns, theirs.atime_ns), max(ours.mtime_ns, theirs.mtime_ns)

@@ -14,7 +14,7 @@ cdef class Handles:
     cdef readonly uint64_t bytes_read
     cdef readonly dict fds_of_users
     cdef readonly Py_ssize_t fds
-    cdef Py_ssize_t shared, most, latest
+    cdef Py_ssize_t shared, most, before_reserve, latest
     cdef bint counts_all
 
     cdef Handle found(self, uint64_t number)

@@ -13,7 +13,7 @@ from unionfs.core.lookup cimport Names
 from unionfs.core.layercalls cimport flistxattr, fstat
 from unionfs.core.marks cimport close
 from unionfs.core.node cimport has_entry, has_lower_data
-from unionfs.core.places cimport open_quietly
+from unionfs.core.places cimport before_reserve, open_quietly
 from unionfs.core.state cimport MAPS, WRITES
 from unionfs.core.stats cimport O_CLOEXEC, O_NOFOLLOW, O_RDONLY, S_IFMT, S_IFREG, failure
 
@@ -49,6 +49,7 @@ cdef class Handles:
         no open file's, such as those of removed files."""
         self.nodes, self.by_number, self.fds_of_users = nodes, {}, {}
         self.shared, self.most, self.counts_all = limit // 2, limit * 3 // 4, counts_all
+        self.before_reserve = before_reserve(limit)
 
     def __len__(self):
         return len(self.by_number)
@@ -99,8 +100,9 @@ cdef class Handles:
         of_user = self.fds_of_users.get(uid, 0)
         # a user without any counts, too
         users = len(self.fds_of_users) + (not of_user)
-        # the others may be of removed files, which are no user's
-        if self.fds >= self.most or of_user * users >= max(self.fds, self.shared // 2) or used >= self.most * 13 // 12:
+        if self.fds >= self.most or of_user * users >= max(self.fds, self.shared // 2):
+            raise failure(EMFILE)
+        if used >= self.before_reserve:  # the others may be of removed files, which are no user's
             raise failure(EMFILE)
         return 0
 

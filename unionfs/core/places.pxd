@@ -34,6 +34,10 @@ cdef class Place:
     cdef readonly uint64_t dev, inode
     cdef Place newer, older
 
+cdef inline Py_ssize_t before_reserve(Py_ssize_t limit) noexcept:
+    # How many fds of `limit` all may take that stay: names and copy-ups need the rest.
+    return limit * 13 // 16
+
 cdef class Gate:
     cdef readonly Py_ssize_t capacity
     cdef readonly object rights

@@ -362,7 +362,7 @@ cdef class Gate:
         """An fd is about to be kept as long as the kernel knows an object. Raises EMFILE if few are left then, which
         names and copy-ups need."""
         # all below it are in use
-        if self.limit and (fd >= self.limit * 13 // 16 or fd - self.open_files >= self.limit * 5 // 8):
+        if self.limit and (fd >= before_reserve(self.limit) or fd - self.open_files >= self.limit * 5 // 8):
             raise failure(EMFILE)
         return 0
 

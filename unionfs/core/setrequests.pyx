@@ -19,8 +19,16 @@ cdef enum:
     CHANGED = MODE | UID | GID | SIZE | ATIME | MTIME
     # A time that is to be the present one is sent too.
     PLAIN = CHANGED | FH | LOCKOWNER | CTIME | NOW
-    # Times that the kernel has kept and writes later (fs/fuse/inode.c, fuse_flush_times).
-    KEPT = MTIME | CTIME
+
+cpdef bint are_kept_times(uint32_t valid) noexcept:
+    """Whether a SETATTR has times that the kernel has kept and writes later; fs/fuse/inode.c, fuse_flush_times."""
+    return valid & ~(FH | LOCKOWNER) == (MTIME | CTIME)
+
+
+cpdef object error_to_answer(error, uint32_t valid):
+    """The error that a failed SETATTR returns. Of kept times EINTR is EIO: fsync(2) would report it once, and succeed
+    when its caller repeats it."""
+    return failure(EIO) if error.errno == EINTR and are_kept_times(valid) else error
 
 
 cdef bint is_plain(uint32_t valid, bint by_root) noexcept:
@@ -46,10 +54,7 @@ cdef class SetRequests:
         try:
             return self.plain_answer(header, body, size, out)
         except OSError as error:
-            if error.errno == EINTR and (<const fuse_setattr_in *>body).valid & ~(FH | LOCKOWNER) == KEPT:
-                # fsync(2) would report it once, and succeed when its caller repeats it
-                raise failure(EIO) from error
-            raise
+            raise error_to_answer(error, (<const fuse_setattr_in *>body).valid)
 
     cdef size_t plain_answer(
         self, const fuse_in_header *header, const char *body, size_t size, void *out

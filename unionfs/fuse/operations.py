@@ -34,11 +34,12 @@ from unionfs.fuse.latency import Latencies
 from unionfs.fuse.refreshing import Refreshing
 from unionfs.fuse.snapshots import Snapshots
 from unionfs.sys import calls
+from unionfs.sys.attributes import ACL_DEFAULT
 from unionfs.sys.calls import os_error
 from unionfs.sys.fds import Owned, close_quietly
 from unionfs.sys.process import memory_figures
 from unionfs.union.attributes import SET_IDS
-from unionfs.union.changes import ACL_DEFAULT, Caller, Changes
+from unionfs.union.changes import Caller, Changes
 from unionfs.union.copyup import CopyUp
 from unionfs.union.flags import APPEND, IMMUTABLE
 from unionfs.union.owners import ACL

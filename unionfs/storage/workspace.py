@@ -163,7 +163,7 @@ def _claim(root: int, fd: int, record: Record) -> Record:
     with suppress(OSError):
         os.fchmod(fd, 0o700)
     with suppress(OSError):
-        os.removexattr(fd, "system.posix_acl_default")  # the new content would inherit it
+        os.removexattr(fd, attributes.ACL_DEFAULT)  # the new content would inherit it
     status = os.fstat(fd)
     if (
         (uid != os.geteuid() and uid != _own_uid(root))

@@ -18,7 +18,9 @@ ALL: Final = b""
 """All xattrs of a file, where one name is expected."""
 OWNER: Final = b"owner"
 
-_ACLS: Final = frozenset({"system.posix_acl_default", "system.posix_acl_access"})
+ACL_ACCESS: Final = b"system.posix_acl_access"
+ACL_DEFAULT: Final = b"system.posix_acl_default"
+_ACLS: Final = frozenset(map(os.fsdecode, (ACL_ACCESS, ACL_DEFAULT)))
 
 Failed = Callable[[bytes, OSError], None]
 """Called with an xattr name, ALL or OWNER, and the error; returns to skip the attribute, or raises."""

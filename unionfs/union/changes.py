@@ -24,9 +24,9 @@ from unionfs.union.permissions import Permissions, open_mode
 from unionfs.union.removing import Removing
 from unionfs.union.renaming import Renaming
 from unionfs.union.tree import Union
-from unionfs.union.xattrs import ACL_DEFAULT, default_acl
+from unionfs.union.xattrs import default_acl
 
-__all__ = ["ACL_DEFAULT", "Caller", "Changes"]
+__all__ = ["Caller", "Changes"]
 
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 

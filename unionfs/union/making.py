@@ -13,12 +13,13 @@ from typing import Final
 from unionfs.core.memo import Wanted
 from unionfs.core.node import Attributes, Node
 from unionfs.core.places import Place
+from unionfs.sys.attributes import ACL_DEFAULT
 from unionfs.sys.fds import Owned, close_quietly
 from unionfs.union.changing import Changing, T
 from unionfs.union.objects import link_object
 from unionfs.union.permissions import open_mode
 from unionfs.union.work import At, rename
-from unionfs.union.xattrs import ACL_DEFAULT, default_acl
+from unionfs.union.xattrs import default_acl
 
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 

@@ -9,12 +9,11 @@ from typing import Final
 from unionfs.core import layercalls
 from unionfs.core.places import Place
 from unionfs.core.state import State
-from unionfs.sys.attributes import read_xattrs
+from unionfs.sys.attributes import ACL_DEFAULT, read_xattrs
 from unionfs.union.markers import Markers
 from unionfs.union.rights import Rights
 
 CAPABILITY: Final = b"security.capability"
-ACL_DEFAULT: Final = b"system.posix_acl_default"
 
 
 def copied_xattrs(

@@ -13,6 +13,7 @@ from typing import Final
 
 from unionfs.core import layercalls
 from unionfs.core.node import Attributes, Node
+from unionfs.core.setrequests import are_kept_times, error_to_answer
 from unionfs.core.setting import Change
 from unionfs.fuse.direct.former import is_removed, is_renamed, made
 from unionfs.fuse.direct.loop import Answer, Waiting
@@ -220,10 +221,7 @@ class NameRequests:
         try:
             found = await self._operations.setattr(request.nodeid, change, handle, request.uid)
         except OSError as error:
-            if error.errno == errno.EINTR and _are_kept_times(valid):
-                # fsync(2) would report it once, and succeed when its caller repeats it
-                raise os_error(errno.EIO) from error
-            raise
+            raise error_to_answer(error, valid) from None
         if self._operations.invalidations.now and found[0].id == request.nodeid:
             self._operations.invalidations.answered(found[0])
         if self.write_back is not None and change.mtime_ns is not None:
@@ -235,7 +233,7 @@ class NameRequests:
 
         With writeback the kernel sends them when it forgets the file. A copy-up for that would be useless.
         """
-        if not _are_kept_times(request.valid):
+        if not are_kept_times(request.valid):
             return False
         node = self._operations.node(request.nodeid)
         if node.in_place or not node.unlinked:
@@ -316,12 +314,6 @@ class NameRequests:
 
 def _statx(path: bytes, mask: int) -> bytes:
     return calls.statx(calls.AT_FDCWD, path, 0, mask)
-
-
-def _are_kept_times(valid: int) -> bool:
-    """Whether a SETATTR has times that the kernel has kept and writes later (fs/fuse/inode.c,
-    fuse_flush_times)."""
-    return valid & ~(FATTR_FH | FATTR_LOCKOWNER) == FATTR_MTIME | FATTR_CTIME
 
 
 def _sized(unique: int, value: bytes, size: int) -> Reply:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import struct
 
-ACCESS, DEFAULT = b"system.posix_acl_access", b"system.posix_acl_default"
-RECORDS = {ACCESS: b"SCHILY.acl.access", DEFAULT: b"SCHILY.acl.default"}
+from unionfs.sys.attributes import ACL_ACCESS, ACL_DEFAULT
+
+RECORDS = {ACL_ACCESS: b"SCHILY.acl.access", ACL_DEFAULT: b"SCHILY.acl.default"}
 """The pax records that star, GNU tar and libarchive use for ACLs."""
+OF_RECORDS = {record: name for name, record in RECORDS.items()}
 
 _VERSION = struct.pack("<I", 2)
 _ITEM = struct.Struct("<HHI")

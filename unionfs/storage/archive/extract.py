@@ -56,7 +56,7 @@ class Extractor:
         self._root = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         with suppress(OSError):
             # New entries must not inherit a default ACL that the root itself inherited.
-            os.removexattr(self._root, os.fsdecode(acl.DEFAULT))
+            os.removexattr(self._root, attributes.ACL_DEFAULT)
         self._note = note
         self._is_root = os.geteuid() == 0
         self._changes_symlinks = not symlinks.are_sshfs(self._root)

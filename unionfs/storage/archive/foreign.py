@@ -40,7 +40,6 @@ _KINDS = {
 }  # fmt: skip
 _LONG_NAME, _LONG_LINK, _PAX, _GLOBAL = b"L", b"K", b"x", b"g"
 _NO_ID = (1 << 32) - 1  # stands for none (chown(2))
-_ACL_KEYS = {record: name for name, record in acl.RECORDS.items()}
 _XATTR = b"SCHILY.xattr."
 
 Records = dict[bytes, bytes]
@@ -170,9 +169,9 @@ def _xattrs(name: bytes, records: Records) -> dict[bytes, bytes]:
     for key, value in records.items():
         if key.startswith(_XATTR):
             found[key[len(_XATTR) :].replace(b"%3D", b"=").replace(b"%25", b"%")] = value
-        elif key in _ACL_KEYS:
+        elif key in acl.OF_RECORDS:
             try:
-                found[_ACL_KEYS[key]] = acl.from_text(value)
+                found[acl.OF_RECORDS[key]] = acl.from_text(value)
             except ValueError as error:
                 raise Malformed(f"the ACL of {quoted(name)} cannot be used: {error}") from None
     return found

@@ -356,9 +356,9 @@ def decode(header: Header, records: list[tuple[bytes, bytes]]) -> tuple[Entry, b
             gid = decimal(value)
         elif key.startswith(b"SCHILY.xattr."):
             xattrs[key[13:].replace(b"%3D", b"=").replace(b"%25", b"%")] = value
-        elif key in _ACL_KEYS:
+        elif key in acl.OF_RECORDS:
             try:
-                xattrs[_ACL_KEYS[key]] = acl.from_text(value)
+                xattrs[acl.OF_RECORDS[key]] = acl.from_text(value)
             except ValueError as error:
                 raise Malformed(str(error)) from None
         elif key.startswith(b"GNU.sparse."):
@@ -390,6 +390,3 @@ def _kind(letter: bytes, size: int, sparse: dict[bytes, bytes]) -> tuple[str, in
     if kind != FILE and size:
         raise Malformed("a member that is not a file has data")
     return kind, size
-
-
-_ACL_KEYS = {record: name for name, record in acl.RECORDS.items()}

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from unionfs.errors import UserError, quoted, reason
+from unionfs.sys.attributes import ACL_ACCESS
 from unionfs.sys.fds import Owned
 from unionfs.sys.walking import Step, walk
 
@@ -82,7 +83,7 @@ def _is_written_by_others(status: os.stat_result, fd: int) -> bool:
 
 def _has_acl(fd: int) -> bool:
     try:
-        os.getxattr(f"/proc/self/fd/{fd}", "system.posix_acl_access")
+        os.getxattr(f"/proc/self/fd/{fd}", ACL_ACCESS)
     except OSError as error:
         return error.errno not in (errno.ENODATA, errno.EOPNOTSUPP)
     return True
