@@ -71,8 +71,10 @@ def open_union(tmp_path: Path) -> Iterator[OpenUnion]:
         close_nodes(union)
         union.close()
         union.stack.close()
-    gc.collect()  # what a failed call has left to a frame of its traceback
     left = {number: path for number, path in _open_files().items() if number not in before}
+    if left:
+        gc.collect()  # what a failed call has left to a frame of its traceback
+        left = {number: path for number, path in _open_files().items() if number not in before}
     assert not left, f"still open: {left}"
 
 
