@@ -202,6 +202,7 @@ def test_nginx_with_a_read_only_file(storing: Storage) -> None:
 # -- the tutorial -------------------------------------------------------------------------------------
 
 
+@pytest.mark.clients
 def test_ephemeral_and_persistent(root: None, area: Path) -> None:
     """Write in a container, remove it: the data is gone. With a volume it stays. On a whole Debian."""
     if shutil.which("bwrap") is None:

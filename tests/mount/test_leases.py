@@ -374,7 +374,9 @@ def test_tools_respect_it(place: Place, two: list[View]) -> None:
 
 
 @pytest.mark.slow_on("pyfuse3", "direct-passthrough", "direct-cached")
-@pytest.mark.parametrize("at_once", [False, True], ids=["later", "at once"])
+@pytest.mark.parametrize(
+    "at_once", [pytest.param(False, id="later", marks=pytest.mark.slow), pytest.param(True, id="at once")]
+)
 def test_unmounted_while_the_server_is_away(
     place: Place, two: list[View], elsewhere: Host, session: str, at_once: bool
 ) -> None:

@@ -153,10 +153,10 @@ def test_killed_while_a_lower_hangs(place: Place, io: str) -> None:
 
 def test_killed_in_the_middle_of_a_call(place: Place) -> None:
     """The server has the request of a thread, which so does not end with the daemon."""
-    with hanging(place, "hybrid", 0.4) as (here, mount):
+    with hanging(place, "hybrid", 0.1) as (here, mount):
         waiting = here.call(CALLS["look a name up"])
         here.waits(waiting)
-        time.sleep(0.1)
+        time.sleep(0.03)
         here.server.stop()
         for _ in range(2):
             next_daemon(mount)
