@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.worker import REPOSITORY
 from unionfs.core.state import State, StateError
 from unionfs.daemon import anew, holder
 from unionfs.daemon.identities import identities, refuse_others
@@ -164,6 +166,27 @@ def test_open_files_on_devices(tmp_path: Path) -> None:
         assert other.fileno() not in found
         assert not found & {0, 1, 2}
         assert holder.open_on(set()) == set()
+
+
+def test_open_files_on_devices_of_a_small_process() -> None:
+    """Its first file after the standard ones counts, and these do not."""
+    script = """
+import os
+from unionfs.daemon.holder import open_on
+file = os.open("/dev/null", os.O_RDONLY)
+for fd in range(4):
+    os.dup2(file, fd)
+print(sorted(open_on({os.fstat(file).st_dev})), file=open("/dev/fd/1000", "w"))
+"""
+    reader, writer = os.pipe()
+    os.dup2(writer, 1000)
+    try:
+        subprocess.run([sys.executable, "-c", script], pass_fds=[1000], check=True, cwd=REPOSITORY)
+    finally:
+        os.close(writer)
+        os.close(1000)
+    with open(reader) as found:
+        assert json.loads(found.read())[0] == 3
 
 
 class RecordedState(State):

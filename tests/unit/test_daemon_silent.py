@@ -72,6 +72,22 @@ def test_many_links(tmp_path: Path) -> None:
     assert not silent._lies_below(f"{tmp_path}/40", {"/remote"})
 
 
+def test_a_process_that_asks_ends_with_its_parent(tmp_path: Path) -> None:
+    """It asks nothing if that has ended before the kernel was told to signal it."""
+    for parent, answered in ((os.getpid(), True), (1, False)):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                silent._ask([str(tmp_path)], writer, parent)
+            finally:
+                os._exit(0)
+        os.close(writer)
+        os.waitpid(child, 0)
+        with open(reader, "rb") as answers:
+            assert (answers.read() != b"") is answered
+
+
 def test_interruptible_within_the_context() -> None:
     """Only where Ctrl-C raised KeyboardInterrupt before."""
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

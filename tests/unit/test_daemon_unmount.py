@@ -144,6 +144,33 @@ def test_why_a_user_cannot_unmount(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dead.refusal(mine, error) == "not permitted; run the command as root."
 
 
+@pytest.mark.parametrize(
+    ("fstype", "options", "is_own"),
+    [
+        ("fuse.unionfs", f"rw,user_id={os.geteuid()},group_id=0", True),
+        ("fuse.unionfs", f"rw,user_id={os.geteuid() + 1},group_id=0", False),
+        ("fuse.unionfs", "rw", False),
+        ("ext4", f"rw,user_id={os.geteuid()}", False),
+        ("fuse.other", f"rw,user_id={os.geteuid()}", False),
+    ],
+)
+def test_whose_dead_mount_it_is(
+    monkeypatch: pytest.MonkeyPatch, fstype: str, options: str, is_own: bool
+) -> None:
+    """Only this user's mounts of ours are asked whether they are dead, for asking another one may hang."""
+    mount = MountEntry(1, 0, "0:99", "/", "/m", "rw", fstype, "x", options)
+    asked = []
+
+    def is_dead(one: MountEntry, *, given_up: bool) -> bool:
+        asked.append((one, given_up))
+        return True
+
+    monkeypatch.setattr(dead, "is_dead_mount", is_dead)
+    found = dead._dead(mount, [])
+    assert asked == ([(mount, False)] if is_own else [])
+    assert found == (dead.DeadMount(mount, None) if is_own else None)
+
+
 def test_who_uses_a_mount(root: None, registry: Path, area: Path) -> None:
     """What is mounted in it, then processes, then those that cannot be seen."""
     syscalls.mount("t", area, "tmpfs", 0, "size=64k")
