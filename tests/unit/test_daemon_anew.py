@@ -94,6 +94,41 @@ def test_what_a_dead_daemon_has_kept() -> None:
         anew.dead_daemon(SimpleNamespace(text=b"{"))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("mount", "is_off", "taken", "cleared"),
+    [
+        (("fuse", "0:9", True), False, ["rw,nodev"], ["0:9", "0:9"]),
+        (("fuse", "0:9", False), False, None, None),  # it is served
+        (("fuse", "0:8", True), False, None, None),  # somebody else's, which is dead, too
+        (("tmpfs", "0:9", True), False, None, None),
+        (None, False, None, None),
+        (None, True, [], ["0:9"]),  # further ones may be elsewhere
+        (("tmpfs", "0:7", True), True, [], ["0:9"]),
+        (("fuse", "0:7", True), True, [], ["0:9", "0:7"]),  # of a daemon that died as it mounted anew
+        (("fuse", "0:7", False), True, None, None),
+    ],
+    ids=str,
+)
+def test_the_dead_mount_is_taken_off(
+    monkeypatch: pytest.MonkeyPatch, mount: Any, is_off: bool, taken: list[str] | None, cleared: Any
+) -> None:
+    """Unless somebody else has done that, or another mount is there."""
+    made: list[str] = []
+    off: list[str] = []
+    waited: list[tuple[float, ...]] = []
+    found = mount and SimpleNamespace(is_fuse=mount[0] == "fuse", device=mount[1], all_options="rw,nodev")
+    monkeypatch.setattr(anew, "mounted_at", lambda path: found if path == "/m" else None)
+    monkeypatch.setattr(anew, "is_dead", lambda path: mount[2])
+    monkeypatch.setattr(anew, "clear_dead_mounts", made.append)
+    monkeypatch.setattr(anew, "wait_gone", lambda *values: waited.append(values))
+    state: Any = SimpleNamespace(is_off=is_off, takes_off=off.append)
+    assert anew._take_off(_entry(), state) is (taken is not None)
+    assert (off, made) == (taken or [], cleared or [])
+    assert waited == [(5, 6, 30)]
+    anew._take_off(replace(_entry(), guardian=None), state)
+    assert len(waited) == 1
+
+
 @pytest.fixture
 def layers(tmp_path: Path) -> dict[str, Path]:
     found = {name: tmp_path / name for name in ("lower", "upper", "work", "merged")}

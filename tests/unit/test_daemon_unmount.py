@@ -9,6 +9,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -112,6 +113,91 @@ def test_a_daemon_that_does_not_obey(registry: Path) -> None:
         other.kill()
         other.wait()
     unmount._cut_off(entry)
+
+
+def test_how_long_a_daemon_is_waited_for(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is about to end has as long as its upper takes; one that answers goes on with the union."""
+    monkeypatch.setattr(unmount, "_POLL_SECONDS", 0)
+    began = 1000.0
+    clock, gone_after = [began], [1000.0]
+    answers_after = [-1.0]
+    asked: list[float] = []
+
+    def wait_gone(pid: int, started: int, seconds: float) -> bool:
+        clock[0] += 0.25
+        return clock[0] - began >= gone_after[0]
+
+    def ask(_: object) -> dict[str, int] | None:
+        asked.append(clock[0] - began)
+        return {} if clock[0] - began > answers_after[0] else None
+
+    monkeypatch.setattr(unmount, "wait_gone", wait_gone)
+    monkeypatch.setattr(unmount.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(live.LiveMount, "ask", ask)
+    monkeypatch.setattr(live.LiveMount, "mounts", lambda _: [])
+    entry = replace(_entry(registry, "/proc"), device="0:0")
+    others_entry = replace(entry, uid=1000)
+
+    def waited(one: live.LiveMount, *, lazy: bool = False, gone: float = 1000.0) -> float:
+        clock[0], gone_after[0] = began, gone
+        asked.clear()
+        unmount._wait_for_end(one, "/proc", lazy=lazy)
+        return clock[0] - began
+
+    assert waited(entry, lazy=True) == unmount._LAZY_SECONDS
+    assert waited(entry, gone=1.5) == 1.5
+    known: list[live.LiveMount] = [replace(entry, ending=True)]
+    monkeypatch.setattr(live, "entries", lambda: known)
+    assert waited(entry, gone=500) == 500
+    assert asked == []
+    for one, entries in (
+        (entry, []), (entry, [entry]), (entry, [replace(entry, ending=True, pid=1)]),
+        (others_entry, [replace(entry, ending=True)]),
+    ):  # fmt: skip
+        known[:] = entries
+        for answers, until in ((-1.0, unmount._NOTICE_SECONDS), (1000.0, unmount._DEAF_SECONDS)):
+            answers_after[0] = answers
+            with pytest.raises(UserError, match=f"still in use elsewhere .*pid {entry.pid}. goes on"):
+                waited(one)
+            assert until <= clock[0] - began <= until + 0.5
+            assert asked[0] == unmount._NOTICE_SECONDS
+
+
+def test_the_end_of_another_users_mount(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its daemon is waited for; only what a dead one leaves is cleaned up as that user."""
+    made: list[object] = []
+    entry = _entry(registry, "/proc")
+    answered = [entry]
+    error: list[OSError] = []
+
+    def take_off(mount: MountEntry, *, lazy: bool) -> None:
+        made.append((mount.mountpoint, lazy))
+        if error:
+            raise error[0]
+
+    monkeypatch.setattr(unmount, "unmount", take_off)
+    monkeypatch.setattr(unmount.others, "mounts_of_others", lambda: SimpleNamespace(answered=answered))
+    monkeypatch.setattr(
+        unmount, "_wait_for_end", lambda entry, path, *, lazy: made.append((entry, path, lazy))
+    )
+    monkeypatch.setattr(unmount, "clear_abandoned_of", made.append)
+    for lazy in (False, True):
+        made.clear()
+        unmount._umount_of_other(_at("/proc"), 1000, lazy=lazy)
+        assert made == [("/proc", lazy), (entry, "/proc", lazy)]
+    answered.clear()
+    made.clear()
+    unmount._umount_of_other(_at("/proc"), 1000, lazy=True)
+    assert made == [("/proc", True), 1000]
+    made.clear()
+    error[:] = [OSError(errno.EINVAL, "gone")]
+    unmount._umount_of_other(_at("/proc"), 1000, lazy=False)
+    assert made == [("/proc", False), 1000]
+    monkeypatch.setattr(unmount, "_busy", lambda *values: f"busy: {values[0]}, {values[2]}")
+    for number, said in ((errno.EBUSY, "^busy: /proc, None$"), (errno.EPERM, "^/proc cannot be unmounted: ")):
+        error[:] = [OSError(number, "no")]
+        with pytest.raises(UserError, match=said):
+            unmount._umount_of_other(_at("/proc"), 1000, lazy=False)
 
 
 def test_the_process_that_a_union_lives_with(registry: Path) -> None:
