@@ -224,3 +224,9 @@ async def test_the_steps_of_a_restore(union: _Union) -> None:
         await union.daemon.obey("restore", {})
     with pytest.raises(UserError, match="must be text"):
         await union.daemon.obey("restore", {"name": 1})
+
+
+def test_how_a_copied_file_is_shown() -> None:
+    for changed, state in ((True, "changed"), (False, "mapped")):
+        one: Any = SimpleNamespace(path=b"dir/\xff", size=5, changed=changed)
+        assert snapshotting._shown(one) == {"path": "dir/\udcff", "size": 5, "state": state}
