@@ -8,7 +8,7 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from unionfs.daemon import fuse, live, preflight, runtime
 from unionfs.daemon.settle import settle
 from unionfs.errors import DeadMountError, UserError
 from unionfs.settings.mount import MountSettings
-from unionfs.sys.mountinfo import mounted_at
+from unionfs.sys.mountinfo import mounted_at, read_mountinfo
 from unionfs.sys.process import start_time
 
 
@@ -127,6 +127,26 @@ def test_layers_in_each_other(layers: Layers) -> None:
         assert layers.refused(**more).startswith(f"{words} overlap (one holds the other)"), more
     # Names that only begin alike.
     preflight.check(layers.settings(upper="uppermost", work="workshop", lower="upper", lower2="work"))
+
+
+def test_what_a_mount_uses(layers: Layers, bound: Callable[[str, str], None]) -> None:
+    """A directory is in use if it holds one, or lies in one, also in a filesystem that is mounted there."""
+    bound("", "upper/in")
+    for name in ("upper/in/dir", "upper2"):
+        (layers.root / name).mkdir()
+    host = preflight._Host(read_mountinfo())
+
+    def is_taken(path: str, taken: str, claims: Sequence[tuple[int, int]] = ()) -> bool:
+        return preflight._is_taken(host, str(layers.root / path), str(layers.root / taken), claims)
+
+    for one, other in (("upper/in/dir", "upper"), ("upper/in", "upper"), ("upper", ".")):
+        assert is_taken(one, other)
+        assert is_taken(other, one)
+    assert is_taken("upper", "upper")
+    assert not is_taken("upper2", "upper")
+    assert not is_taken("upper2", "gone")
+    status = (layers.root / "upper2").stat()
+    assert is_taken("upper2", "gone", [(status.st_dev, status.st_ino)])
 
 
 def test_layers_that_are_hidden(layers: Layers) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,6 +62,41 @@ def test_how_long_it_waits_for_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     for text, seconds in (("0.5", 0.5), ("10", 10), ("", 300), ("x", 300)):
         monkeypatch.setenv(SETTING, text)
         assert resident._idle_seconds() == seconds
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_the_end_of_an_idle_time(monkeypatch: pytest.MonkeyPatch, looks: bool) -> None:
+    """After the last call. In a mount namespace of its own it ends sooner when nobody else is left in it."""
+    waited: list[int] = []
+    alone: list[bool] = []
+
+    class Forking:
+        forked = 0
+
+        def next(self, milliseconds: int) -> int:
+            waited.append(milliseconds)
+            assert len(waited) < 30
+            time.sleep(milliseconds / 1000)
+            if len(waited) == 2:
+                self.forked = 1  # a call
+            return resident.IDLE
+
+    monkeypatch.setenv(SETTING, "0.3")
+    monkeypatch.setattr(resident, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(resident, "_has_own_mount_namespace", lambda: looks)
+    monkeypatch.setattr(resident, "is_alone_in_mount_namespace", lambda: alone == [True])
+    one: Any = object.__new__(resident._Resident)
+    one._forking = Forking()
+    assert one._wait() == resident.IDLE
+    if not looks:
+        assert waited == [300]
+        return
+    assert max(waited) == 100
+    assert 0.45 <= sum(waited) / 1000 <= 0.55  # 0.2 to the call, 0.3 after it
+    waited.clear()
+    alone.append(True)
+    assert one._wait() == resident.IDLE
+    assert waited == [100]
 
 
 def test_files_that_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

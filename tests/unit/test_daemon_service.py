@@ -235,15 +235,18 @@ class TestEnd:
         """It ends a mount in the foreground alone."""
         lifetime.hold_signals()
         one, session = self.made(settings, foreground=False), trio.CancelScope()
+        went_on = False
         async with trio.open_nursery() as nursery:
             with session:
                 await nursery.start(one.watch_signals, session)
                 os.kill(os.getpid(), signal.SIGHUP)
                 await trio.sleep(0.2)
                 assert not one.is_ending
+                went_on = True
                 one.cut_off()
                 await trio.sleep_forever()
             nursery.cancel_scope.cancel()
+        assert went_on  # else the session was cancelled before
         assert one.is_ending
 
     async def test_with_its_owner(self, settings: MountSettings) -> None:
@@ -252,13 +255,16 @@ class TestEnd:
             started = start_time(process.pid)
             assert started is not None
             one, session = self.made(replace(settings, lives_with=(process.pid, started))), trio.CancelScope()
+            went_on = False
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(one.watch_owner, session)
                 with session:
                     await trio.sleep(0.2)
                     assert not one.is_ending
+                    went_on = True
                     process.kill()
                     await trio.sleep_forever()
+            assert went_on
             assert one.is_ending
         for owner in ((process.pid, started), (os.getpid(), 1)):
             one, session = self.made(replace(settings, lives_with=owner)), trio.CancelScope()

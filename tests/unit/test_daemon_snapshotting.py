@@ -13,7 +13,7 @@ import pytest
 
 from unionfs.daemon import snapshotting
 from unionfs.daemon.settle import settle
-from unionfs.daemon.snapshotting import Snapshotting, _why_not
+from unionfs.daemon.snapshotting import Snapshotting, _why_not, recover
 from unionfs.errors import UserError
 from unionfs.settings.specs import TmpfsOptions, TmpfsSpec
 from unionfs.storage.snapshots import Store, opened
@@ -68,6 +68,17 @@ def test_mounts_that_have_no_snapshots(tmp_path: Path, changes: dict[str, Any], 
             (tmp_path / name).unlink()
         stack.upper = None
         assert _why_not(settings, stack, possible=True).startswith("it has no upper")
+
+
+def test_a_mount_without_an_upper(tmp_path: Path) -> None:
+    """Nothing is to be finished. With an upper in memory only the settings name none."""
+    named: Any = SimpleNamespace(upper=str(tmp_path))
+    unnamed: Any = SimpleNamespace(upper=None)
+    for stack in (SimpleNamespace(upper=None), SimpleNamespace(upper=SimpleNamespace(root_fd=-1))):
+        given: Any = stack
+        recover(given, unnamed)
+    none: Any = SimpleNamespace(upper=None)
+    recover(none, named)
 
 
 class _Killed(BaseException):

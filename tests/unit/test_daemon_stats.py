@@ -54,6 +54,14 @@ def test_requests() -> None:
     assert every.latency.total_ns == 4_000_000
 
 
+def test_a_short_span() -> None:
+    """Of half a second."""
+    span = Span(FIRST, replace(SECOND, clock_ns=FIRST.clock_ns + 500_000_000))
+    assert span.seconds == 0.5
+    assert [kind.per_second for kind in span.kinds().values()] == [40, 0, 8]
+    assert span.all_kinds().per_second == 48
+
+
 @pytest.mark.parametrize("earlier", [None, SECOND, replace(SECOND, clock_ns=SECOND.clock_ns + 1)])
 def test_without_a_span(earlier: Sample | None) -> None:
     """Only totals are known, and no latency."""

@@ -87,6 +87,32 @@ def test_mounts_that_are_bound_elsewhere(registry: Path) -> None:
     assert unmount._is_further(replace(there, mountpoint="/bound"), _entry(registry, "/proc"))
 
 
+@pytest.mark.parametrize(
+    ("found", "name", "cause", "cure"),
+    [
+        ([(0, "/bound"), (77, "/x")], "box", "it is also mounted at /bound", "unmount /bound first"),
+        ([(77, "/x"), (78, "/x")], "box", "used by container box", "run `unionfs stop box` first"),
+        ([(77, "/x")], None, "used by ", "stop whatever uses it first"),
+    ],
+    ids=["bound", "container", "process"],
+)
+def test_copies_of_a_mount(
+    registry: Path, monkeypatch: pytest.MonkeyPatch, found: list[tuple[int, str]], name: str | None,
+    cause: str, cure: str,
+) -> None:  # fmt: skip
+    """With them its daemon would go on."""
+    there = _at("/proc")
+    copies = [(pid, replace(there, mountpoint=path)) for pid, path in found]
+    monkeypatch.setattr(unmount, "copies", lambda mount: copies)
+    monkeypatch.setattr(unmount, "_NOTICE_SECONDS", 0)
+    with pytest.raises(UserError) as caught:
+        unmount._refuse_copied(there, lambda pid: name)
+    assert str(caught.value).startswith(f"/proc is busy: {cause}")
+    assert f"; {cure}, or " in str(caught.value)
+    copies.clear()
+    unmount._refuse_copied(there, lambda pid: name)
+
+
 def test_whose_daemon_serves(registry: Path) -> None:
     """Also a mount that has been detached; the newest, if there were several."""
     with subprocess.Popen(["sleep", "60"]) as other:
