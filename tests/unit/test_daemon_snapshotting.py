@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,14 +11,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import trio
 
 from unionfs.daemon import snapshotting
 from unionfs.daemon.settle import settle
 from unionfs.daemon.snapshotting import Snapshotting, _why_not, recover
 from unionfs.errors import UserError
 from unionfs.settings.specs import TmpfsOptions, TmpfsSpec
+from unionfs.storage.snapshot_record import added
 from unionfs.storage.snapshots import Store, opened
 from unionfs.sys.fds import Owned
+from unionfs.union.stacking import Copied
 
 
 async def test_a_failure_of_cleaning_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -108,15 +112,18 @@ class _Union:
         lower = str(root / "lower")
         self.layers = [SimpleNamespace(path=lower, is_upper=one) for one in (True, False)]
         self.replaced_by: list[Any] = []
+        self.copied: list[Copied] = []
         own: Any = self
+        self.stack: Any = None
         serving = SimpleNamespace(settings=self.settings, locate=lambda: None, changed=self._changed)
         self.serving: Any = serving
         stack: Any = SimpleNamespace(
             upper=self, layers=self.layers, keeps_permissions=False, owners=None, durable=True,
             claim=self._claim,
             protect=lambda fd: self.step(f"protect {fd == self.root_fd}"), own_lower=self._own,
-            sync_upper=lambda: self.step("sync"),
+            sync_upper=lambda: self.step("sync"), renew_index=lambda: self.step("renewed"),
         )  # fmt: skip
+        self.stack = stack
         self.daemon = Snapshotting(own, stack, serving, lambda: self.step("published"))
 
     def step(self, name: str) -> None:
@@ -142,7 +149,7 @@ class _Union:
 
     async def take(self, fd: int, upper: str, exchange: Callable[[], None]) -> tuple[list[Any], float]:
         await self.replace(fd, upper, [], exchange)
-        return [], 0.5
+        return self.copied, 0.5
 
     async def replace(self, fd: int, upper: str, lowers: list[Any], exchange: Callable[[], None]) -> None:
         """As `fuse.snapshots` does: the fd is its own from then on."""
@@ -241,3 +248,113 @@ def test_how_a_copied_file_is_shown() -> None:
     for changed, state in ((True, "changed"), (False, "mapped")):
         one: Any = SimpleNamespace(path=b"dir/\xff", size=5, changed=changed)
         assert snapshotting._shown(one) == {"path": "dir/\udcff", "size": 5, "state": state}
+
+
+@pytest.mark.parametrize("still", [False, True])
+async def test_which_files_are_named(union: _Union, still: bool) -> None:
+    """Those that the copy may lack something of: written meanwhile, or mapped by programs that went on."""
+    union.copied = [
+        Copied(b"quiet", 1, changed=False, mapped=False), Copied(b"changed", 2, changed=True, mapped=False),
+        Copied(b"mapped", 3, changed=False, mapped=True), Copied(b"both\xff", 4, changed=True, mapped=True),
+    ]  # fmt: skip
+    done = await union.daemon.obey("snapshot", {"name": "first", "still": still})
+    assert done["open_files"] == 4
+    changed = {"path": "changed", "size": 2, "state": "changed"}
+    mapped = {"path": "mapped", "size": 3, "state": "mapped"}
+    both = {"path": "both\udcff", "size": 4, "state": "changed"}
+    assert done["files"] == [changed, *([] if still else [mapped]), both]
+    union.copied = [Copied(b"%d" % n, 0, changed=True, mapped=False) for n in range(150)]
+    assert len((await union.daemon.obey("snapshot", {"name": "second"}))["files"]) == 100
+
+
+async def test_what_is_refused(union: _Union, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is made."""
+    with pytest.raises(UserError, match="has no snapshot first"):
+        await union.daemon.obey("restore", {"name": "first"})
+    with pytest.raises(UserError, match="a/b"):
+        await union.daemon.obey("snapshot", {"name": "a/b"})
+    assert not (union.upper.parent / "upper.snapshots").exists()
+    monkeypatch.setattr(snapshotting, "lacking_names", lambda _: True)
+    assert await union.daemon.obey("snapshot", {"name": "first"}) == {"links": True}
+    assert union.shown() == []
+
+    async def full(_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(snapshotting, "lacking_names", lambda _: False)
+    monkeypatch.setattr(snapshotting, "write_back", full)
+    with pytest.raises(UserError, match=r"^/m cannot change its layers: no space left on device; "):
+        await union.daemon.obey("snapshot", {"name": "first"})
+    assert union.steps == []
+
+
+async def test_a_record_that_cannot_be_written(union: _Union) -> None:
+    """The change is made, and the sentence says so."""
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    union.stack.sync_upper = full
+    with pytest.raises(UserError, match="snapshot first was taken, but could not be recorded: no space left"):
+        await union.daemon.obey("snapshot", {"name": "first"})
+    assert union.shown() == ["first"]
+
+
+async def test_a_snapshot_that_is_cancelled(union: _Union) -> None:
+    """After the exchange it is recorded all the same."""
+    with trio.CancelScope() as scope:
+        union.stack.protect = lambda fd: scope.cancel()
+        await union.daemon.obey("snapshot", {"name": "first"})
+    assert union.is_recorded()
+    assert union.steps[-1] == "sync"
+
+
+async def test_cleaning(union: _Union) -> None:
+    """What no snapshot needs is removed, in a thread if there are snapshots."""
+    started: list[object] = []
+    before = trio.to_thread.run_sync
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            trio.to_thread, "run_sync", lambda *values, **_: started.append(values) or before(*values)
+        )
+        await union.daemon.clean()
+        assert started == []
+        await union.daemon.obey("snapshot", {"name": "first"})
+        waste = union.upper.parent / "upper.snapshots/0009"
+        waste.mkdir()
+        started.clear()
+        await union.daemon.clean()
+        assert len(started) == 1
+    assert not waste.exists()
+    assert (union.upper.parent / "upper.snapshots/0001").is_dir()
+
+
+@pytest.mark.parametrize("io", ["hybrid", "cached"])
+async def test_what_a_restore_leaves(union: _Union, io: str) -> None:
+    """The former upper is waste; in cached files of it may be open without an fd."""
+    union.serving.settings = replace(union.serving.settings, io=io)
+    await union.daemon.obey("snapshot", {"name": "first"})
+    await union.daemon.obey("restore", {"name": "first"})
+    former = union.upper.parent / "upper.snapshots/0002"
+    for _ in range(20 if io == "cached" else 500):
+        if former.exists():
+            await trio.sleep(0.01)
+    assert former.exists() is (io == "cached")
+
+
+def test_a_daemon_that_was_killed(union: _Union) -> None:
+    """The next one renews the index if the change is forgotten, and only then."""
+    recover(union.stack, union.settings)
+    assert union.steps == []
+    snapshots = union.upper.parent / "upper.snapshots"
+    assert not snapshots.exists()
+    snapshots.mkdir()
+    with union.store() as store, store.locked():
+        record, id_ = added(store.record(), "first")
+        os.mkdir(id_, dir_fd=store.fd)
+        with Owned(os.open(id_, os.O_RDONLY, dir_fd=store.fd)) as fd:
+            store.announce(record, fd)
+    recover(union.stack, union.settings)
+    assert union.steps == ["renewed"]
+    recover(union.stack, union.settings)
+    assert union.steps == ["renewed"]

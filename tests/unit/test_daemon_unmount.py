@@ -113,6 +113,34 @@ def test_copies_of_a_mount(
     unmount._refuse_copied(there, lambda pid: name)
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("further", [False, True])
+@pytest.mark.parametrize("dead_", [False, True])
+def test_what_is_done_to_a_mount(
+    registry: Path, monkeypatch: pytest.MonkeyPatch, lazy: bool, further: bool, dead_: bool
+) -> None:
+    """Copies matter if the daemon is to end; the end is awaited of a daemon that lives."""
+    mount = replace(_at("/proc"), fstype="fuse.unionfs")
+    entry = _entry(registry, "/proc", 2**22 if dead_ else None)
+    done: list[str] = []
+    monkeypatch.setattr(unmount, "mounted_at", lambda path: mount)
+    monkeypatch.setattr(unmount.live, "entries", lambda: [entry])
+    monkeypatch.setattr(unmount.others, "owner_of", lambda mount: None)
+    monkeypatch.setattr(unmount, "is_dead", lambda path: dead_)
+    monkeypatch.setattr(unmount, "_is_further", lambda *values: further)
+    monkeypatch.setattr(unmount, "take_off", lambda mount: done.append("take off"))
+    monkeypatch.setattr(unmount, "_refuse_copied", lambda mount, container_of: done.append("copies"))
+    monkeypatch.setattr(unmount, "_unmount_living", lambda *values, lazy: done.append(f"unmount {lazy}"))
+    monkeypatch.setattr(unmount, "_wait_for_end", lambda *values, lazy: done.append(f"wait {lazy}"))
+    monkeypatch.setattr(unmount, "forget", lambda entry: done.append("forget"))
+    unmount.umount("/proc", lazy=lazy)
+    if dead_:
+        assert done == ["take off", "forget"]
+        return
+    copies, end = [] if lazy or further else ["copies"], [] if further else [f"wait {lazy}"]
+    assert done == [*copies, f"unmount {lazy}", *end]
+
+
 def test_whose_daemon_serves(registry: Path) -> None:
     """Also a mount that has been detached; the newest, if there were several."""
     with subprocess.Popen(["sleep", "60"]) as other:
