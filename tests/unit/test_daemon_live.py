@@ -533,11 +533,23 @@ class TestEnds:
         self.process.wait()
         assert live.has_ended_soon(entry)
 
-    def test_a_mount_that_is_gone(self, registry: Path, settings: MountSettings) -> None:
+    def test_a_mount_that_is_gone(
+        self, registry: Path, settings: MountSettings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It looks some times whether the daemon has ended, or is ending."""
+        looks: list[float] = []
+
+        def wait(pid: int, started: int, seconds: float) -> bool:
+            looks.append(seconds)
+            return wait_gone(pid, started, seconds)
+
         entry = self.entry(settings, registry, device="0:0")
         self.later()
         assert live.has_ended_soon(entry)
+        monkeypatch.setattr(live, "wait_gone", wait)
         assert not live.has_ended_soon(self.entry(settings, registry, device="0:0"))
+        assert len(looks) > 6
+        assert max(looks) < 0.1
 
     def test_one_that_writes_its_upper(self, registry: Path, settings: MountSettings) -> None:
         """However long: it has entered that it is ending."""

@@ -88,6 +88,16 @@ def test_a_process_that_asks_ends_with_its_parent(tmp_path: Path) -> None:
             assert (answers.read() != b"") is answered
 
 
+def test_nothing_is_left_of_one_that_has_answered(tmp_path: Path) -> None:
+    with silent._asking([str(tmp_path)]) as reader:
+        (pid,) = children_of(os.getpid())
+        assert os.read(reader, 2) != b""
+        assert os.read(reader, 2) == b""
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(pid, 0)
+
+
 def test_interruptible_within_the_context() -> None:
     """Only where Ctrl-C raised KeyboardInterrupt before."""
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
