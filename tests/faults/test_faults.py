@@ -1,10 +1,14 @@
-"""A part of the faults of `scripts/faults`, another one for each commit."""
+"""A part of the faults of `scripts/faults`, another one for each commit.
+
+Errors on the default session are tried with each; all else is slow.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -15,11 +19,12 @@ from tests.faults.operations import OPERATIONS
 from tests.faults.plan import Selection
 from tests.support.worker import REPOSITORY
 
-# Slow, and so not run with each commit, since some points fail: the exceptions of docs/reliability.md.
 pytestmark = [
-    pytest.mark.usefixtures("kernel_overlay"), pytest.mark.timeout(600), pytest.mark.watchdog(550),
-    pytest.mark.slow,
+    pytest.mark.usefixtures("kernel_overlay"), pytest.mark.timeout(600), pytest.mark.watchdog(550)
 ]  # fmt: skip
+
+_DEFAULT: Final = "direct-hybrid"
+_OTHERS: Final = "the others"
 
 
 def _turn() -> int:
@@ -32,11 +37,12 @@ def _turn() -> int:
     return int(done.stdout) if done.returncode == 0 else 0
 
 
-def _run(area: Path, kind: plan.Kind) -> Report:
+def _run(area: Path, kind: plan.Kind, on: str) -> Report:
     """All come in turn: the sessions, the tenths of the faults, then the operations."""
     if reason := injecting.reason():
         pytest.skip(reason)
-    sessions = plan.OUTLIVING if kind == "deaths" else plan.SESSIONS
+    possible = plan.OUTLIVING if kind == "deaths" else plan.SESSIONS
+    sessions = [one for one in possible if (one == _DEFAULT) is (on == _DEFAULT)]
     turn, number = divmod(_turn(), len(sessions))
     some = Selection(turn)
     # of the operations, too, since each kill takes a mount
@@ -45,28 +51,37 @@ def _run(area: Path, kind: plan.Kind) -> Report:
     return plan.run(area, sessions[number], operations=operations, kind=kind, some=some)
 
 
-def test_errors_of_system_calls(area: Path) -> None:
+_ON: Final = pytest.mark.parametrize("on", [_DEFAULT, _OTHERS])
+
+
+@pytest.mark.parametrize("on", [_DEFAULT, pytest.param(_OTHERS, marks=pytest.mark.slow)])
+def test_errors_of_system_calls(area: Path, on: str) -> None:
     """The caller gets them or none, the tree is the old or the new one, and nothing is left."""
-    report = _run(area, "errors")
+    report = _run(area, "errors", on)
     assert report.tried > 100
     assert not report.problems, "\n".join(report.problems)
 
 
-def test_kills_between_system_calls(area: Path) -> None:
+@pytest.mark.slow
+@_ON
+def test_kills_between_system_calls(area: Path, on: str) -> None:
     """The tree is the old or the new one, and the next mount leaves nothing of it in the work directory."""
-    report = _run(area, "kills")
+    report = _run(area, "kills", on)
     assert report.tried > 10
     assert not report.problems, "\n".join(report.problems)
 
 
 @pytest.mark.skipif(not resends(), reason="FUSE_NOTIFY_RESEND needs Linux 6.9")
-def test_deaths_of_daemons(area: Path) -> None:
+@pytest.mark.slow
+@_ON
+def test_deaths_of_daemons(area: Path, on: str) -> None:
     """The caller gets success, and the tree is the new one."""
-    report = _run(area, "deaths")
+    report = _run(area, "deaths", on)
     assert report.tried > 10
     assert not report.problems, "\n".join(report.problems)
 
 
+@pytest.mark.slow
 def test_branches(area: Path) -> None:
     """The tree below is the old or the new one, as the command says, and the same command then succeeds."""
     if reason := injecting.reason():
@@ -78,6 +93,7 @@ def test_branches(area: Path) -> None:
     assert not report.problems, "\n".join(report.problems)
 
 
+@pytest.mark.slow
 def test_commands(area: Path) -> None:
     """They say what failed, leave nothing, and the same command then succeeds."""
     if reason := injecting.reason():
@@ -88,6 +104,7 @@ def test_commands(area: Path) -> None:
     assert not report.problems, "\n".join(report.problems)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [False, True], ids=["errors", "kills"])
 @pytest.mark.parametrize("order", snapshots.ORDERS)
 def test_snapshots(area: Path, order: str, kills: bool) -> None:

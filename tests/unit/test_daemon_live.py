@@ -765,6 +765,7 @@ def test_the_place_of_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
                 file.write(b"x")
             logs.to_host("error", directory, "/m")
             assert (tmp_path / "unionfs.log.1").exists()
+            assert len(root.handlers) == 1  # each line is written once
     finally:
         root.handlers[:] = before
         root.setLevel(level)

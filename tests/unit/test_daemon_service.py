@@ -152,6 +152,14 @@ async def test_orders(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     json.dumps(figures)
 
 
+def test_a_mount_that_is_covered(make: Make) -> None:
+    """What lies at the mountpoint counts only if it is a FUSE mount."""
+    serving = make()._serving
+    serving.settings = replace(serving.settings, mountpoint="/proc")
+    assert serving.locate() is None
+    assert serving.device == ""
+
+
 async def test_a_union_without_an_upper(make: Make) -> None:
     service = make(upper=None, work=None, read_only=True)
     assert (await service._answer({}))["upper_fd"] is None

@@ -141,6 +141,18 @@ def test_what_is_done_to_a_mount(
     assert done == [*copies, f"unmount {lazy}", *end]
 
 
+def test_the_entry_of_a_union_that_waits(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is forgotten when its holder has ended, also before; who has the pid by now is left alone."""
+    forgotten: list[live.LiveMount] = []
+    monkeypatch.setattr(unmount, "forget", forgotten.append)
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    mine = replace(_entry(registry, "/proc"), started=1)
+    for entry in (_entry(registry, "/proc", ended.pid), mine):
+        unmount._end_waiting(entry)
+        assert forgotten.pop() == entry
+
+
 def test_whose_daemon_serves(registry: Path) -> None:
     """Also a mount that has been detached; the newest, if there were several."""
     with subprocess.Popen(["sleep", "60"]) as other:
