@@ -12,6 +12,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from tests.support import signals
 from unionfs.daemon import lifetime
 from unionfs.daemon.settle import settle
 
@@ -23,7 +24,7 @@ class _Exit(BaseException):
 
 
 class _Steps:
-    """Notes what happens, and when: the steps of the end, and what the service manager is told."""
+    """Records the steps of the end and the messages to the service manager, each with its time."""
 
     def __init__(self) -> None:
         self.made: list[tuple[str, float]] = []
@@ -102,7 +103,7 @@ IN_USE = ("STATUS=Unmounted, but in use: served for at most 60 seconds", 0.1)
 async def test_users_that_do_not_finish(
     autojump_clock: MockClock, steps: _Steps, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whoever waits for the process learns whether the upper is on disk."""
+    """The exit code says whether the upper is on disk."""
     caplog.set_level(logging.INFO, lifetime.log.name)
     for on_disk, code in ((True, 0), (False, 1)):
         steps.on_disk = on_disk
@@ -140,7 +141,7 @@ async def test_another_signal(autojump_clock: MockClock, steps: _Steps) -> None:
 async def test_the_owner_is_gone(
     autojump_clock: MockClock, steps: _Steps, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Two seconds, which nobody is told of."""
+    """It waits two seconds without a message."""
     one = _made(steps)
     with pytest.raises(_Exit):
         await one._end(trio.CancelScope(), "process 7 has ended", 2)
@@ -218,12 +219,8 @@ async def test_another_daemon_goes_on(autojump_clock: MockClock, steps: _Steps) 
 class TestSignals:
     @pytest.fixture(autouse=True)
     def _signals(self) -> Iterator[None]:
-        before = {number: signal.getsignal(number) for number in lifetime._SIGNALS}
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        yield
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        with signals.restored(lifetime._SIGNALS):
+            yield
 
     def test_they_are_held(self) -> None:
         lifetime.hold_signals()

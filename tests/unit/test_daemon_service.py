@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import pytest
 import trio
 
+from tests.support import signals
 from unionfs.daemon import lifetime
 from unionfs.daemon import service as subject
 from unionfs.daemon.runtime import RuntimeDirectory
@@ -214,12 +215,8 @@ class TestEnd:
 
     @pytest.fixture(autouse=True)
     def _signals(self) -> Iterator[None]:
-        before = {number: signal.getsignal(number) for number in lifetime._SIGNALS}
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        yield
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        with signals.restored(lifetime._SIGNALS):
+            yield
 
     def made(self, settings: MountSettings, *, foreground: bool = True) -> lifetime.Lifetime:
         return lifetime.Lifetime(settings, _fails, None, foreground=foreground)

@@ -142,7 +142,7 @@ def test_what_is_done_to_a_mount(
 
 
 def test_the_entry_of_a_union_that_waits(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is forgotten when its holder has ended, also before; who has the pid by now is left alone."""
+    """It is removed once the holder has ended. Another process with the same pid is left alone."""
     forgotten: list[live.LiveMount] = []
     monkeypatch.setattr(unmount, "forget", forgotten.append)
     with subprocess.Popen(["true"]) as ended:
